@@ -1,0 +1,56 @@
+"""Dynamic gating's dispatch and combine: tokens sorted by expert, nothing padded, nothing dropped.
+
+Paper: "Toward Efficient Inference for Mixture of Experts", section on dynamic gating: flatten, sort by expert id,
+count, gather by index; the inverse index takes the place of the mask product on the way back.
+
+Legend: T = tokens, E = experts, K = choices per token, N = kept assignments, D = model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.gating.routing import Routing
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """The way back of one dispatch.
+
+    assignments: (N,) int64, which of the T*K assignments (token * K + choice) each row is, in rising expert id.
+    token_ids: (N,) int64, the token of each row.
+    tokens_per_expert: E counts that sum to N.
+    num_tokens: T.
+    """
+
+    assignments: Tensor
+    token_ids: Tensor
+    tokens_per_expert: list[int]
+    num_tokens: int
+
+
+def plan_dispatch(routing: Routing) -> DispatchPlan:
+    """Sort the kept assignments by expert; assignments that are not kept go to a sentinel expert past the last."""
+    num_tokens, num_choices = routing.expert_ids.shape
+    num_experts = routing.num_experts
+    expert_ids = routing.expert_ids.masked_fill(~routing.kept, num_experts).view(-1)  # (T * K,)
+    counts = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts].tolist()
+    # stable, so that a token's rows in an expert keep the tokens' order: results do not depend on the sort
+    assignments = expert_ids.argsort(stable=True)[: sum(counts)]
+    token_ids = torch.div(assignments, num_choices, rounding_mode="floor") if num_choices > 1 else assignments
+    return DispatchPlan(assignments, token_ids, counts, num_tokens)
+
+
+def dispatch(tokens: Tensor, plan: DispatchPlan) -> Tensor:
+    """tokens (T, D) -> rows (N, D) in expert order."""
+    return tokens.index_select(0, plan.token_ids)
+
+
+def combine(outputs: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
+    """outputs (N, D) in expert order, weights (T, K) -> their weighted sum per token (T, D), zero without experts."""
+    row_weights = weights.reshape(-1).index_select(0, plan.assignments)  # (N,)
+    result = outputs.new_zeros(plan.num_tokens, outputs.size(1))
+    return result.index_add(0, plan.token_ids, outputs * row_weights.unsqueeze(1))

@@ -1,0 +1,99 @@
+"""The experts' weights, packed, and their computation on tokens in expert order.
+
+Legend: E = experts, N = rows in expert order, D = model dim, F = hidden dim.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# packed parameter -> its name under `experts.{j}.` in upstream's state dict
+EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight": "fc2.weight", "fc2_bias": "fc2.bias"}
+
+
+class ResidentExperts(nn.Module):
+    """All experts of one layer in fast memory: fc1 -> activation -> fc2, each with bias.
+
+    Parameters are packed, (E, F, D), (E, F), (E, D, F), (E, D); the state dict has upstream's names and shapes
+    (`{j}.fc1.weight` (F, D), ...), so that checkpoints go both ways.
+
+    activation: elementwise, Tensor -> Tensor.
+    activation_dropout: probability, in training only.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        model_dim: int,
+        hidden_dim: int,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, model_dim))
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
+        self.fc2_weight = nn.Parameter(torch.empty(num_experts, model_dim, hidden_dim))
+        self.fc2_bias = nn.Parameter(torch.empty(num_experts, model_dim))
+        self.activation = activation
+        self.activation_dropout = activation_dropout
+        self.reset_parameters()
+
+    @property
+    def num_experts(self) -> int:
+        return self.fc1_weight.size(0)
+
+    def reset_parameters(self) -> None:
+        """torch.nn.Linear's own initialisation, for every expert."""
+        for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
+            bound = 1 / math.sqrt(weight.size(2))
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
+        """rows (N, D) in expert order, tokens_per_expert E counts that sum to N -> outputs (N, D)."""
+        packed = [parameter.unbind(0) for parameter in self.parameters()]
+        outputs = []
+        for expert, chunk in enumerate(rows.split(list(tokens_per_expert))):
+            if chunk.size(0) == 0:
+                continue
+            fc1_weight, fc1_bias, fc2_weight, fc2_bias = (weights[expert] for weights in packed)
+            hidden = self.activation(F.linear(chunk, fc1_weight, fc1_bias))
+            if self.training and self.activation_dropout > 0:
+                hidden = F.dropout(hidden, self.activation_dropout)
+            outputs.append(F.linear(hidden, fc2_weight, fc2_bias))
+        return torch.cat(outputs) if outputs else rows
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, key in EXPERT_KEYS.items():
+            parameter = getattr(self, name)
+            for expert, weight in enumerate((parameter if keep_vars else parameter.detach()).unbind(0)):
+                destination[f"{prefix}{expert}.{key}"] = weight
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        for name, key in EXPERT_KEYS.items():
+            parameter = getattr(self, name)
+            for expert, weight in enumerate(parameter.detach().unbind(0)):
+                full_key = f"{prefix}{expert}.{key}"
+                if full_key not in state_dict:
+                    missing_keys.append(full_key)
+                elif state_dict[full_key].shape != weight.shape:
+                    error_msgs.append(
+                        f"{full_key}: expected shape {tuple(weight.shape)}, got {tuple(state_dict[full_key].shape)}"
+                    )
+                else:
+                    weight.copy_(state_dict[full_key])
+        if strict:
+            known = re.compile(rf"{re.escape(prefix)}(\d+)\.(?:{'|'.join(map(re.escape, EXPERT_KEYS.values()))})$")
+            for full_key in state_dict:
+                if full_key.startswith(prefix):
+                    match = known.match(full_key)
+                    if match is None or int(match.group(1)) >= self.num_experts:
+                        unexpected_keys.append(full_key)

@@ -1,0 +1,220 @@
+"""One Mixture-of-Experts layer: gate, capacity, dispatch, experts, combine.
+
+Legend: B = sentences, L = positions, T = tokens (B * L), E = experts, K = choices per token, D = model dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
+from fairseq_moe_ext.gating.routing import Gate, Routing
+from fairseq_moe_ext.gating.static import (
+    assign_slots,
+    dense_combine_weights,
+    static_capacity,
+    static_combine,
+    static_dispatch,
+)
+from fairseq_moe_ext.gating.statistics import gate_loss, routing_metadata
+
+GATINGS = ("dynamic", "static")
+
+
+@dataclass(frozen=True)
+class StaticOptions:
+    """What only static gating needs, by upstream's fields.
+
+    capacity_fraction: `moe_eval_capacity_token_fraction`; at or below 0 evaluation has training's capacity.
+    batch_prioritized: `moe_batch_prioritized_routing`.
+    count_padding: the inverse of `use_moe_pad_mask`; True routes padding like any token, and it takes slots.
+    batch_size, batch_size_valid: rows to which a training or validation batch is padded; None pads nothing.
+    max_positions: positions per row that count for the capacity (`moe_eval_capacity_max_seqlen`); None counts tokens.
+    """
+
+    capacity_fraction: float = 0.25
+    batch_prioritized: bool = False
+    count_padding: bool = True
+    batch_size: int | None = None
+    batch_size_valid: int | None = None
+    max_positions: int | None = None
+
+
+@dataclass
+class LayerCall:
+    """What one call of a layer did, for the report and the trace.
+
+    assignments: routed by the gate; dropped: those that found no slot; load: E tokens per expert that ran;
+    seconds: time per part on the host.
+    """
+
+    assignments: int
+    dropped: int
+    load: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class MOELayer(nn.Module):
+    """The experts' feed-forward in a transformer layer; drop-in for the dense one, without residual or norm.
+
+    gate: chooses experts. experts: rows in expert order and their counts -> outputs.
+    gating: `dynamic` (no capacity, no placeholders) or `static` (upstream's dense mask).
+    output_masking: upstream's `moe_eom`; in training that share of the experts' output rows is zeroed, in evaluation
+    all are multiplied by one minus it.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        experts: nn.Module,
+        gating: str = "dynamic",
+        static: StaticOptions = StaticOptions(),
+        output_masking: float = 0.0,
+    ):
+        super().__init__()
+        if gating not in GATINGS:
+            raise ValueError(f"gating must be one of {', '.join(GATINGS)}, got {gating!r}")
+        if not 0.0 <= output_masking < 1.0:
+            raise ValueError(f"output_masking (moe_eom) must be in [0, 1), got {output_masking}")
+        self.gate = gate
+        self.experts = experts
+        self.gating = gating
+        self.static = static
+        self.output_masking = output_masking
+        self.serving = False
+        self.observer: Callable[[LayerCall], None] | None = None
+        self._last: tuple[Routing, Routing] | None = None  # before and after the capacity
+
+    def prepare_for_serving(self, seed: int, observer: Callable[[LayerCall], None] | None = None) -> None:
+        """From here on batches are served: no rows are padded, no statistics for a loss are kept.
+
+        seed: of the random second-expert policies. observer: called with every call's LayerCall.
+        """
+        self.serving = True
+        self.gate.seed(seed)
+        self.observer = observer
+        self._last = None
+
+    def gate_loss(self) -> Tensor:
+        """The load-balancing loss of the last call (training and validation only), a scalar."""
+        return gate_loss(self._statistics()[0])
+
+    def metadata(self) -> dict[str, Tensor]:
+        """Upstream's metadata of the last call (training and validation only)."""
+        return routing_metadata(*self._statistics())
+
+    def _statistics(self) -> tuple[Routing, Routing]:
+        if self._last is None:
+            raise RuntimeError("a gate loss needs a call of the layer before it, and a layer that is not serving")
+        return self._last
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D).
+
+        Padding comes out as zero, except under static gating that counts it.
+        """
+        if self.gating == "dynamic":
+            tokens = x.reshape(-1, x.size(2))
+            result = self._dynamic(tokens, None if padding_mask is None else padding_mask.reshape(-1))
+            return result.view_as(x)
+        if self.static.count_padding:
+            padding_mask = None
+        rows = x.size(0)
+        x, padding_mask = self._pad_rows(x, padding_mask)
+        tokens = x.reshape(-1, x.size(2))
+        counted = tokens.size(0) if self.static.max_positions is None else x.size(0) * self.static.max_positions
+        result = self._static(tokens, None if padding_mask is None else padding_mask.reshape(-1), counted)
+        return result.view_as(x)[:rows]
+
+    def _dynamic(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """tokens (T, D), padding_mask (T,) -> (T, D); every kept assignment runs."""
+        clock = _Clock(self.observer is not None)
+        routing = self.gate(tokens, padding_mask)
+        weights = self.gate.combine_weights(routing, tokens.dtype)
+        clock.lap("gate")
+        plan = plan_dispatch(routing)
+        rows = dispatch(tokens, plan)
+        clock.lap("dispatch")
+        outputs = self._mask_outputs(self.experts(rows, plan.tokens_per_expert))
+        clock.lap("experts")
+        result = combine(outputs, plan, weights)
+        clock.lap("combine")
+        self._record(routing, routing)
+        if self.observer is not None:
+            load = plan.tokens_per_expert
+            self.observer(LayerCall(sum(load), 0, load, clock.seconds))
+        return result
+
+    def _static(self, tokens: Tensor, padding_mask: Tensor | None, counted: int) -> Tensor:
+        """tokens (T, D), padding_mask (T,) -> (T, D); `counted` tokens set the capacity."""
+        clock = _Clock(self.observer is not None)
+        wanted = self.gate(tokens, padding_mask)
+        clock.lap("gate")
+        num_choices = wanted.expert_ids.size(1)
+        capacity = static_capacity(
+            counted, wanted.num_experts, num_choices, self.static.capacity_fraction, self.training
+        )
+        slots = assign_slots(wanted, self.static.batch_prioritized and num_choices > 1)
+        routing = wanted.keep_only(slots < capacity)
+        clock.lap("capacity")
+        weights = self.gate.combine_weights(routing, routing.weights.dtype)
+        dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)  # (T, E, C)
+        rows = static_dispatch(tokens, dense)  # (E * C, D)
+        clock.lap("dispatch")
+        outputs = self._mask_outputs(self.experts(rows, [capacity] * wanted.num_experts))
+        clock.lap("experts")
+        result = static_combine(outputs, dense)
+        clock.lap("combine")
+        self._record(wanted, routing)
+        if self.observer is not None:
+            load = torch.bincount(routing.expert_ids[routing.kept], minlength=wanted.num_experts).tolist()
+            assignments = int(wanted.kept.sum())
+            self.observer(LayerCall(assignments, assignments - sum(load), load, clock.seconds))
+        return result
+
+    def _mask_outputs(self, outputs: Tensor) -> Tensor:
+        if self.output_masking == 0.0:
+            return outputs
+        if self.training:
+            survives = torch.rand(outputs.size(0), 1, device=outputs.device) > self.output_masking
+            return outputs * survives
+        return outputs * (1 - self.output_masking)
+
+    def _pad_rows(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Training and validation batches padded to the batch size with masked zero rows, as upstream pads them."""
+        expected = self.static.batch_size if self.training else self.static.batch_size_valid
+        missing = 0 if self.serving or not expected else expected - x.size(0)
+        if missing == 0:
+            return x, padding_mask
+        if missing < 0:
+            raise ValueError(
+                f"batch-size must be at least the rows of every batch under static gating: {expected} < {x.size(0)}"
+            )
+        if padding_mask is None:
+            padding_mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        padding_mask = torch.cat((padding_mask, padding_mask.new_ones(missing, x.size(1))))
+        return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))), padding_mask
+
+    def _record(self, before: Routing, after: Routing) -> None:
+        if not self.serving:
+            self._last = (before, after)
+
+
+class _Clock:
+    """Host seconds between laps; takes none when off."""
+
+    def __init__(self, on: bool):
+        self.seconds: dict[str, float] = {}
+        self._on = on
+        self._last = time.perf_counter() if on else 0.0
+
+    def lap(self, part: str) -> None:
+        if self._on:
+            now = time.perf_counter()
+            self.seconds[part] = now - self._last
+            self._last = now

@@ -1,0 +1,172 @@
+"""Which experts a token goes to, and with which weights.
+
+Legend: T = tokens, E = experts, K = choices per token, D = model dim.
+The rules are those of upstream's `modules/moe/top1gate.py` and `top2gate.py` (fairseq, branches `moe` and `nllb`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The assignments of T tokens to K experts each, first choice first.
+
+    expert_ids: (T, K) int64, in [0, E).
+    kept: (T, K) bool; False where an assignment does not run (padding, a policy, a full expert).
+    weights: (T, K) in the gate's dtype; weights of assignments that are not kept have no meaning.
+    probabilities: (T, E) softmax of the gate's logits, in the gate's dtype.
+    """
+
+    expert_ids: Tensor
+    kept: Tensor
+    weights: Tensor
+    probabilities: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.probabilities.size(1)
+
+    def keep_only(self, fits: Tensor) -> Routing:
+        """The same routing with the assignments dropped where `fits` ((T, K) bool) is False."""
+        return replace(self, kept=self.kept & fits)
+
+
+class Gate(nn.Module):
+    """The network that scores experts: one bias-free linear map, `wg` in upstream's state dict.
+
+    use_fp32: softmax and everything after it run in float32; the product with `wg` runs in the model's dtype
+    (upstream's `moe_gating_use_fp32`).
+    """
+
+    num_choices: int
+
+    def __init__(self, model_dim: int, num_experts: int, use_fp32: bool = False):
+        super().__init__()
+        if num_experts < self.num_choices:
+            raise ValueError(
+                f"num_experts must be at least {self.num_choices} for top-{self.num_choices} gating, got {num_experts}"
+            )
+        self.wg = nn.Linear(model_dim, num_experts, bias=False)
+        self.use_fp32 = use_fp32
+
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (T, D) -> logits (T, E), probabilities (T, E)."""
+        logits = self.wg(tokens)
+        if self.use_fp32:
+            logits = logits.float()
+        return logits, F.softmax(logits, dim=1)
+
+    def seed(self, seed: int) -> None:
+        """Make the random policies draw from a generator of their own; a gate without one draws nothing."""
+
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """tokens (T, D), padding_mask (T,) bool with True on padding -> the routing before any capacity."""
+        raise TypeError(f"{type(self).__name__} does not say how experts are chosen")
+
+    def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
+        """(T, K) weights of the outputs' sum, zero where an assignment is not kept, cast to `dtype`."""
+        return (routing.weights * routing.kept).to(dtype)
+
+
+def _kept(expert_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """(T, K) bool: everything but padding."""
+    if padding_mask is None:
+        return torch.ones_like(expert_ids, dtype=torch.bool)
+    return (~padding_mask).unsqueeze(1).expand_as(expert_ids)
+
+
+class Top1Gate(Gate):
+    """One expert per token, weighted by its softmax probability, which is never renormalised."""
+
+    num_choices = 1
+
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        _, probabilities = self.score(tokens)
+        expert_ids = probabilities.argmax(dim=1, keepdim=True)
+        return Routing(expert_ids, _kept(expert_ids, padding_mask), probabilities.gather(1, expert_ids), probabilities)
+
+
+class Top2Gate(Gate):
+    """Two experts per token, their weights normalised to sum to 1.
+
+    second_expert_policy: `all` takes the second best; `sampling` the best of the rest under Gumbel noise; `random`
+    keeps the second best with a probability of twice its gate probability. The last two stay random in evaluation,
+    as upstream's do.
+    normalize_before_dropping: normalise before the capacity drops assignments (upstream's
+    `moe_normalize_gate_prob_before_dropping`); else afterwards, so that a lone survivor has weight 1.
+    """
+
+    num_choices = 2
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        use_fp32: bool = False,
+        second_expert_policy: str = "sampling",
+        normalize_before_dropping: bool = False,
+    ):
+        super().__init__(model_dim, num_experts, use_fp32)
+        if second_expert_policy not in SECOND_EXPERT_POLICIES:
+            raise ValueError(
+                f"second_expert_policy must be one of {', '.join(SECOND_EXPERT_POLICIES)}, got {second_expert_policy!r}"
+            )
+        self.second_expert_policy = second_expert_policy
+        self.normalize_before_dropping = normalize_before_dropping
+        self._seed: int | None = None
+        self._generator: torch.Generator | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether results depend on drawn numbers, and so on the batch."""
+        return self.second_expert_policy != "all"
+
+    def seed(self, seed: int) -> None:
+        self._seed, self._generator = seed, None
+
+    def _random(self, like: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) of the shape, dtype and device of `like`; the global stream without a seed."""
+        if self._seed is None:
+            return torch.rand_like(like)
+        if self._generator is None or self._generator.device != like.device:
+            self._generator = torch.Generator(like.device).manual_seed(self._seed)
+        return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=self._generator)
+
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        logits, probabilities = self.score(tokens)
+        first = probabilities.argmax(dim=1, keepdim=True)
+        if self.second_expert_policy == "sampling":
+            # Gumbel-max: argmax(logits + noise) draws from the softmax
+            tiny = torch.finfo(logits.dtype).tiny
+            logits = logits - (-self._random(logits).clamp_min(tiny).log()).clamp_min(tiny).log()
+        second = logits.scatter(1, first, float("-inf")).argmax(dim=1, keepdim=True)
+        expert_ids = torch.cat((first, second), dim=1)
+        weights = probabilities.gather(1, expert_ids)
+        if self.normalize_before_dropping:
+            weights = _normalize(weights)
+        kept = _kept(expert_ids, padding_mask)
+        if self.second_expert_policy == "random":
+            second_weight = weights[:, 1]
+            drawn = 2 * second_weight > self._random(second_weight)
+            kept = kept & torch.stack((torch.ones_like(drawn), drawn), dim=1)
+        return Routing(expert_ids, kept, weights, probabilities)
+
+    def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
+        weights = routing.weights * routing.kept
+        if not self.normalize_before_dropping:
+            weights = _normalize(weights)
+        return weights.to(dtype)
+
+
+def _normalize(weights: Tensor) -> Tensor:
+    """(T, K) weights divided by their sum, which is held above the dtype's eps."""
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / total.clamp_min(torch.finfo(weights.dtype).eps)

@@ -1,0 +1,1 @@
+"""The plugin's models; fairseq imports this folder for `--user-dir`."""

@@ -1,0 +1,32 @@
+"""What the two served models share: their MoE layers by name, and the switch from training to serving."""
+
+from __future__ import annotations
+
+from fairseq_moe_ext.gating import MOELayer
+
+
+class ServedModel:
+    """Mixin before one of fairseq's model classes.
+
+    `observer`, set by the task, is told of every pass and every call of a MoE layer (serving/observer.py).
+    """
+
+    observer = None
+
+    def moe_layers(self) -> dict[str, MOELayer]:
+        """The MoE layers by their module's name in the checkpoint, in the order of the state dict."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MOELayer)}
+
+    def prepare_for_inference_(self, cfg):
+        """fairseq's entry point once the weights are loaded and moved."""
+        super().prepare_for_inference_(cfg)
+        observer = self.observer
+        for number, (name, layer) in enumerate(self.moe_layers().items()):
+            # every layer draws from a stream of its own; fairseq-eval-lm seeds nothing by itself
+            seed = int(cfg.common.seed) * 1_000_003 + number
+            layer.prepare_for_serving(seed, None if observer is None else observer.layer_hook(name))
+        for side in ("encoder", "decoder"):
+            if hasattr(self, side):
+                getattr(self, side).observer = observer
+        if observer is not None:
+            observer.model_ready(self)

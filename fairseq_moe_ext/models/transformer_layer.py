@@ -1,0 +1,127 @@
+"""fairseq's transformer layers with a MoE layer in the place of their feed-forward: a seam, no copied forward pass.
+
+fairseq's layers compute `fc2(dropout(activation(fc1(x))))`. Here `fc1` is a method that runs the whole feed-forward,
+`fc2` one that hands its input through, and what stands between them is identity, so that attention, norms and
+residuals stay fairseq's own. Legend: L = positions, B = sentences, D = model dim.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from fairseq import utils
+from fairseq.modules import transformer_layer
+from torch import Tensor, nn
+
+from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
+from fairseq_moe_ext.gating.cmr import CMRLayer
+from fairseq_moe_ext.models.moe_config import MoEConfig
+
+
+def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_positions: int) -> MOELayer:
+    """The MoE layer that a checkpoint's fields describe; `cfg` is fairseq's TransformerConfig."""
+    if moe.moe_expert_count < 1:
+        raise ValueError(f"moe_expert_count must be at least 1 where there are MoE layers, got {moe.moe_expert_count}")
+    if moe.moe_top1_expert:
+        gate = Top1Gate(model_dim, moe.moe_expert_count, moe.moe_gating_use_fp32)
+    else:
+        gate = Top2Gate(
+            model_dim,
+            moe.moe_expert_count,
+            moe.moe_gating_use_fp32,
+            moe.moe_second_expert_policy,
+            moe.moe_normalize_gate_prob_before_dropping,
+        )
+    activation = utils.get_activation_fn(str(cfg.activation_fn or "relu"))
+    dropout = float(cfg.activation_dropout or cfg.relu_dropout or 0)
+    experts = ResidentExperts(moe.moe_expert_count, model_dim, hidden_dim, activation, dropout)
+    return MOELayer(gate, experts, moe.moe_gating, moe.static_options(max_positions), moe.moe_eom)
+
+
+def alternate_config(cfg, side: str, hidden_dim: int):
+    """A copy of TransformerConfig `cfg` with another hidden dim on one `side` (`encoder` or `decoder`)."""
+    cfg = copy.copy(cfg)
+    half = copy.copy(getattr(cfg, side))
+    half.ffn_embed_dim = hidden_dim
+    setattr(cfg, side, half)
+    return cfg
+
+
+class _MoEFeedForward:
+    """Mixin before one of fairseq's layer classes."""
+
+    _padding_mask: Tensor | None = None
+
+    def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
+        return super().build_fc1(input_dim, output_dim, q_noise, qn_block_size) if self._moe.moe_cmr else nn.Identity()
+
+    build_fc2 = build_fc1
+
+    def _install(self, model_dim: int, hidden_dim: int, max_positions: int) -> None:
+        """Put the MoE layer in; called when fairseq's own constructor is done."""
+        self.moe_layer = build_moe_layer(self._moe, self._cfg, model_dim, hidden_dim, max_positions)
+        self.moe_fom = self._moe.moe_fom
+        self._dense_activation, self._dense_dropout = self.activation_fn, self.activation_dropout_module
+        self.activation_fn, self.activation_dropout_module = _identity, nn.Identity()
+        if self._moe.moe_cmr:
+            self.cmr_layer = CMRLayer(self.moe_layer, self._dense_feed_forward, model_dim, self._moe.cmr_gate_drop)
+        else:
+            for name in ("fc1", "fc2", "ffn_layernorm"):
+                self._modules.pop(name, None)
+
+    def _dense_feed_forward(self, x: Tensor) -> Tensor:
+        """CMR's shared branch, by the modules that the methods below hide."""
+        x = self._dense_dropout(self._dense_activation(self._modules["fc1"](x)))
+        norm = self._modules.get("ffn_layernorm")
+        return self._modules["fc2"](x if norm is None else norm(x))
+
+    def fc1(self, x: Tensor) -> Tensor:
+        """x (L, B, D) -> the feed-forward's output (L, B, D)."""
+        mask = self._padding_mask
+        if mask is not None and mask.size(1) != x.size(0):
+            mask = mask[:, -x.size(0) :]  # incremental decoding: the mask may cover tokens that are not in the input
+        module = self.cmr_layer if self._moe.moe_cmr else self.moe_layer
+        x = module(x.transpose(0, 1), mask)
+        if self.moe_fom > 0:
+            if self.training:
+                x = x * (torch.rand(x.shape[:2], device=x.device) > self.moe_fom).unsqueeze(-1)
+            else:
+                x = x * (1 - self.moe_fom)
+        return x.transpose(0, 1)
+
+    def fc2(self, x: Tensor) -> Tensor:
+        return x
+
+    def ffn_layernorm(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class MoETransformerEncoderLayer(_MoEFeedForward, transformer_layer.TransformerEncoderLayerBase):
+    """fairseq's encoder layer with a MoE layer as its feed-forward."""
+
+    def __init__(self, cfg, moe: MoEConfig, return_fc: bool = False):
+        self._moe, self._cfg = moe, cfg
+        super().__init__(cfg, return_fc=return_fc)
+        self._install(cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.max_source_positions)
+
+    def forward(self, x, encoder_padding_mask, attn_mask=None):
+        self._padding_mask = encoder_padding_mask
+        return super().forward(x, encoder_padding_mask, attn_mask)
+
+
+class MoETransformerDecoderLayer(_MoEFeedForward, transformer_layer.TransformerDecoderLayerBase):
+    """fairseq's decoder layer with a MoE layer as its feed-forward."""
+
+    def __init__(self, cfg, moe: MoEConfig, no_encoder_attn: bool = False):
+        self._moe, self._cfg = moe, cfg
+        super().__init__(cfg, no_encoder_attn)
+        self._install(cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.max_target_positions)
+
+    def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
+        self._padding_mask = self_attn_padding_mask
+        return super().forward(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)

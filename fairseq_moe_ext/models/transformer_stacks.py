@@ -1,0 +1,69 @@
+"""fairseq's encoder and decoder with MoE layers where the configuration puts them, each pass made known."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
+
+from fairseq_moe_ext.models.moe_config import MoEConfig
+from fairseq_moe_ext.models.transformer_layer import (
+    MoETransformerDecoderLayer,
+    MoETransformerEncoderLayer,
+    alternate_config,
+)
+
+
+class MoETransformerEncoder(TransformerEncoderBase):
+    """An encoder whose `observer`, where it has one, is told of every pass."""
+
+    def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, return_fc: bool = False):
+        self._moe, self._built, self.observer = moe, 0, None
+        super().__init__(cfg, dictionary, embed_tokens, return_fc=return_fc)
+
+    def build_encoder_layer(self, cfg):
+        number, self._built = self._built, self._built + 1
+        if not self._moe.is_moe_layer("encoder", number):
+            return super().build_encoder_layer(cfg)
+        hidden_dim = self._moe.alternate_hidden_dim("encoder")
+        if hidden_dim > 0:
+            return TransformerEncoderLayerBase(alternate_config(cfg, "encoder", hidden_dim), return_fc=self.return_fc)
+        return MoETransformerEncoderLayer(cfg, self._moe, return_fc=self.return_fc)
+
+    def forward(self, src_tokens, *args, **kwargs):
+        with self._observed(src_tokens):
+            return super().forward(src_tokens, *args, **kwargs)
+
+    def _observed(self, src_tokens):
+        if self.observer is None:
+            return nullcontext()
+        return self.observer.encoder_pass(src_tokens.numel() - int(src_tokens.eq(self.padding_idx).sum()))
+
+
+class MoETransformerDecoder(TransformerDecoderBase):
+    """A decoder whose `observer`, where it has one, is told of every pass; also a language model's stack."""
+
+    def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, no_encoder_attn: bool = False):
+        self._moe, self._built, self.observer = moe, 0, None
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+
+    def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        number, self._built = self._built, self._built + 1
+        if not self._moe.is_moe_layer("decoder", number):
+            return super().build_decoder_layer(cfg, no_encoder_attn)
+        hidden_dim = self._moe.alternate_hidden_dim("decoder")
+        if hidden_dim > 0:
+            return TransformerDecoderLayerBase(alternate_config(cfg, "decoder", hidden_dim), no_encoder_attn)
+        return MoETransformerDecoderLayer(cfg, self._moe, no_encoder_attn)
+
+    def forward(self, prev_output_tokens, encoder_out=None, incremental_state=None, **kwargs):
+        with self._observed(prev_output_tokens, incremental_state is not None):
+            return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
+
+    def _observed(self, prev_output_tokens, incremental: bool):
+        if self.observer is None:
+            return nullcontext()
+        entering = prev_output_tokens[:, -1:] if incremental else prev_output_tokens
+        tokens = entering.numel() - int(entering.eq(self.padding_idx).sum())
+        return self.observer.decoder_pass(tokens, incremental)

@@ -1,0 +1,1 @@
+"""Everything between fairseq's commands and the layers: checkpoints, the generation loop, what was served."""

@@ -1,0 +1,104 @@
+"""The replacements inside fairseq: its two functions that find and read checkpoint files.
+
+They are installed by a task's `setup_task`, once, never at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from argparse import Namespace
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fairseq_moe_ext.models.moe_config import MoEModelFields
+from fairseq_moe_ext.serving.checkpoint import SAFE_GLOBALS, expert_count, moe_layer_numbers, read_checkpoint
+from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+
+class ServedPath(str):
+    """A checkpoint path that is being loaded for serving, not for training to go on."""
+
+
+def install() -> None:
+    """Replace fairseq's checkpoint functions by ours; a second call changes nothing."""
+    if hasattr(checkpoint_utils.load_checkpoint_to_cpu, "moe_ext_original"):
+        return
+    checkpoint_utils.load_checkpoint_to_cpu = _replacing(checkpoint_utils.load_checkpoint_to_cpu, _load)
+    checkpoint_utils.get_maybe_sharded_checkpoint_filename = _replacing(
+        checkpoint_utils.get_maybe_sharded_checkpoint_filename, _find
+    )
+
+
+def _replacing(original, replacement):
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        return replacement(original, *args, **kwargs)
+
+    wrapper.moe_ext_original = original
+    return wrapper
+
+
+def _find(original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
+    """fairseq asks which file to load when it serves (never when training goes on)."""
+    if suffix or num_shards > 1:
+        return original(filename, suffix, shard_idx, num_shards)
+    return ServedPath(find_checkpoint_files(filename).first)
+
+
+def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
+    if not isinstance(path, ServedPath):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return original(path, arg_overrides, load_on_all_ranks)
+    state = read_checkpoint(path)
+    if state.get("cfg") is not None:
+        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    elif state.get("args") is None:
+        raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
+    state = checkpoint_utils._upgrade_state_dict(state)
+    _override(state["cfg"], arg_overrides or {})
+    _tell_layers(state["cfg"].model, state["model"])
+    return state
+
+
+def _override(cfg: DictConfig, overrides: dict[str, Any]) -> None:
+    """fairseq's `--model-overrides`, and MoE fields that the checkpoint's configuration lacks."""
+    checkpoint_utils.overwrite_args_by_name(cfg, overrides)
+    known = MoEModelFields.__dataclass_fields__
+    for name, value in overrides.items():
+        if isinstance(cfg.model, Namespace) or name in known:
+            _set(cfg.model, name, value)
+
+
+def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tensor]) -> None:
+    """Write into the model's arguments what its state says: which layers have experts, and how many.
+
+    Upstream's two branches read `moe_freq`, `encoder_moe_freq` and `decoder_moe_freq` differently; the keys do not lie.
+    """
+    num_experts = expert_count(model)
+    if num_experts == 0:
+        return
+    given = getattr(model_cfg, "moe_expert_count", None)
+    if given not in (None, 0, num_experts):
+        raise CheckpointError(f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}")
+    _set(model_cfg, "moe_expert_count", num_experts)
+    _set(model_cfg, "moe_freq", 0)
+    for side in ("encoder", "decoder"):
+        numbers = moe_layer_numbers(model, side)
+        freq = numbers[0] + 1 if numbers else 0
+        if numbers != list(range(freq - 1, numbers[-1] + 1, freq) if numbers else []):
+            raise CheckpointError(f"the {side}'s MoE layers must stand at every n-th layer, found them at {numbers}")
+        _set(model_cfg, f"{side}_moe_freq", freq)
+
+
+def _set(model_cfg: DictConfig | Namespace, name: str, value: Any) -> None:
+    if isinstance(model_cfg, DictConfig):
+        with open_dict(model_cfg):
+            model_cfg[name] = value
+    else:
+        setattr(model_cfg, name, value)

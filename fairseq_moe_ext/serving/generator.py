@@ -1,0 +1,91 @@
+"""The generation loop and the batches it is fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset
+from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+
+from fairseq_moe_ext.serving.observer import Observer
+
+
+class _CountedGeneration:
+    """Mixin before one of fairseq's generators: counts sentences and hypotheses' tokens.
+
+    The encoder's and the decoder's time and tokens are taken where they run, in the model's stacks, so that scoring
+    and generation are measured alike; `observer` has both.
+    """
+
+    observer: Observer | None = None
+
+    @torch.no_grad()
+    def generate(self, models, sample, **kwargs):
+        hypotheses = super().generate(models, sample, **kwargs)
+        if self.observer is not None:
+            self.observer.report.count_hypotheses(hypotheses)
+        return hypotheses
+
+
+class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
+    """fairseq's beam search over a served model."""
+
+
+class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
+    """The same with attention alignments (`--print-alignment`)."""
+
+
+def keep_every_sentence(dataset: FairseqDataset) -> None:
+    """Make `dataset.batch_by_size` return the last batch, which fairseq drops when it is not a whole multiple.
+
+    fairseq's `data_utils.batch_by_size` cuts off a last batch whose size is not a multiple of
+    `--required-batch-size-multiple` (8 in fairseq-generate): 100 sentences give 96, a lone one none. All other batches
+    stay as they are, which setting the multiple to 1 would not do.
+    """
+    if getattr(dataset.batch_by_size, "keeps_every_sentence", False):
+        return
+    original: Callable = dataset.batch_by_size
+
+    def batch_by_size(indices, **kwargs):
+        if len(indices) == 0:
+            return []
+        batches = list(original(indices, **kwargs))
+        lost = np.asarray(indices)[sum(len(batch) for batch in batches) :]
+        return batches + [lost] if len(lost) else batches
+
+    batch_by_size.keeps_every_sentence = True
+    dataset.batch_by_size = batch_by_size
+
+
+class ServedEpoch:
+    """fairseq's epoch iterator whose batches are announced to the observer."""
+
+    def __init__(self, epoch_iterator, observer: Observer):
+        self._epoch_iterator = epoch_iterator
+        self._observer = observer
+
+    def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
+        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), self._observer)
+
+    def __getattr__(self, name):
+        return getattr(self._epoch_iterator, name)
+
+
+class ServedBatches:
+    """Yields fairseq's batches in their order; the observer hears of each, and of the end."""
+
+    def __init__(self, batches, observer: Observer):
+        self._batches = batches
+        self._observer = observer
+        self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self._batches:
+            self._observer.begin_batch()
+            yield batch
+        self._observer.finish()

@@ -1,0 +1,79 @@
+"""The one who watches a served model: times its passes, feeds the report and the trace, writes both at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.serving.report import PassTotals, Report, write_json
+from fairseq_moe_ext.trace import TraceRecorder, save_trace
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+
+class Observer:
+    """Belongs to one served model. Batches are begun by the batch iterator, passes by the model's stacks."""
+
+    def __init__(self, gating: str, report_path: str | None = None, trace_path: str | None = None):
+        self.report = Report(gating)
+        self._report_path = report_path
+        self._trace_path = trace_path
+        self._recorder = TraceRecorder() if trace_path else None
+        self._batch = -1
+        self._on_gpu = False
+
+    def model_ready(self, model) -> None:
+        """The model has its weights, dtype and device."""
+        self.report.describe(model, model.moe_layers())
+        self._on_gpu = self.report.device.startswith("cuda")
+
+    def begin_batch(self) -> None:
+        self._batch += 1
+
+    def encoder_pass(self, tokens: int):
+        """Context of one encoder pass that `tokens` enter."""
+        return self._pass("encoder", self.report.encoder, tokens)
+
+    def decoder_pass(self, tokens: int, incremental: bool):
+        """Context of one decoder pass that `tokens` enter: a decode step, or a teacher-forced pass."""
+        return self._pass("decode" if incremental else "prefill", self.report.decoder, tokens)
+
+    def layer_hook(self, name: str) -> Callable[[LayerCall], None]:
+        """What the MoE layer called `name` tells of every call."""
+
+        def hook(call: LayerCall) -> None:
+            self.report.layers[name].add(call)
+            if self._recorder is not None:
+                self._recorder.add(name, call.load)
+
+        return hook
+
+    def finish(self) -> None:
+        """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
+        if self._trace_path:
+            save_trace(self._trace_path, self._recorder.trace())
+        if self._report_path:
+            write_json(self._report_path, self.report.as_dict())
+        logger.info(self.report.summary())
+
+    @contextmanager
+    def _pass(self, phase: str, totals: PassTotals, tokens: int) -> Iterator[None]:
+        if self._recorder is not None:
+            self._recorder.begin_step(phase, max(self._batch, 0))
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        totals.seconds += time.perf_counter() - start
+        totals.tokens += tokens
+        totals.steps += 1
+
+    def _synchronize(self) -> None:
+        # a pass ends when the device has finished it, not when the host has queued it
+        if self._on_gpu:
+            torch.cuda.synchronize()

@@ -1,0 +1,50 @@
+"""The plugin's flags, one dataclass for the three tasks, and their checks before anything is loaded."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from fairseq_moe_ext.gating.layer import GATINGS
+
+
+@dataclass
+class MoEFlags(FairseqDataclass):
+    """How a Mixture-of-Experts checkpoint is served."""
+
+    moe_gating: ChoiceEnum(GATINGS) = field(
+        default="dynamic",
+        metadata={"help": "dynamic: no capacity, no placeholders; static: upstream's capacity and dense mask"},
+    )
+    moe_eval_capacity_token_fraction: Optional[float] = field(
+        default=None,
+        metadata={"help": "static gating: slots per expert as a share of the batch's tokens; default: the checkpoint's"},
+    )
+    moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
+    moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})
+    is_moe: bool = field(
+        default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
+    )
+
+
+def check_flags(flags: Any) -> None:
+    """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
+    gating = str(getattr(flags, "moe_gating", "dynamic"))
+    if gating not in GATINGS:
+        raise ValueError(f"--moe-gating must be one of {', '.join(GATINGS)}, got {gating!r}")
+    for flag in ("moe_report", "moe_trace"):
+        path = getattr(flags, flag, None)
+        if path is not None:
+            _check_writable(f"--{flag.replace('_', '-')}", Path(path))
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"{flag} must name a file, got the folder {path}")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} must name a file in an existing folder, got {path}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} must name a file in a folder that can be written, got {path}")

@@ -1,0 +1,100 @@
+"""What the three tasks share: hooks installed, flags checked, the plugin's model, generator and batches."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from typing import Any
+
+from fairseq.tasks import FairseqTask
+from omegaconf import DictConfig, open_dict
+
+from fairseq_moe_ext.models.moe_config import has_moe_layers
+from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.generator import (
+    MoESequenceGenerator,
+    MoESequenceGeneratorWithAlignment,
+    ServedEpoch,
+    keep_every_sentence,
+)
+from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.tasks.flags import check_flags
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+
+class ServingTask:
+    """Mixin before one of fairseq's task classes.
+
+    A task serves once fairseq has asked it for the model of a checkpoint; a task that trains never does.
+    """
+
+    observer: Observer | None = None
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        check_flags(args)
+        fairseq_hooks.install()
+        return super().setup_task(args, **kwargs)
+
+    def build_model(self, args, from_checkpoint=False):
+        if not from_checkpoint:
+            return super().build_model(args, from_checkpoint)
+        if not has_moe_layers(args):
+            logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
+            self._begin_serving()
+            return super().build_model(args, from_checkpoint)
+        model = self.served_model_class.build_model(self._with_flags(args), self)
+        self._begin_serving(model)
+        return model
+
+    def _with_flags(self, args: Any) -> Any:
+        """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
+        flags = self._flags()
+        values = {"moe_gating": str(flags.moe_gating)}
+        fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
+        if fraction is not None:
+            values["moe_eval_capacity_token_fraction"] = float(fraction)
+            if values["moe_gating"] == "dynamic":
+                logger.info("--moe-eval-capacity-token-fraction has no effect: dynamic gating has no capacity")
+        if isinstance(args, DictConfig):
+            with open_dict(args):
+                args.update(values)
+        else:
+            args = Namespace(**{**vars(args), **values})
+        return args
+
+    def _flags(self) -> Any:
+        return self.args if hasattr(self, "args") else self.cfg
+
+    def _begin_serving(self, model=None) -> None:
+        if self.observer is not None:
+            return  # a further model of an ensemble; the report speaks of the first
+        flags = self._flags()
+        self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace)
+        if model is not None:
+            model.observer = self.observer
+
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
+        extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
+        if seq_gen_cls is None:
+            seq_gen_cls = MoESequenceGenerator
+            if getattr(args, "print_alignment", False):
+                seq_gen_cls = MoESequenceGeneratorWithAlignment
+                extra_gen_cls_kwargs["print_alignment"] = args.print_alignment
+        # past fairseq's multilingual task, which does not hand seq_gen_cls on
+        generator = FairseqTask.build_generator(
+            self, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **kwargs
+        )
+        generator.observer = self.observer
+        return generator
+
+    def get_batch_iterator(self, dataset, *args, **kwargs):
+        if self.observer is None:
+            return super().get_batch_iterator(dataset, *args, **kwargs)
+        keep_every_sentence(dataset)
+        return ServedEpoch(super().get_batch_iterator(dataset, *args, **kwargs), self.observer)
+
+    @property
+    def static_serving(self) -> bool:
+        return self.observer is not None and str(self._flags().moe_gating) == "static"
