@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the tests: bash tests/run.sh [--all] [pytest's arguments]
+#   --all  also those marked slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+marker=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+  marker=()
+  shift
+fi
+bash scripts/setup_environment.sh
+# one thread per process: steadier and, at the tests' sizes, faster
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest "${marker[@]}" "$@"
