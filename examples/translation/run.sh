@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Trains a small multilingual MoE translation model on CLDR's dates, numbers and names and serves it, static and dynamic.
+#   bash examples/translation/run.sh [train|serve]     # default: both; finished parts are reused
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+bash scripts/setup_environment.sh
+export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 # one thread: steadier to measure
+work=${WORK:-examples/work}/translation
+mkdir -p "$work"
+
+train() {
+  [ -d "$work/text" ] || python examples/translation/make_data.py --output "$work/text"
+  if [ ! -d "$work/data-bin" ]; then
+    rm -rf "$work/data-bin.partial"
+    fairseq-preprocess --source-lang en --target-lang xx --joined-dictionary --trainpref "$work/text/train" \
+      --validpref "$work/text/valid" --testpref "$work/text/test" --destdir "$work/data-bin.partial" --workers 1 \
+      >"$work/preprocess.log" 2>&1
+    mv "$work/data-bin.partial" "$work/data-bin"
+  fi
+  if [ ! -f "$work/model.pt" ]; then
+    fairseq-train "$work/data-bin" --cpu --user-dir fairseq_moe_ext --task moe_translation -s en -t xx \
+      --arch moe_transformer_tiny --moe-expert-count 32 --dropout 0.0 \
+      --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 \
+      --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+      --lr-scheduler inverse_sqrt --lr 0.006 --warmup-updates 200 --max-tokens 1000 --max-update 1000 \
+      --no-epoch-checkpoints --save-dir "$work/checkpoints" --log-format simple --log-interval 50 --num-workers 0 \
+      >"$work/train.log" 2>&1 || { tail -n 20 "$work/train.log" >&2; exit 1; }
+    cp "$work/checkpoints/checkpoint_last.pt" "$work/model.pt.partial"
+    mv "$work/model.pt.partial" "$work/model.pt"
+  fi
+}
+
+serve() {
+  for gating in static dynamic; do
+    fairseq-generate "$work/data-bin" --cpu --user-dir fairseq_moe_ext --task moe_translation -s en -t xx \
+      --path "$work/model.pt" --gen-subset test --beam 4 --max-len-a 1.5 --max-len-b 5 --batch-size 64 \
+      --scoring sacrebleu --moe-gating "$gating" --moe-eval-capacity-token-fraction 1.0 \
+      --moe-report "$work/$gating.json" \
+      >"$work/$gating.txt" 2>"$work/$gating.log" || { tail -n 20 "$work/$gating.log" >&2; exit 1; }
+  done
+}
+
+case "${1:-all}" in
+  train) train ;;
+  serve) serve ;;
+  all) train && serve && python examples/compare.py "$work" ;;
+  *) echo "$0: train, serve or nothing, got '$1'" >&2 && exit 2 ;;
+esac
