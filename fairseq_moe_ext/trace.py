@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-# an encoder pass is one step of `encoder`, a teacher-forced decoder pass one of `prefill`, a decode step one of `decode`
+# one step is: an encoder pass; a teacher-forced decoder pass (`prefill`); a decode step
 PHASES = ("encoder", "prefill", "decode")
 
 

@@ -20,7 +20,7 @@ class MoEFlags(FairseqDataclass):
     )
     moe_eval_capacity_token_fraction: Optional[float] = field(
         default=None,
-        metadata={"help": "static gating: slots per expert as a share of the batch's tokens; default: the checkpoint's"},
+        metadata={"help": "static gating: slots per expert as a share of a batch's tokens; default: the checkpoint's"},
     )
     moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
     moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})
