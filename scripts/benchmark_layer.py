@@ -6,7 +6,9 @@
 The floor is `dense` (the same arithmetic without routing: two linear products and the activation over T * K rows) plus
 `weights` (one read of the active experts' weights); on a GPU the larger of the two. All are measured in turn, round
 after round, and outputs are checked equal before the clock starts: static against fairscale's, and dynamic against
-static at a capacity fraction of 1, where nothing drops. Legend: T = tokens, E = experts, K = choices, D = model dim, F = hidden dim.
+static at a capacity fraction of 1, where nothing drops.
+
+Legend: T = tokens, E = experts, K = choices, D = model dim, F = hidden dim.
 """
 
 from __future__ import annotations

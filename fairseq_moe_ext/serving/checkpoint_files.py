@@ -58,5 +58,5 @@ def find_checkpoint_files(path: str) -> CheckpointFiles:
     missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
     if missing:
         names = ", ".join(f"{stem}-rank-{rank}.pt" for rank in missing[:4])
-        raise CheckpointError(f"--path {path}: rank files must run from 0 to {max(ranks)} without a gap; missing {names}")
+        raise CheckpointError(f"--path {path}: rank files must run from 0 to {max(ranks)} with no gap; missing {names}")
     return CheckpointFiles(shared=shared, ranks=tuple(ranks[rank] for rank in sorted(ranks)))

@@ -29,6 +29,10 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
             self.args.pad_to_fixed_length = True
         return super().load_dataset(split, *args, **kwargs)
 
+    def eval_lm_dataloader(self, *args, **kwargs):
+        self.shards_by_user = True
+        return super().eval_lm_dataloader(*args, **kwargs)
+
     def get_batch_iterator(self, dataset, *args, seed=1, epoch=1, **kwargs):
         if self.observer is not None:
             # the release orders blocks by seed + epoch where upstream orders them by the seed alone, and under a

@@ -30,6 +30,7 @@ class ServingTask:
     """
 
     observer: Observer | None = None
+    shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -92,6 +93,11 @@ class ServingTask:
     def get_batch_iterator(self, dataset, *args, **kwargs):
         if self.observer is None:
             return super().get_batch_iterator(dataset, *args, **kwargs)
+        if kwargs.get("num_shards", 1) > 1 and not self.shards_by_user:
+            raise ValueError(
+                "--distributed-world-size must be 1: one process serves, and fairseq would translate no more than "
+                f"one part of the data in {kwargs['num_shards']}"
+            )
         keep_every_sentence(dataset)
         return ServedEpoch(super().get_batch_iterator(dataset, *args, **kwargs), self.observer)
 
