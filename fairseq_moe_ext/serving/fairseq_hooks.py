@@ -14,7 +14,6 @@ import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fairseq_moe_ext.models.moe_config import MoEModelFields
 from fairseq_moe_ext.serving.checkpoint import SAFE_GLOBALS, expert_count, moe_layer_numbers, read_checkpoint
 from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files
 
@@ -67,11 +66,10 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
 
 
 def _override(cfg: DictConfig, overrides: dict[str, Any]) -> None:
-    """fairseq's `--model-overrides`, and MoE fields that the checkpoint's configuration lacks."""
+    """fairseq's `--model-overrides`, which sets what is there already, and model fields that are not there yet."""
     checkpoint_utils.overwrite_args_by_name(cfg, overrides)
-    known = MoEModelFields.__dataclass_fields__
     for name, value in overrides.items():
-        if isinstance(cfg.model, Namespace) or name in known:
+        if not isinstance(value, dict):
             _set(cfg.model, name, value)
 
 

@@ -10,6 +10,8 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.models.moe_config import has_moe_layers
+from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
+from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.generator import (
     MoESequenceGenerator,
@@ -45,6 +47,7 @@ class ServingTask:
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
             self._begin_serving()
             return super().build_model(args, from_checkpoint)
+        check_fields(args, has_encoder=self.served_model_class is not MoETransformerLanguageModel)
         model = self.served_model_class.build_model(self._with_flags(args), self)
         self._begin_serving(model)
         return model
