@@ -3,7 +3,8 @@
 
 The sources of the running Python's standard library (tests and installed packages left out) are split by file
 into training, validation and test text: `train.txt`, `valid.txt` and `test.txt` in --output, one line of code
-a line, blank lines left out, tokens apart by spaces. As in BPE, `@@` ends a token that goes on without a space:
+a line, blank lines left out, tokens apart by spaces. As in BPE, `@@` ends a token that goes on without a
+space:
 
     if self.closed:    ->    if self@@ .@@ closed@@ :
 

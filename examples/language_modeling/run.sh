@@ -21,7 +21,7 @@ train() {
       --arch moe_transformer_lm_tiny --moe-expert-count 32 --dropout 0.0 \
       --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 \
       --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-      --lr-scheduler polynomial_decay --lr 0.005 --warmup-updates 50 --max-update 800 --total-num-update 800 \
+      --lr-scheduler polynomial_decay --lr 0.006 --warmup-updates 50 --max-update 700 --total-num-update 700 \
       --tokens-per-sample 128 --sample-break-mode none --max-tokens 1024 \
       --no-epoch-checkpoints --save-dir "$work/checkpoints" --log-format simple --log-interval 50 --num-workers 0 \
       >"$work/train.log" 2>&1 || { tail -n 20 "$work/train.log" >&2; exit 1; }

@@ -9,8 +9,8 @@ One multilingual model learns them all: the first token of a source line names t
     xx  in 4 2 Tagen
 
 Files in --output: {train,valid,test}.en and {train,valid,test}.xx, one sentence a line, tokens apart by
-spaces. Tokens are whole words, single digits, single kanji, runs of kana and single signs: there are about 750
-of them, and no subword model is needed. BLEU on these files is BLEU on these tokens.
+spaces. Tokens are whole words, single digits, single kanji, runs of kana and single signs: there are about
+750 of them, and no subword model is needed. BLEU on these files is BLEU on these tokens.
 
 Every English sentence occurs once in the three splits together, the language tag not counted: a test sentence
 is in training neither for its own language nor for another, and no sentence has two references. The same

@@ -22,7 +22,8 @@ train() {
       --arch moe_transformer_tiny --moe-expert-count 32 --dropout 0.0 \
       --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 \
       --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-      --lr-scheduler inverse_sqrt --lr 0.006 --warmup-updates 200 --max-tokens 1000 --max-update 1000 \
+      --lr-scheduler polynomial_decay --lr 0.004 --warmup-updates 100 --max-update 1200 --total-num-update 1200 \
+      --max-tokens 1000 \
       --no-epoch-checkpoints --save-dir "$work/checkpoints" --log-format simple --log-interval 50 --num-workers 0 \
       >"$work/train.log" 2>&1 || { tail -n 20 "$work/train.log" >&2; exit 1; }
     cp "$work/checkpoints/checkpoint_last.pt" "$work/model.pt.partial"

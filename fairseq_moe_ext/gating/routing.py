@@ -47,6 +47,7 @@ class Gate(nn.Module):
     """
 
     num_choices: int
+    is_random = False  # whether results depend on drawn numbers, and so on the batch
 
     def __init__(self, model_dim: int, num_experts: int, use_fp32: bool = False):
         super().__init__()
@@ -120,14 +121,10 @@ class Top2Gate(Gate):
                 f"second_expert_policy must be one of {', '.join(SECOND_EXPERT_POLICIES)}, got {second_expert_policy!r}"
             )
         self.second_expert_policy = second_expert_policy
+        self.is_random = second_expert_policy != "all"
         self.normalize_before_dropping = normalize_before_dropping
         self._seed: int | None = None
         self._generator: torch.Generator | None = None
-
-    @property
-    def is_random(self) -> bool:
-        """Whether results depend on drawn numbers, and so on the batch."""
-        return self.second_expert_policy != "all"
 
     def seed(self, seed: int) -> None:
         self._seed, self._generator = seed, None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
+
 from fairseq_moe_ext.gating import MOELayer
+
+logger = logging.getLogger("fairseq_moe_ext")
 
 
 class ServedModel:
@@ -12,6 +18,7 @@ class ServedModel:
     """
 
     observer = None
+    serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
 
     def moe_layers(self) -> dict[str, MOELayer]:
         """The MoE layers by their module's name in the checkpoint, in the order of the state dict."""
@@ -20,7 +27,14 @@ class ServedModel:
     def prepare_for_inference_(self, cfg):
         """fairseq's entry point once the weights are loaded and moved."""
         super().prepare_for_inference_(cfg)
+        if self.serving_dtype is not None:
+            self.to(self.serving_dtype)
         observer = self.observer
+        if any(layer.gate.is_random for layer in self.moe_layers().values()):
+            logger.warning(
+                "the second expert is drawn at random (moe_second_expert_policy): results follow --seed and depend on "
+                "which sentences share a batch"
+            )
         for number, (name, layer) in enumerate(self.moe_layers().items()):
             # every layer draws from a stream of its own; fairseq-eval-lm seeds nothing by itself
             seed = int(cfg.common.seed) * 1_000_003 + number

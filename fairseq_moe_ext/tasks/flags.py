@@ -9,6 +9,8 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.gating.layer import GATINGS
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 @dataclass
 class MoEFlags(FairseqDataclass):
@@ -21,6 +23,9 @@ class MoEFlags(FairseqDataclass):
     moe_eval_capacity_token_fraction: Optional[float] = field(
         default=None,
         metadata={"help": "static gating: slots per expert as a share of a batch's tokens; default: the checkpoint's"},
+    )
+    moe_dtype: Optional[ChoiceEnum(DTYPES)] = field(
+        default=None, metadata={"help": "dtype to serve in; default: float32, or float16 under --fp16"}
     )
     moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
     moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})

@@ -6,6 +6,7 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+import torch
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
@@ -49,6 +50,8 @@ class ServingTask:
             return super().build_model(args, from_checkpoint)
         check_fields(args, has_encoder=self.served_model_class is not MoETransformerLanguageModel)
         model = self.served_model_class.build_model(self._with_flags(args), self)
+        dtype = self._flags().moe_dtype
+        model.serving_dtype = None if dtype is None else getattr(torch, str(dtype))
         self._begin_serving(model)
         return model
 
