@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
+from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
 from fairseq_moe_ext.serving.observer import Observer
@@ -23,6 +24,10 @@ class _CountedGeneration:
 
     @torch.no_grad()
     def generate(self, models, sample, **kwargs):
+        if isinstance(self.search, DiverseBeamSearch):
+            # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
+            # ends beyond it; without numbers it counts within the batch
+            sample = {key: value for key, value in sample.items() if key != "id"}
         hypotheses = super().generate(models, sample, **kwargs)
         if self.observer is not None:
             self.observer.report.count_hypotheses(hypotheses)
