@@ -7,6 +7,8 @@ Legend: L = MoE layers of a phase, E = experts. The file is a compressed .npz; p
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:
                 for phase in PHASES
                 if f"{phase}_load" in arrays
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a routing trace (.npz as --moe-trace writes it): {error}") from error
     if not phases:
         raise ValueError(f"{path}: not a routing trace: none of the phases {', '.join(PHASES)} is in it")

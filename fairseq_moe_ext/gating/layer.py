@@ -127,7 +127,9 @@ class MOELayer(nn.Module):
         rows = x.size(0)
         x, padding_mask = self._pad_rows(x, padding_mask)
         tokens = x.reshape(-1, x.size(2))
-        counted = tokens.size(0) if self.static.max_positions is None else x.size(0) * self.static.max_positions
+        counted = tokens.size(0)
+        if self.static.max_positions is not None and self.static.capacity_fraction > 0 and not self.training:
+            counted = x.size(0) * self.static.max_positions
         result = self._static(tokens, None if padding_mask is None else padding_mask.reshape(-1), counted)
         return result.view_as(x)[:rows]
 

@@ -142,7 +142,8 @@ class Top2Gate(Gate):
         first = probabilities.argmax(dim=1, keepdim=True)
         if self.second_expert_policy == "sampling":
             # Gumbel-max: argmax(logits + noise) draws from the softmax
-            tiny = torch.finfo(logits.dtype).tiny
+            logits = logits.float()  # half-precision noise is too coarse: it would favour some experts
+            tiny = torch.finfo(torch.float32).tiny
             logits = logits - (-self._random(logits).clamp_min(tiny).log()).clamp_min(tiny).log()
         second = logits.scatter(1, first, float("-inf")).argmax(dim=1, keepdim=True)
         expert_ids = torch.cat((first, second), dim=1)

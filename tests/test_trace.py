@@ -1,0 +1,135 @@
+"""The trace: what was recorded comes back, in the smallest type, and a bad file is named."""
+
+import numpy as np
+import pytest
+
+from fairseq_moe_ext.trace import PHASES, PhaseTrace, TraceRecorder, load_trace, save_trace
+
+
+def record():
+    recorder = TraceRecorder()
+    recorder.begin_step("encoder", batch=0)
+    recorder.add("encoder.layers.1.moe_layer", [3, 0, 1])
+    for step in range(3):
+        recorder.begin_step("decode", batch=step // 2)
+        for layer in (1, 3):
+            recorder.add(f"decoder.layers.{layer}.moe_layer", [step, layer, 0])
+    return recorder
+
+
+def test_steps_layers_and_experts():
+    phases = record().trace()
+    assert list(phases) == ["encoder", "decode"]  # no prefill, no entry
+    assert phases["encoder"].names == ("encoder.layers.1.moe_layer",)
+    assert phases["encoder"].load.tolist() == [[[3, 0, 1]]]
+    decode = phases["decode"]
+    assert decode.names == ("decoder.layers.1.moe_layer", "decoder.layers.3.moe_layer")
+    assert decode.load.tolist() == [[[step, 1, 0], [step, 3, 0]] for step in range(3)]
+    assert decode.batch.tolist() == [0, 0, 1] and decode.batch.dtype == np.int64
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "trace.npz"
+    phases = record().trace()
+    save_trace(path, phases)
+    loaded = load_trace(str(path))
+    assert list(loaded) == list(phases)
+    for phase, expected in phases.items():
+        assert isinstance(loaded[phase], PhaseTrace)
+        assert loaded[phase].names == expected.names
+        for name in ("load", "batch"):
+            np.testing.assert_array_equal(getattr(loaded[phase], name), getattr(expected, name))
+            assert getattr(loaded[phase], name).dtype == getattr(expected, name).dtype
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.npz"]  # the temporary name is gone
+
+
+def test_a_second_trace_takes_the_firsts_place(tmp_path):
+    path = tmp_path / "trace.npz"
+    save_trace(path, record().trace())
+    recorder = TraceRecorder()
+    recorder.begin_step("prefill", batch=7)
+    recorder.add("layer", [1])
+    save_trace(path, recorder.trace())
+    assert list(load_trace(path)) == ["prefill"]
+
+
+@pytest.mark.parametrize("largest, dtype", [
+    (0, np.uint8), (255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (2**32 - 1, np.uint32),
+])
+def test_loads_take_the_smallest_type_that_holds_them(largest, dtype, tmp_path):
+    recorder = TraceRecorder()
+    recorder.begin_step("decode", batch=0)
+    recorder.add("layer", [0, largest])
+    save_trace(tmp_path / "trace.npz", recorder.trace())
+    load = load_trace(tmp_path / "trace.npz")["decode"].load
+    assert load.dtype == dtype and load.tolist() == [[[0, largest]]]
+
+
+def test_steps_without_a_moe_layer_leave_no_trace():
+    recorder = TraceRecorder()
+    recorder.begin_step("prefill", batch=0)
+    recorder.begin_step("decode", batch=0)
+    recorder.begin_step("decode", batch=1)
+    recorder.add("layer", [2])
+    phases = recorder.trace()
+    assert list(phases) == ["decode"] and phases["decode"].batch.tolist() == [1]
+    assert TraceRecorder().trace() == {}
+
+
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(ValueError, match="^phase must be one of encoder, prefill, decode, got 'training'$"):
+        TraceRecorder().begin_step("training", batch=0)
+    assert PHASES == ("encoder", "prefill", "decode")
+
+
+def truncated(tmp_path):
+    save_trace(tmp_path / "whole.npz", record().trace())
+    return (tmp_path / "whole.npz").read_bytes()[:-200]
+
+
+def damaged(tmp_path):
+    """A byte inside the compressed data is not what it was."""
+    recorder = TraceRecorder()
+    recorder.begin_step("decode", batch=0)
+    recorder.add("layer", list(range(2000)))
+    save_trace(tmp_path / "whole.npz", recorder.trace())
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    return bytes(content)
+
+
+def without_the_batches(tmp_path):
+    with open(tmp_path / "part.npz", "wb") as file:
+        np.savez(file, decode_names=np.array(["a"]), decode_load=np.zeros((1, 1, 1)))
+    return (tmp_path / "part.npz").read_bytes()
+
+
+def one_array(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    return (tmp_path / "array.npy").read_bytes()
+
+
+def pickled(tmp_path):
+    np.save(tmp_path / "array.npy", np.array([{}]), allow_pickle=True)
+    return (tmp_path / "array.npy").read_bytes()
+
+
+def another_archive(tmp_path):
+    np.savez(tmp_path / "other.npz", scores=np.zeros(3))
+    return (tmp_path / "other.npz").read_bytes()
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: b"", lambda path: b"S-0\tnot a trace\n", truncated, damaged, without_the_batches, one_array, pickled,
+    another_archive,
+], ids=["empty", "text", "truncated", "damaged", "without the batches", "one array", "pickled", "another archive"])
+def test_a_bad_file_is_named(make, tmp_path):
+    path = tmp_path / "bad.npz"
+    path.write_bytes(make(tmp_path))
+    with pytest.raises(ValueError, match=r"bad\.npz: not a routing trace"):
+        load_trace(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.npz: not a routing trace"):
+        load_trace(tmp_path / "none.npz")
