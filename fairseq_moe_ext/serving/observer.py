@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ class Observer:
         self._trace_path = trace_path
         self._recorder = TraceRecorder() if trace_path else None
         self._batch = -1
+        self._summary_at_exit = False
         self._on_gpu = False
 
     def model_ready(self, model) -> None:
@@ -59,7 +61,14 @@ class Observer:
             save_trace(self._trace_path, self._recorder.trace())
         if self._report_path:
             write_json(self._report_path, self.report.as_dict())
-        logger.info(self.report.summary())
+        if not self._summary_at_exit:
+            logger.info(self.report.summary())
+
+    def summarize_at_exit(self) -> None:
+        """Log the one line when the process ends: fairseq-interactive finishes a set of batches with every input."""
+        if not self._summary_at_exit:
+            self._summary_at_exit = True
+            atexit.register(lambda: logger.info(self.report.summary()))
 
     @contextmanager
     def _pass(self, phase: str, totals: PassTotals, tokens: int) -> Iterator[None]:

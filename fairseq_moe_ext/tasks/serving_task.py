@@ -96,6 +96,11 @@ class ServingTask:
         generator.observer = self.observer
         return generator
 
+    def build_dataset_for_inference(self, *args, **kwargs):
+        if self.observer is not None:
+            self.observer.summarize_at_exit()
+        return super().build_dataset_for_inference(*args, **kwargs)
+
     def get_batch_iterator(self, dataset, *args, **kwargs):
         if self.observer is None:
             return super().get_batch_iterator(dataset, *args, **kwargs)
