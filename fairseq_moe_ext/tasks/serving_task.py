@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq import utils
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
@@ -24,6 +26,12 @@ from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.tasks.flags import check_flags
 
 logger = logging.getLogger("fairseq_moe_ext")
+
+# whether a checkpoint has an encoder -> what it is, and the tasks that serve it
+_KINDS = {
+    False: ("a language model", "moe_language_modeling"),
+    True: ("a translation model", "moe_translation or moe_translation_multi_simple_epoch"),
+}
 
 
 class ServingTask:
@@ -48,7 +56,11 @@ class ServingTask:
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
             self._begin_serving()
             return super().build_model(args, from_checkpoint)
-        check_fields(args, has_encoder=self.served_model_class is not MoETransformerLanguageModel)
+        has_encoder = getattr(args, "encoder_layers", None) is not None
+        if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
+            found, fitting = _KINDS[has_encoder]
+            raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
+        check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
         dtype = self._flags().moe_dtype
         model.serving_dtype = None if dtype is None else getattr(torch, str(dtype))
@@ -95,6 +107,22 @@ class ServingTask:
         )
         generator.observer = self.observer
         return generator
+
+    def load_dataset(self, split, *args, **kwargs):
+        if self.observer is not None:
+            self._check_not_empty(split)
+        return super().load_dataset(split, *args, **kwargs)
+
+    def _check_not_empty(self, split: str) -> None:
+        """fairseq dies of a data set without sentences in ways that do not name it."""
+        flags = self._flags()
+        languages = (getattr(flags, "source_lang", None), getattr(flags, "target_lang", None))
+        pairs = ["-".join(languages), "-".join(languages[::-1])] if all(languages) else [""]
+        for folder in utils.split_paths(flags.data):
+            for pair in pairs:
+                for file in Path(folder).glob(f"{split}.{pair}*bin"):
+                    if file.stat().st_size == 0:
+                        raise ValueError(f"--gen-subset {split}: the data set must hold a sentence, {file} holds none")
 
     def build_dataset_for_inference(self, *args, **kwargs):
         if self.observer is not None:
