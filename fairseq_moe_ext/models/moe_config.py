@@ -55,30 +55,8 @@ class MoEModelFields(FairseqDataclass):
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
 
 
-@dataclass(frozen=True)
-class MoEConfig:
-    """The Mixture-of-Experts side of one model; every field but the last four by upstream's name."""
-
-    encoder_moe_freq: int
-    decoder_moe_freq: int
-    moe_expert_count: int
-    moe_gating_use_fp32: bool
-    moe_second_expert_policy: str
-    moe_normalize_gate_prob_before_dropping: bool
-    moe_top1_expert: bool
-    moe_eval_capacity_token_fraction: float
-    moe_eval_capacity_max_seqlen: bool
-    use_moe_pad_mask: bool
-    moe_batch_prioritized_routing: bool
-    moe_eom: float
-    moe_fom: float
-    moe_cmr: bool
-    cmr_gate_drop: float
-    alternate_ffn_embed_dim: int
-    alternate_decoder_ffn_embed_dim: int
-    moe_gating: str
-    batch_size: int | None
-    batch_size_valid: int | None
+class MoEConfig(MoEModelFields):
+    """The fields of one model as its layers read them: nothing unset, each side's own freq."""
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
@@ -91,7 +69,7 @@ class MoEConfig:
                 values[name] = None
         for side in ("encoder_moe_freq", "decoder_moe_freq"):
             values[side] = max(int(values[side] or 0), int(values["moe_freq"] or 0))
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        return cls(**values)
 
     def is_moe_layer(self, side: str, number: int) -> bool:
         """Whether layer `number` (from 0) of `side` (`encoder` or `decoder`) stands where MoE layers stand."""
