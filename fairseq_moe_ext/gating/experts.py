@@ -25,6 +25,8 @@ class ResidentExperts(nn.Module):
 
     activation: elementwise, Tensor -> Tensor.
     activation_dropout: probability, in training only.
+    initialize: False leaves the weights as the memory was, for a model that is loaded at once; a state dict that lacks
+        one of them is then an error, strict or not.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ResidentExperts(nn.Module):
         hidden_dim: int,
         activation: Callable[[Tensor], Tensor] = F.relu,
         activation_dropout: float = 0.0,
+        initialize: bool = True,
     ):
         super().__init__()
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, model_dim))
@@ -42,7 +45,9 @@ class ResidentExperts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, model_dim))
         self.activation = activation
         self.activation_dropout = activation_dropout
-        self.reset_parameters()
+        self._initialized = initialize
+        if initialize:
+            self.reset_parameters()
 
     @property
     def num_experts(self) -> int:
@@ -84,6 +89,8 @@ class ResidentExperts(nn.Module):
                 full_key = f"{prefix}{expert}.{key}"
                 if full_key not in state_dict:
                     missing_keys.append(full_key)
+                    if not self._initialized:  # PyTorch leaves missing keys be where it is not strict
+                        error_msgs.append(f"{full_key}: missing, and these experts have no values of their own")
                 elif state_dict[full_key].shape != weight.shape:
                     error_msgs.append(
                         f"{full_key}: expected shape {tuple(weight.shape)}, got {tuple(state_dict[full_key].shape)}"

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.serving.loading import Loading, loading_into
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -18,11 +19,17 @@ class ServedModel:
     """
 
     observer = None
+    loading: Loading | None = None  # what loading a served checkpoint took
     serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
 
     def moe_layers(self) -> dict[str, MOELayer]:
         """The MoE layers by their module's name in the checkpoint, in the order of the state dict."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MOELayer)}
+
+    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        """fairseq's, with a served checkpoint's state checked, timed and its errors named."""
+        with loading_into(self, state_dict) as self.loading:
+            return super().load_state_dict(state_dict, strict, model_cfg, args)
 
     def prepare_for_inference_(self, cfg):
         """fairseq's entry point once the weights are loaded and moved."""

@@ -15,9 +15,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_stable_embedding": ((False,), "a layer norm inside the embedding"),
     "scale_heads_inside": ((False,), "head scales inside the attention"),
     "decoder_learned_sinusoidal": ((False,), "learned sinusoidal positions"),
+    "dummy_a2a": ((False,), "an exchange between ranks that exchanges nothing"),
+}
+
+# the release has these, in dense models
+REFUSED_WITH_EXPERTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "character_embeddings": ((False,), "embeddings made of characters"),
     "adaptive_input": ((False,), "embeddings of several sizes"),
-    "dummy_a2a": ((False,), "an exchange between ranks that exchanges nothing"),
 }
 
 # the release has these in decoders only, upstream in encoders too
@@ -33,6 +37,8 @@ WITHOUT_EFFECT = frozenset(
     {
         "moe_expert_ffn_dim",  # upstream defines it and reads --encoder-ffn-embed-dim
         "moe_local_drop",  # training only
+        "use_tutel_moe",  # another implementation of the same mathematics
+        "record_a2a_perf_stats",
         "moe_generation",  # upstream's way to give all ranks one batch
         "moe_cmr_xgpu",
         "moe_gate_loss_wt",
@@ -55,13 +61,17 @@ class UnsupportedFieldError(ValueError):
     """A checkpoint asks for mathematics that the plugin does not have."""
 
 
-def check_fields(args: Any, has_encoder: bool) -> None:
+def check_fields(args: Any, has_encoder: bool, has_experts: bool = True) -> None:
     """Raise UnsupportedFieldError at the first field of a model's arguments that would be served wrong.
 
     args: the model's arguments as a mapping or an object with attributes.
     """
     values = dict(args) if hasattr(args, "keys") else dict(vars(args))
-    refused = {**REFUSED, **(REFUSED_WITH_ENCODER if has_encoder else {})}
+    refused = dict(REFUSED)
+    if has_encoder:
+        refused.update(REFUSED_WITH_ENCODER)
+    if has_experts:
+        refused.update(REFUSED_WITH_EXPERTS)
     for name, value in values.items():
         if name in refused:
             served, meaning = refused[name]

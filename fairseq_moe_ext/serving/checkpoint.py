@@ -7,47 +7,45 @@ unsafe load.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import pickle
 import re
-from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from fairseq_moe_ext.serving.checkpoint_file import read_file
 from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, CheckpointFiles, find_checkpoint_files
+from fairseq_moe_ext.serving.fsdp_shards import read_rank_shard, read_shards
+from fairseq_moe_ext.serving.loading import PATIENCE, Loading, ModelState
+from fairseq_moe_ext.serving.rank_files import check_of_one_model, experts_per_file, global_experts, is_expert_key
+from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS
+
+__all__ = ["SAFE_GLOBALS", "expert_count", "is_expert_key", "moe_layer_numbers", "read_checkpoint"]
 
 logger = logging.getLogger("fairseq_moe_ext")
 
-# what fairseq's checkpoints hold besides tensors and plain containers
-SAFE_GLOBALS = [argparse.Namespace]
-
-EXPERT_KEY = re.compile(r"^(.*\.moe_layer\.experts\.)(\d+)(\..+)$")
 GATE_KEY = re.compile(r"^(.*\.moe_layer)\.gate\.wg\.weight$")
 OLD_NAMES = ((".alpha2", ".w_resid"),)  # nllb's name -> the release's
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """The state of the checkpoint at `path`, as fairseq's loader gives it, without the optimizer's."""
+def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
+    """The state of the checkpoint at `path`, as fairseq's loader gives it, without the optimizer's.
+
+    Its `model` is a ModelState whose tensors are read where they are used; CheckpointError where a file is wrong.
+    rename: give keys that only upstream's branches have the release's names.
+    """
     files = find_checkpoint_files(path)
-    if files.whole is not None:
-        state = _read_file(files.whole)
-    else:
-        state = _merge(files)
-    model = state["model"]
-    for key in list(model):
-        for old, new in OLD_NAMES:
-            if key.endswith(old):
-                model[key.removesuffix(old) + new] = model.pop(key)
+    loading = Loading(path)
+    with loading.timed():
+        state, had_optimizer = _merge(files, loading) if files.ranks else _read_whole(files, loading)
+        model = state["model"]
+        for key in list(model) if rename else ():
+            for old, new in OLD_NAMES:
+                if key.endswith(old):
+                    model[key.removesuffix(old) + new] = model.pop(key)
+        state["model"] = ModelState(model, loading, had_optimizer)
     return state
-
-
-def is_expert_key(key: str) -> bool:
-    """Upstream's rule for what stands in rank files."""
-    return "expert" in key and "expert_centroids" not in key
 
 
 def moe_layer_numbers(model: dict[str, Tensor], side: str) -> list[int]:
@@ -64,75 +62,52 @@ def expert_count(model: dict[str, Tensor]) -> int:
     return counts.pop() if counts else 0
 
 
-def _read_file(file: Path) -> dict[str, Any]:
-    """One checkpoint file by the safe loader; its optimizer state, the bulk, is dropped at once."""
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file}: the safe loader refuses it: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(f"{file}: not a fairseq checkpoint: it must hold a dict with the key 'model'")
-    state.pop("last_optimizer_state", None)
-    return state
+def _read_whole(files: CheckpointFiles, loading: Loading) -> tuple[dict[str, Any], bool]:
+    return read_shards(files.shards, loading) if files.shards else read_file(files.whole, loading)
 
 
-def _merge(files: CheckpointFiles) -> dict[str, Any]:
+def _merge(files: CheckpointFiles, loading: Loading) -> tuple[dict[str, Any], bool]:
     """The shared file's model and the rank files' experts; everything else is rank 0's, as upstream merges them."""
-    shared = _read_file(files.shared)["model"]
-    num_experts = expert_count(shared)
+    if files.shards:
+        shared, had_optimizer = read_shards(files.shards, loading, has_experts=False)
+    else:
+        shared, had_optimizer = read_file(files.shared, loading)
+    try:
+        num_experts = expert_count(shared["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{files.shared}: {error}") from error
     if num_experts == 0:
         raise CheckpointError(f"{files.shared}: rank files stand beside it, but it holds no gate of a MoE layer")
-    state = _read_file(files.ranks[0])
-    experts = _global_experts(state["model"], files.ranks[0], first=0)
-    per_file = _experts_per_file(state["model"], files.ranks[0])
-    needed, remainder = divmod(num_experts, per_file)
-    if remainder or needed > len(files.ranks):
-        raise CheckpointError(
-            f"{files.ranks[0]}: {len(files.ranks)} rank files with {per_file} experts each must cover the model's "
-            f"{num_experts} experts; " + _first_missing(num_experts, per_file * len(files.ranks))
-        )
-    if len(files.ranks) > needed:
-        logger.info("%d rank files hold replicas; the first %d cover every expert", len(files.ranks), needed)
-    for rank, file in enumerate(files.ranks[1:needed], start=1):
-        model = _read_file(file)["model"]
-        if _experts_per_file(model, file) != per_file:
+    state = read_rank_shard(files.ranks[0], loading)
+    per_file = experts_per_file(state["model"], files.ranks[0])
+    needed = _needed_ranks(files, num_experts, per_file)
+    states = [state]
+    for file in tqdm(files.ranks[1:needed], desc="reading rank files", unit="file", delay=PATIENCE, leave=False):
+        states.append(read_rank_shard(file, loading))
+        if experts_per_file(states[-1]["model"], file) != per_file:
             raise CheckpointError(
                 f"{file}: every rank file must hold {per_file} experts per layer as {files.ranks[0].name} does, "
-                f"got {_experts_per_file(model, file)}"
+                f"got {experts_per_file(states[-1]['model'], file)}"
             )
-        experts.update(_global_experts(model, file, first=rank * per_file))
-    state["model"] = OrderedDict({**shared, **experts})
-    return state
-
-
-def _first_missing(num_experts: int, found: int) -> str:
-    return f"expert {found} is missing" if found < num_experts else "the number of experts per file does not divide it"
-
-
-def _experts_per_file(model: dict[str, Tensor], file: Path) -> int:
-    """L; the local numbers in every layer must run from 0 without a gap."""
-    numbers: dict[str, set[int]] = {}
-    for match in map(EXPERT_KEY.match, model):
-        if match:
-            numbers.setdefault(match.group(1), set()).add(int(match.group(2)))
-    counts = {len(found) for found in numbers.values()}
-    if len(counts) != 1 or any(max(found) + 1 != len(found) for found in numbers.values()):
-        raise CheckpointError(f"{file}: a rank file must hold the same experts 0, 1, ... in every MoE layer")
-    return counts.pop()
-
-
-def _global_experts(model: dict[str, Tensor], file: Path, first: int) -> dict[str, Tensor]:
-    """A rank file's experts with local number j under their global one, `first` + j."""
+    check_of_one_model(shared, files.shared, states, files.ranks[:needed])
     experts = {}
-    for key, tensor in model.items():
-        match = EXPERT_KEY.match(key)
-        if match is None:
-            if is_expert_key(key):
-                raise CheckpointError(f"{file}: not a key of an expert in a MoE layer: {key}")
-            continue
-        prefix, number, rest = match.groups()
-        experts[f"{prefix}{first + int(number)}{rest}"] = tensor
-    return experts
+    for rank, (file, each) in enumerate(zip(files.ranks, states, strict=False)):
+        experts.update(global_experts(each["model"], file, first=rank * per_file))
+    not_experts = {key: tensor for key, tensor in shared["model"].items() if not is_expert_key(key)}
+    return {**state, "model": {**not_experts, **experts}}, had_optimizer
+
+
+def _needed_ranks(files: CheckpointFiles, num_experts: int, per_file: int) -> int:
+    """How many of the rank files cover every expert; the others hold replicas."""
+    found = len(files.ranks)
+    needed, remainder = divmod(num_experts, per_file)
+    if remainder or needed > found:
+        first = per_file * found
+        reason = f"expert {first} is missing" if first < num_experts else f"{per_file} does not divide {num_experts}"
+        raise CheckpointError(
+            f"{files.ranks[0]}: {found} rank files with {per_file} experts each must cover the model's "
+            f"{num_experts} experts; {reason}"
+        )
+    if found > needed:
+        logger.info("%d rank files hold replicas; the first %d cover every expert", found, needed)
+    return needed

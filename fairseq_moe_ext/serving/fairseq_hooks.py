@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fairseq import checkpoint_utils
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_moe_ext.serving.checkpoint import SAFE_GLOBALS, expert_count, moe_layer_numbers, read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files
+from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files, one_line
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -45,8 +46,14 @@ def _replacing(original, replacement):
 
 def _find(original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
     """fairseq asks which file to load when it serves (never when training goes on)."""
-    if suffix or num_shards > 1:
-        return original(filename, suffix, shard_idx, num_shards)
+    filename = filename.replace(".pt", suffix + ".pt")  # as fairseq reads --checkpoint-suffix
+    if num_shards > 1:
+        stem = filename.removesuffix(".pt")
+        if not any(Path(f"{stem}{part}0.pt").exists() for part in ("-shard", "_part")):
+            raise CheckpointError(
+                f"--checkpoint-shard-count must be 1: the files of {filename} are found without it, got {num_shards}"
+            )
+        return original(filename, "", shard_idx, num_shards)
     return ServedPath(find_checkpoint_files(filename).first)
 
 
@@ -55,22 +62,42 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return original(path, arg_overrides, load_on_all_ranks)
     state = read_checkpoint(path)
-    if state.get("cfg") is not None:
-        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-    elif state.get("args") is None:
+    if state.get("cfg") is None and state.get("args") is None:
         raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
-    state = checkpoint_utils._upgrade_state_dict(state)
+    try:
+        if state.get("cfg") is not None:
+            state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+        state = checkpoint_utils._upgrade_state_dict(state)
+        model_cfg = state["cfg"].model
+    except Exception as error:  # fairseq takes the content for granted
+        raise CheckpointError(
+            f"{path}: not a fairseq checkpoint: fairseq cannot upgrade it: {type(error).__name__}: {one_line(error)}"
+        ) from error
     _override(state["cfg"], arg_overrides or {})
-    _tell_layers(state["cfg"].model, state["model"])
+    try:
+        _tell_layers(model_cfg, state["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if expert_count(state["model"]) > 0:
+        _tell_task(state["cfg"])
     return state
 
 
 def _override(cfg: DictConfig, overrides: dict[str, Any]) -> None:
     """fairseq's `--model-overrides`, which sets what is there already, and model fields that are not there yet."""
     checkpoint_utils.overwrite_args_by_name(cfg, overrides)
-    for name, value in overrides.items():
+    nested = overrides.get("model")
+    for name, value in {**overrides, **(nested if isinstance(nested, dict) else {})}.items():
         if not isinstance(value, dict):
             _set(cfg.model, name, value)
+
+
+def _tell_task(cfg: DictConfig) -> None:
+    """Let our task serve a MoE language model that fairseq sets up by the checkpoint's own (`--lm-path`)."""
+    task = cfg.get("task")
+    if isinstance(task, DictConfig) and task.get("_name") == "language_modeling":
+        with open_dict(task):
+            task["_name"] = "moe_language_modeling"
 
 
 def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tensor]) -> None:

@@ -66,6 +66,7 @@ class Report:
         self.device = "cpu"
         self.dtype = "float32"
         self.expert_bytes = 0
+        self.loading: dict[str, float] | None = None
 
     def describe(self, model: torch.nn.Module, layers: dict[str, MOELayer]) -> None:
         """Take down device, dtype and expert bytes of a model that is ready to serve."""
@@ -75,6 +76,8 @@ class Report:
             weight.numel() * weight.element_size() for layer in layers.values() for weight in layer.experts.parameters()
         )
         self.layers = {name: LayerTotals(name) for name in layers}
+        loading = getattr(model, "loading", None)
+        self.loading = None if loading is None else loading.as_dict()
 
     def count_hypotheses(self, hypotheses: list[list[dict]]) -> None:
         """Add one batch of a generator's results: per sentence its hypotheses, best first."""
@@ -92,6 +95,8 @@ class Report:
             "dtype": self.dtype,
             "threads": torch.get_num_threads(),
         }
+        if self.loading is not None:
+            report["loading"] = self.loading
         if self.encoder.steps:
             report["encoder"] = {
                 "tokens": self.encoder.tokens,

@@ -52,11 +52,12 @@ class ServingTask:
     def build_model(self, args, from_checkpoint=False):
         if not from_checkpoint:
             return super().build_model(args, from_checkpoint)
+        has_encoder = getattr(args, "encoder_layers", None) is not None
         if not has_moe_layers(args):
+            check_fields(args, has_encoder, has_experts=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
             self._begin_serving()
             return super().build_model(args, from_checkpoint)
-        has_encoder = getattr(args, "encoder_layers", None) is not None
         if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
             found, fitting = _KINDS[has_encoder]
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")

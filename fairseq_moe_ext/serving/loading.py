@@ -1,0 +1,107 @@
+"""What loading a checkpoint takes: bytes, seconds, a progress bar; and the model's state on its way into the model."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+
+EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+PATIENCE = 3.0  # seconds before a bar appears
+
+
+class Loading:
+    """Bytes of tensors that were read from one checkpoint's files, and the seconds that this took.
+
+    error: what was found wrong with a file. It is kept since torch's load_state_dict turns any error into its own.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.bytes = 0
+        self.seconds = 0.0
+        self.error: CheckpointError | None = None
+        self._bar: tqdm | None = None
+
+    def count(self, number: int) -> None:
+        self.bytes += number
+        if self._bar is not None:
+            self._bar.update(number)
+
+    @contextmanager
+    def timed(self, total: int | None = None) -> Iterator[None]:
+        """The seconds in this context are loading's; with `total` bytes to come, it shows how far they are."""
+        start = time.perf_counter()
+        if total is not None:
+            self._bar = tqdm(
+                total=total, desc=f"loading {self.path}", unit="B", unit_scale=True, delay=PATIENCE, leave=False
+            )
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    def as_dict(self) -> dict[str, float]:
+        """`loading` of the report."""
+        gigabytes = self.bytes / 1e9
+        return {
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "seconds_per_gb": self.seconds / gigabytes if gigabytes else 0.0,
+        }
+
+
+class ModelState(OrderedDict):
+    """A checkpoint's model state, key -> tensor, that knows what loading it takes.
+
+    had_optimizer: whether the files hold an optimizer state, which was left where it is.
+    """
+
+    def __init__(self, tensors, loading: Loading, had_optimizer: bool = False):
+        super().__init__(tensors)
+        self.loading = loading
+        self.had_optimizer = had_optimizer
+
+
+@contextmanager
+def loading_into(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Loading | None]:
+    """Around `model.load_state_dict(state)`; gives the state's Loading, None where it is no ModelState (training).
+
+    CheckpointError where a file turns out damaged, or where the state does not fit the model.
+    """
+    if not isinstance(state, ModelState):
+        yield None
+        return
+    loading = state.loading
+    _check_vocabulary(model, state)
+    try:
+        with loading.timed(total=sum(tensor.nbytes for tensor in state.values())):
+            yield loading
+    except RuntimeError as error:
+        if loading.error is not None:
+            raise loading.error from None
+        complaints = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise CheckpointError(
+            f"{loading.path}: its tensors must fit the model that its configuration describes: {complaints[0][:600]}"
+        ) from error
+
+
+def _check_vocabulary(model: nn.Module, state: ModelState) -> None:
+    """The commonest misfit, said in its own words."""
+    for name, parameter in model.named_parameters():
+        if name in EMBEDDINGS and name in state and parameter.dim() == 2 and state[name].dim() == 2:
+            if state[name].size(0) != parameter.size(0):
+                raise CheckpointError(
+                    f"{state.loading.path}: the dictionary must have as many entries as the checkpoint's {name} has "
+                    f"rows, {state[name].size(0)}, got {parameter.size(0)}: the data's dict.*.txt and the language "
+                    "flags must be those of the training"
+                )

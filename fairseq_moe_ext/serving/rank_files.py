@@ -1,0 +1,144 @@
+"""What rank files must be to one another: parts of one model, in the order of their ranks.
+
+Legend: L = experts in each rank file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+
+EXPERT_KEY = re.compile(r"^(.*\.moe_layer\.experts\.)(\d+)(\..+)$")
+
+
+def is_expert_key(key: str) -> bool:
+    """Upstream's rule for what stands in rank files."""
+    return "expert" in key and "expert_centroids" not in key
+
+
+def experts_per_file(model: dict[str, Tensor], file: Path) -> int:
+    """L; the local numbers in every layer must run from 0 without a gap."""
+    numbers: dict[str, set[int]] = {}
+    for match in map(EXPERT_KEY.match, model):
+        if match:
+            numbers.setdefault(match.group(1), set()).add(int(match.group(2)))
+    counts = {len(found) for found in numbers.values()}
+    if len(counts) != 1 or any(max(found) + 1 != len(found) for found in numbers.values()):
+        raise CheckpointError(f"{file}: a rank file must hold the same experts 0, 1, ... in every MoE layer")
+    return counts.pop()
+
+
+def global_experts(model: dict[str, Tensor], file: Path, first: int) -> dict[str, Tensor]:
+    """A rank file's experts with local number j under their global one, `first` + j; its other keys are left out."""
+    experts = {}
+    for key, tensor in model.items():
+        match = EXPERT_KEY.match(key)
+        if match is None:
+            if is_expert_key(key):
+                raise CheckpointError(f"{file}: not a key of an expert in a MoE layer: {key}")
+            continue
+        prefix, number, rest = match.groups()
+        experts[f"{prefix}{first + int(number)}{rest}"] = tensor
+    return experts
+
+
+def check_of_one_model(shared: dict, shared_file: Path, states: Sequence[dict], files: Sequence[Path]) -> None:
+    """CheckpointError where the shared file and the rank files are not parts of one checkpoint of one model.
+
+    Two models of one shape are told apart by the number of updates they had.
+    """
+    _check_same_tensors(states, files)
+    _check_layers(shared["model"], shared_file, states[0]["model"], files[0])
+    updates = _updates(shared)
+    for state, file in zip(states, files, strict=True):
+        if _updates(state) != updates:
+            raise CheckpointError(
+                f"{file}: all files must be of one checkpoint: {shared_file.name} was saved after {updates} updates, "
+                f"this one after {_updates(state)}"
+            )
+    _check_order(states, files)
+
+
+def rank_told(state: dict[str, Any]) -> int | None:
+    """The rank that wrote a file, by the configuration in it."""
+    cfg, args = state.get("cfg"), state.get("args")
+    value = _get(_get(cfg, "distributed_training"), "distributed_rank")
+    value = _get(args, "distributed_rank") if value is None else value
+    return value if isinstance(value, int) else None
+
+
+def _check_same_tensors(states: Sequence[dict], files: Sequence[Path]) -> None:
+    wanted = {key: (tensor.shape, tensor.dtype) for key, tensor in states[0]["model"].items()}
+    for state, file in zip(states[1:], files[1:], strict=True):
+        found = {key: (tensor.shape, tensor.dtype) for key, tensor in state["model"].items()}
+        for key in [*wanted, *found]:
+            if wanted.get(key) != found.get(key):
+                raise CheckpointError(
+                    f"{file}: rank files must be of one model: {key} is {_describe(wanted.get(key))} in "
+                    f"{files[0].name}, here {_describe(found.get(key))}"
+                )
+
+
+def _check_layers(shared: dict[str, Tensor], shared_file: Path, experts: dict[str, Tensor], file: Path) -> None:
+    gates = {key.removesuffix("gate.wg.weight"): tensor for key, tensor in shared.items() if _is_gate(key)}
+    layers = {match.group(1).removesuffix("experts.") for match in map(EXPERT_KEY.match, experts) if match}
+    for layer in sorted(set(gates) ^ layers):
+        there, lacking = (shared_file, file) if layer in gates else (file, shared_file)
+        raise CheckpointError(f"{lacking}: it must have the MoE layer {layer.rstrip('.')} that {there.name} has")
+    for layer, gate in gates.items():
+        weight = experts.get(f"{layer}experts.0.fc1.weight")
+        if weight is not None and gate.size(1) != weight.size(1):
+            raise CheckpointError(
+                f"{file}: rank files must be of the shared file's model: the gate of {layer.rstrip('.')} has model dim "
+                f"{gate.size(1)}, the experts {weight.size(1)}"
+            )
+
+
+def _check_order(states: Sequence[dict], files: Sequence[Path]) -> None:
+    told = [rank_told(state) for state in states]
+    if None in told or set(told) == {0}:  # a tool gave all files the first one's configuration
+        _check_not_twice(states, files)
+        return
+    # ascending, not equal to the file's number: people merge and renumber files
+    for (before, rank), file in zip(pairwise(told), files[1:], strict=True):
+        if rank <= before:
+            raise CheckpointError(
+                f"{file}: rank files must stand in the order of the ranks that wrote them: this one was written by "
+                f"rank {rank}, the one before by rank {before}"
+            )
+
+
+def _check_not_twice(states: Sequence[dict], files: Sequence[Path]) -> None:
+    """The same experts in two files are one file under two names; told by the checksums, so by archives alone."""
+    seen: dict[tuple, Path] = {}
+    for state, file in zip(states, files, strict=True):
+        checksums = [getattr(tensor, "checksum", None) for key, tensor in state["model"].items() if is_expert_key(key)]
+        if None in checksums:
+            return
+        twin = seen.setdefault(tuple(checksums), file)
+        if twin != file:
+            raise CheckpointError(f"{file}: an expert must stand in one rank file, found the same ones in {twin.name}")
+
+
+def _updates(state: dict[str, Any]) -> int | None:
+    history = state.get("optimizer_history")
+    return _get(history[-1], "num_updates") if isinstance(history, list) and history else None
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if hasattr(value, "keys") else getattr(value, name, None)
+
+
+def _is_gate(key: str) -> bool:
+    return key.endswith(".moe_layer.gate.wg.weight")
+
+
+def _describe(found: tuple | None) -> str:
+    return "missing" if found is None else f"{tuple(found[0])} {str(found[1]).removeprefix('torch.')}"

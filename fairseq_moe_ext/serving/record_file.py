@@ -1,0 +1,142 @@
+"""Random access to the tensors' bytes in a file as `torch.save` writes it: a zip archive of uncompressed records.
+
+PyTorch reads such a file without looking at its checksums; here every byte that is used is checked, since a damaged
+weight would otherwise be served in silence. Reading goes through a plain file, not a map, whose pages would count as
+this process's memory for as long as they lie there.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, one_line
+from fairseq_moe_ext.serving.loading import Loading
+
+MAGIC = b"PK\x03\x04"
+_HEADER = 30  # bytes of a local file header before its name
+_CHUNK = 1 << 20  # stays in the cache between reading and checking
+
+
+@dataclass
+class Record:
+    """One tensor storage: where its bytes lie in the file, how many, their CRC-32; verified once that was checked."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
+    verified: bool = False
+
+
+class RecordFile:
+    """A checkpoint file that stays open; its small records are checked at once, tensors when they are read.
+
+    loading: hears of the bytes that were read, and of an error.
+    """
+
+    def __init__(self, path: Path, loading: Loading):
+        self.path = path
+        self._loading = loading
+        self._file = open(path, "rb")  # noqa: SIM115  closed with the last tensor that lies in it
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                entries = archive.infolist()
+                # torch.serialization.set_crc32_options(False) leaves 0 everywhere
+                self.has_checksums = any(entry.CRC for entry in entries)
+                for entry in entries:
+                    if not _is_tensor(entry) and self.has_checksums:
+                        archive.read(entry)
+            self._check_byte_order(entries)
+            self._records = {record.offset: record for record in map(self._locate, filter(_is_tensor, entries))}
+        except CheckpointError:
+            raise
+        except Exception as error:  # zipfile raises a dozen types at damaged archives
+            raise CheckpointError(f"{path}: not a readable checkpoint: {one_line(error)}") from error
+
+    def record_at(self, offset: int, size: int) -> Record:
+        """The record of a storage of `size` bytes at `offset`."""
+        record = self._records.get(offset)
+        if record is None or record.size != size:
+            found = "none" if record is None else f"{record.size} bytes"
+            raise CheckpointError(
+                f"{self.path}: not a readable checkpoint: a tensor of {size} bytes must lie at {offset}, found {found}"
+            )
+        return record
+
+    def read_into(self, target: Tensor, record: Record, start: int = 0) -> None:
+        """Fill `target`, contiguous and on the CPU, with the record's bytes from `start` on."""
+        if target.numel() == 0:
+            return
+        view = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+        try:
+            if start + len(view) > record.size:
+                raise CheckpointError(
+                    f"{self.path}: a tensor must lie within record {record.name} of {record.size} bytes, "
+                    f"got {start + len(view)}"
+                )
+            if len(view) < record.size and self.has_checksums and not record.verified:
+                self._verify(record)
+            crc = self._read(view, record.offset + start)
+            if len(view) == record.size:
+                self._check(record, crc)
+        except CheckpointError as error:
+            self._loading.error = error
+            raise
+        self._loading.count(len(view))
+
+    def _verify(self, record: Record) -> None:
+        buffer, crc = memoryview(bytearray(_CHUNK)), 0
+        for start in range(0, record.size, _CHUNK):
+            part = buffer[: min(_CHUNK, record.size - start)]
+            crc = self._read(part, record.offset + start, crc)
+        self._check(record, crc)
+
+    def _check(self, record: Record, crc: int) -> None:
+        if self.has_checksums and crc != record.crc:
+            raise CheckpointError(
+                f"{self.path}: record {record.name} is damaged: its checksum must be {record.crc:08x}, got {crc:08x}"
+            )
+        record.verified = True
+
+    def _read(self, view: memoryview, offset: int, crc: int = 0) -> int:
+        for start in range(0, len(view), _CHUNK):
+            part = view[start : start + _CHUNK]
+            done = 0
+            while done < len(part):
+                count = os.preadv(self._file.fileno(), [part[done:]], offset + start + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor")
+                done += count
+            if self.has_checksums:
+                crc = zlib.crc32(part, crc)
+        return crc
+
+    def _locate(self, entry: zipfile.ZipInfo) -> Record:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.path}: record {entry.filename} must be uncompressed, as torch.save leaves it")
+        header = os.pread(self._file.fileno(), _HEADER, entry.header_offset)
+        if header[:4] != MAGIC or len(header) < _HEADER:
+            raise CheckpointError(f"{self.path}: not a readable checkpoint: no record at {entry.header_offset}")
+        name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        offset = entry.header_offset + _HEADER + name_length + extra_length
+        return Record(entry.filename, offset, entry.file_size, entry.CRC)
+
+    def _check_byte_order(self, entries: list[zipfile.ZipInfo]) -> None:
+        for entry in entries:
+            if entry.filename.endswith("/byteorder"):
+                record = self._locate(entry)
+                order = os.pread(self._file.fileno(), record.size, record.offset)
+                if order != b"little":
+                    raise CheckpointError(f"{self.path}: its byte order must be little, got {order[:20]!r}")
+
+
+def _is_tensor(entry: zipfile.ZipInfo) -> bool:
+    parts = entry.filename.split("/")
+    return len(parts) == 3 and parts[1] == "data"

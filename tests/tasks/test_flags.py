@@ -1,0 +1,86 @@
+"""The plugin's flags: the same in all three tasks, checked by name before anything is loaded."""
+
+from argparse import Namespace
+from dataclasses import fields
+
+import commands
+import pytest
+from fairseq import tasks
+
+from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
+
+TASKS = {
+    "moe_language_modeling": ("eval_lm", ()),
+    "moe_translation": ("generate", ("-s", "en", "-t", "de")),
+    "moe_translation_multi_simple_epoch": (
+        "generate",
+        ("--langs", "en,de", "--lang-pairs", "en-de", "-s", "en", "-t", "de"),
+    ),
+}
+
+
+def parsed(task: str, *flags: str):
+    command, arguments = TASKS[task]
+    return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_every_flag_at_its_default(task):
+    cfg = parsed(task)
+    for item in fields(MoEFlags):
+        if not item.name.startswith("_"):
+            assert getattr(cfg, item.name) == item.default, item.name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_reads_every_flag(task):
+    flags = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.5", "--is-moe")
+    cfg = parsed(task, *flags, "--moe-report", "r.json", "--moe-trace", "t.npz", "--moe-dtype", "bfloat16")
+    assert str(cfg.moe_gating) == "static"
+    assert cfg.moe_eval_capacity_token_fraction == 0.5
+    assert str(cfg.moe_dtype) == "bfloat16"
+    assert (cfg.moe_report, cfg.moe_trace, cfg.is_moe) == ("r.json", "t.npz", True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--moe-gating", "sparse"), ("--moe-gating", "sparse")),
+        (("--moe-dtype", "float8"), ("--moe-dtype", "float8")),
+        (("--moe-eval-capacity-token-fraction", "much"), ("--moe-eval-capacity-token-fraction", "much")),
+    ],
+)
+def test_the_parser_refuses_values_of_the_wrong_kind(task, flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parsed(task, *flags)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("flag", ["moe_report", "moe_trace"])
+def test_files_that_cannot_be_written(tmp_path, flag):
+    name = "--" + flag.replace("_", "-")
+    for value, words in ((tmp_path / "missing" / "file", "an existing folder"), (tmp_path, "must name a file")):
+        with pytest.raises(ValueError, match=f"{name} .*{words}.* got .*{value}"):
+            check_flags(Namespace(**{flag: str(value)}))
+    check_flags(Namespace(**{flag: str(tmp_path / "file")}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_working_folder_needs_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_flags(Namespace(moe_report="report.json"))
+
+
+def test_an_unknown_gating():
+    with pytest.raises(ValueError, match="--moe-gating must be one of dynamic, static, got 'sparse'"):
+        check_flags(Namespace(moe_gating="sparse"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_checks_come_before_anything_is_read(task, tmp_path):
+    cfg = parsed(task, "--moe-report", str(tmp_path / "missing" / "report.json"))  # the data folder is missing as well
+    with pytest.raises(ValueError, match="--moe-report"):
+        tasks.setup_task(cfg)
