@@ -58,6 +58,8 @@ class MoEModelFields(FairseqDataclass):
 class MoEConfig(MoEModelFields):
     """The fields of one model as its layers read them: nothing unset, each side's own freq."""
 
+    initialize_experts = True  # False where a checkpoint's weights follow at once
+
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
         """Read the fields off a model's arguments (any object with attributes); what is missing has its default."""
@@ -69,7 +71,9 @@ class MoEConfig(MoEModelFields):
                 values[name] = None
         for side in ("encoder_moe_freq", "decoder_moe_freq"):
             values[side] = max(int(values[side] or 0), int(values["moe_freq"] or 0))
-        return cls(**values)
+        config = cls(**values)
+        config.initialize_experts = getattr(args, "initialize_experts", True)
+        return config
 
     def is_moe_layer(self, side: str, number: int) -> bool:
         """Whether layer `number` (from 0) of `side` (`encoder` or `decoder`) stands where MoE layers stand."""

@@ -112,13 +112,22 @@ def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tenso
     if given not in (None, 0, num_experts):
         raise CheckpointError(f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}")
     _set(model_cfg, "moe_expert_count", num_experts)
+    without_experts = {side: _given_freq(model_cfg, side) for side in ("encoder", "decoder")}
     _set(model_cfg, "moe_freq", 0)
-    for side in ("encoder", "decoder"):
+    for side, freq_given in without_experts.items():
         numbers = moe_layer_numbers(model, side)
-        freq = numbers[0] + 1 if numbers else 0
+        freq = numbers[0] + 1 if numbers else freq_given
         if numbers != list(range(freq - 1, numbers[-1] + 1, freq) if numbers else []):
             raise CheckpointError(f"the {side}'s MoE layers must stand at every n-th layer, found them at {numbers}")
         _set(model_cfg, f"{side}_moe_freq", freq)
+
+
+def _given_freq(model_cfg: DictConfig | Namespace, side: str) -> int:
+    """Of a side without experts: 0, but where dense layers of another size stand in the MoE layers' place."""
+    alternate = "alternate_ffn_embed_dim" if side == "encoder" else "alternate_decoder_ffn_embed_dim"
+    if not getattr(model_cfg, alternate, None):
+        return 0
+    return max(int(getattr(model_cfg, name, None) or 0) for name in (f"{side}_moe_freq", "moe_freq"))
 
 
 def _set(model_cfg: DictConfig | Namespace, name: str, value: Any) -> None:

@@ -58,7 +58,11 @@ class Observer:
     def finish(self) -> None:
         """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
         if self._trace_path:
-            save_trace(self._trace_path, self._recorder.trace())
+            phases = self._recorder.trace()
+            if phases:
+                save_trace(self._trace_path, phases)
+            else:
+                logger.warning("--moe-trace %s is not written: nothing was routed, the model is dense", self._trace_path)
         if self._report_path:
             write_json(self._report_path, self.report.as_dict())
         if not self._summary_at_exit:

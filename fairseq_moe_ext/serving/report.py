@@ -86,7 +86,7 @@ class Report:
 
     def as_dict(self) -> dict:
         tokens = self.encoder.tokens + self.decoder.tokens
-        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak_rss = peak_resident_bytes()
         peak_device = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0
         report = {
             "gating": self.gating,
@@ -144,6 +144,15 @@ class Report:
         dropped, assignments = (sum(getattr(layer, name) for layer in layers) for name in ("dropped", "assignments"))
         parts.append(f"{dropped:,} of {assignments:,} assignments dropped")
         return "served: " + "; ".join(parts)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not Linux; this figure may be the parent process's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

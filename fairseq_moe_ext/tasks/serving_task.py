@@ -71,7 +71,7 @@ class ServingTask:
     def _with_flags(self, args: Any) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
         flags = self._flags()
-        values = {"moe_gating": str(flags.moe_gating)}
+        values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
             values["moe_eval_capacity_token_fraction"] = float(fraction)

@@ -34,9 +34,9 @@ ONE, TWO, SIXTEEN = (("--batch-size", str(rows)) for rows in (1, 2, 16))
 STATIC = [
     Case("lm_top2", "eval_b8_cap-1.0", -1.0, 7.2274427),
     Case("lm_top2", "eval_b8_cap1.0", 1.0, 7.2231145),
-    Case("lm_top2", "eval_b8_cap0.25", 0.25, 7.2274427),
+    Case("lm_top2", "eval_b8_cap0.25", 0.25, 7.2274427, slow=True),
     Case("lm_top2", "eval_b8_cap0.05", 0.05, 7.5339174),
-    Case("lm_top2", "eval_b1_cap-1.0", -1.0, 7.2297053, ONE),
+    Case("lm_top2", "eval_b1_cap-1.0", -1.0, 7.2297053, ONE, slow=True),
     Case("lm_top2", "eval_b1_cap0.25", 0.25, 7.2297053, ONE),
     Case("lm_top2", "eval_b8_cap0.05_bpr", 0.05, 7.4296, overrides={"moe_batch_prioritized_routing": True}),
     Case(
@@ -53,7 +53,7 @@ STATIC = [
     Case("lm_top2", "eval_eos_b2_cap1.0", 1.0, 7.2018, TWO, EOS, slow=True),
     Case("lm_top1", "eval_b8_cap-1.0", -1.0, 7.3743834),
     Case("lm_top1", "eval_b8_cap1.0", 1.0, 7.3645797, slow=True),
-    Case("lm_top1", "eval_b8_cap0.25", 0.25, 7.3645797),
+    Case("lm_top1", "eval_b8_cap0.25", 0.25, 7.3645797, slow=True),
     Case("lm_top1", "eval_b8_cap0.05", 0.05, 7.4239945),
     Case("lm_top1", "eval_b1_cap0.25", 0.25, 7.3647022, ONE),
     Case("lm_top2_ws2", "eval_ws1_b8_cap-1.0", -1.0, 7.4512734),
