@@ -29,6 +29,6 @@ setup(
     ],
     extras_require={
         "examples": ["Babel>=2.18"],
-        "test": ["pytest>=9", "hypothesis>=6", "ruff", "Babel>=2.18"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "Babel>=2.18"],
     },
 )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up and passes the tests: bash tests/run.sh [--all] [pytest's arguments]
-#   --all  also those marked slow
+#   --all  also those marked slow; WORKERS=n: processes that share the tests (2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 marker=(-m "not slow")
@@ -12,4 +12,4 @@ bash scripts/setup_environment.sh
 # one thread per process: steadier and, at the tests' sizes, faster
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest "${marker[@]}" "$@"
+exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "${marker[@]}" "$@"

@@ -62,7 +62,7 @@ class Observer:
             if phases:
                 save_trace(self._trace_path, phases)
             else:
-                logger.warning("--moe-trace %s is not written: nothing was routed, the model is dense", self._trace_path)
+                logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
         if self._report_path:
             write_json(self._report_path, self.report.as_dict())
         if not self._summary_at_exit:

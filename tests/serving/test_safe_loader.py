@@ -124,7 +124,7 @@ class StructuredType:
         (StructuredType(), "numpy.dtype must be of numbers or strings"),
         (MakesArray(), "numpy.dtype must be of numbers or strings, got 'O8'"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),  # no addresses: names must not change
 )
 @pytest.mark.parametrize("new_format", [True, False])
 def test_a_refusal_names_the_class_and_the_file(tmp_path, value, words, new_format):
