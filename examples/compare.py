@@ -55,6 +55,10 @@ def row(folder: Path, gating: str) -> tuple[str, ...]:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__.splitlines()[0])
+    for name in sys.argv[1:]:
+        for gating in ("static", "dynamic"):
+            if not (Path(name) / f"{gating}.json").is_file():
+                sys.exit(f"compare.py: {name} must hold {gating}.json; run the example in it first")
     rows = [HEADER] + [row(Path(name), gating) for name in sys.argv[1:] for gating in ("static", "dynamic")]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADER))]
     for number, cells in enumerate(rows):

@@ -14,11 +14,13 @@ updates() { # the last "num_updates=" of a training log
 
 started=$SECONDS
 pids=()
+set -m # each training in a process group of its own, so that Ctrl-C ends all of it
 for example in language_modeling translation; do
   bash "examples/$example/run.sh" train &
   pids+=($!)
 done
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+set +m
+trap 'kill -- "${pids[@]/#/-}" 2>/dev/null || true' EXIT
 while [ -n "$(jobs -rp)" ]; do
   printf '\rtraining on two cores: language model %s updates, translation model %s updates, %d s ' \
     "$(updates language_modeling)" "$(updates translation)" $((SECONDS - started)) >&2

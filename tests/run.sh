@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 marker=(-m "not slow")
 if [ "${1:-}" = --all ]; then
-  marker=()
+  marker=(-m "slow or not slow")
   shift
 fi
 bash scripts/setup_environment.sh

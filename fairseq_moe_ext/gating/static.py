@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe_ext.gating.routing import Routing
@@ -40,7 +39,7 @@ def assign_slots(routing: Routing, batch_prioritized: bool = False) -> Tensor:
     slots, taken = [], 0
     for k in range(routing.expert_ids.size(1)):
         expert_ids = routing.expert_ids[:, k : k + 1]
-        mask = F.one_hot(expert_ids.squeeze(1), routing.num_experts) * routing.kept[:, k : k + 1]  # (T, E)
+        mask = _one_hot(expert_ids.squeeze(1), routing.num_experts) * routing.kept[:, k : k + 1]  # (T, E)
         if order is None:
             queue = mask.cumsum(dim=0) - 1
         else:
@@ -51,6 +50,11 @@ def assign_slots(routing: Routing, batch_prioritized: bool = False) -> Tensor:
     return torch.cat(slots, dim=1)
 
 
+def _one_hot(numbers: Tensor, count: int) -> Tensor:
+    """numbers (T,) -> (T, count) int64; T and count may be 0, which torch's own refuses."""
+    return numbers.new_zeros(numbers.size(0), count).scatter_(1, numbers.unsqueeze(1), 1)
+
+
 def dense_combine_weights(routing: Routing, slots: Tensor, weights: Tensor, capacity: int) -> Tensor:
     """(T, E, C) combine weights, zero but where a token's assignment lies in an expert's slot.
 
@@ -58,8 +62,8 @@ def dense_combine_weights(routing: Routing, slots: Tensor, weights: Tensor, capa
     """
     dense = None
     for k in range(weights.size(1)):
-        expert = F.one_hot(routing.expert_ids[:, k], routing.num_experts).to(weights.dtype)  # (T, E)
-        slot = F.one_hot(slots[:, k] * routing.kept[:, k], capacity).to(weights.dtype)  # (T, C)
+        expert = _one_hot(routing.expert_ids[:, k], routing.num_experts).to(weights.dtype)  # (T, E)
+        slot = _one_hot(slots[:, k] * routing.kept[:, k], capacity).to(weights.dtype)  # (T, C)
         one = torch.bmm((expert * weights[:, k : k + 1]).unsqueeze(2), slot.unsqueeze(1))  # (T, E, C)
         dense = one if dense is None else dense + one
     return dense
@@ -74,4 +78,6 @@ def static_dispatch(tokens: Tensor, combine_weights: Tensor) -> Tensor:
 
 def static_combine(outputs: Tensor, combine_weights: Tensor) -> Tensor:
     """outputs (E * C, D), combine_weights (T, E, C) -> (T, D)."""
-    return combine_weights.view(combine_weights.size(0), -1).mm(outputs)
+    if outputs.size(0) == 0:  # no tokens, hence no slots
+        return outputs
+    return combine_weights.view(-1, outputs.size(0)).mm(outputs)

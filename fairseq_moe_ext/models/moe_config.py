@@ -3,6 +3,7 @@
 Source: upstream's `models/transformer_lm.py` (branch `moe`) and `transformer_config.py` (branch `nllb`).
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
@@ -71,6 +72,9 @@ class MoEConfig(MoEModelFields):
                 values[name] = None
         for side in ("encoder_moe_freq", "decoder_moe_freq"):
             values[side] = max(int(values[side] or 0), int(values["moe_freq"] or 0))
+        fraction = values["moe_eval_capacity_token_fraction"]
+        if not isinstance(fraction, int | float) or not math.isfinite(fraction):
+            raise ValueError(f"moe_eval_capacity_token_fraction must be a finite number, got {fraction!r}")
         config = cls(**values)
         config.initialize_experts = getattr(args, "initialize_experts", True)
         return config

@@ -25,8 +25,9 @@ class Observer:
         self._report_path = report_path
         self._trace_path = trace_path
         self._recorder = TraceRecorder() if trace_path else None
+        self.has_model = False
         self._batch = -1
-        self._summary_at_exit = False
+        self._at_exit = False
         self._on_gpu = False
 
     def model_ready(self, model) -> None:
@@ -57,6 +58,16 @@ class Observer:
 
     def finish(self) -> None:
         """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
+        if not self._at_exit:
+            self._finish()
+
+    def finish_at_exit(self) -> None:
+        """Finish once, when the process ends: fairseq-interactive comes to a last batch with every input."""
+        if not self._at_exit:
+            self._at_exit = True
+            atexit.register(self._finish)
+
+    def _finish(self) -> None:
         if self._trace_path:
             phases = self._recorder.trace()
             if phases:
@@ -65,14 +76,7 @@ class Observer:
                 logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
         if self._report_path:
             write_json(self._report_path, self.report.as_dict())
-        if not self._summary_at_exit:
-            logger.info(self.report.summary())
-
-    def summarize_at_exit(self) -> None:
-        """Log the one line when the process ends: fairseq-interactive finishes a set of batches with every input."""
-        if not self._summary_at_exit:
-            self._summary_at_exit = True
-            atexit.register(lambda: logger.info(self.report.summary()))
+        logger.info(self.report.summary())
 
     @contextmanager
     def _pass(self, phase: str, totals: PassTotals, tokens: int) -> Iterator[None]:

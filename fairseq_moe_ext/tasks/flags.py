@@ -1,6 +1,8 @@
 """The plugin's flags, one dataclass for the three tasks, and their checks before anything is loaded."""
 
+import math
 import os
+from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -39,10 +41,33 @@ def check_flags(flags: Any) -> None:
     gating = str(getattr(flags, "moe_gating", "dynamic"))
     if gating not in GATINGS:
         raise ValueError(f"--moe-gating must be one of {', '.join(GATINGS)}, got {gating!r}")
+    fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
+    if fraction is not None and not math.isfinite(fraction):
+        raise ValueError(f"--moe-eval-capacity-token-fraction must be a finite number, got {fraction}")
+    report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
+    if report is not None and trace is not None and Path(report).resolve() == Path(trace).resolve():
+        raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
     for flag in ("moe_report", "moe_trace"):
         path = getattr(flags, flag, None)
         if path is not None:
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
+
+
+def refuse_several_ranks(parser: ArgumentParser) -> None:
+    """Make a serving command's parser refuse `--distributed-world-size` above 1; a training command's stays as it is.
+
+    fairseq-generate would translate one part of the data and say nothing, and fairseq-eval-lm dies on a CPU before any
+    task is asked, so the parser is the place.
+    """
+    options = getattr(parser, "_option_string_actions", {})
+    if "--path" in options and "--distributed-world-size" in options:
+        options["--distributed-world-size"].type = _one_rank
+
+
+def _one_rank(text: str) -> int:
+    if int(text) > 1:
+        raise ArgumentTypeError(f"must be 1, since one process serves, got {text}")
+    return int(text)
 
 
 def _check_writable(flag: str, path: Path) -> None:

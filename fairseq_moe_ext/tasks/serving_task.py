@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
@@ -23,7 +24,7 @@ from fairseq_moe_ext.serving.generator import (
     keep_every_sentence,
 )
 from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.tasks.flags import check_flags
+from fairseq_moe_ext.tasks.flags import check_flags, refuse_several_ranks
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -44,6 +45,11 @@ class ServingTask:
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        refuse_several_ranks(parser)
+
+    @classmethod
     def setup_task(cls, args, **kwargs):
         check_flags(args)
         fairseq_hooks.install()
@@ -53,19 +59,29 @@ class ServingTask:
         if not from_checkpoint:
             return super().build_model(args, from_checkpoint)
         has_encoder = getattr(args, "encoder_layers", None) is not None
+        if self.observer is None:
+            flags = self._flags()
+            self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace)
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
-            self._begin_serving()
-            return super().build_model(args, from_checkpoint)
+            name = getattr(args, "_name", None) or getattr(args, "arch", None)
+            if name in MODEL_REGISTRY or name in ARCH_MODEL_REGISTRY:
+                return super().build_model(args, from_checkpoint)
+            # an architecture of upstream's branches that the release has no name for
+            return self.served_model_class.build_model(self._with_flags(args), self)
         if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
             found, fitting = _KINDS[has_encoder]
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
         check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
         dtype = self._flags().moe_dtype
-        model.serving_dtype = None if dtype is None else getattr(torch, str(dtype))
-        self._begin_serving(model)
+        if dtype is not None:
+            model.serving_dtype = getattr(torch, str(dtype))
+            model.to(model.serving_dtype)  # before the weights come, so that they never lie in two dtypes
+        if not self.observer.has_model:  # the report of an ensemble speaks of its first MoE model
+            self.observer.has_model = True
+            model.observer = self.observer
         return model
 
     def _with_flags(self, args: Any) -> Any:
@@ -86,14 +102,6 @@ class ServingTask:
 
     def _flags(self) -> Any:
         return self.args if hasattr(self, "args") else self.cfg
-
-    def _begin_serving(self, model=None) -> None:
-        if self.observer is not None:
-            return  # a further model of an ensemble; the report speaks of the first
-        flags = self._flags()
-        self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace)
-        if model is not None:
-            model.observer = self.observer
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
         extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
@@ -127,7 +135,7 @@ class ServingTask:
 
     def build_dataset_for_inference(self, *args, **kwargs):
         if self.observer is not None:
-            self.observer.summarize_at_exit()
+            self.observer.finish_at_exit()
         return super().build_dataset_for_inference(*args, **kwargs)
 
     def get_batch_iterator(self, dataset, *args, **kwargs):

@@ -9,6 +9,8 @@ from cases import PADDINGS, TOLERANCE, Case, examples, expert_list, layer_cases
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.gating.layer import StaticOptions
 from fairseq_moe_ext.gating.static import assign_slots
 
 FRACTIONS = (-1.0, 0.0, 0.05, 0.25, 0.5, 1.0, 2.0)
@@ -238,3 +240,14 @@ def test_capacity_by_max_positions(max_positions, training, fraction, num_choice
     expected = twin(case, layer, x, None, capacity=capacity)
     assert call.load == expected.load(case.num_experts)
     torch.testing.assert_close(output, expected.output, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0, -1.0])
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_tokens_give_no_output(gating, fraction, shape):
+    case = Case(num_choices=2)
+    whole = case.layer(gating)
+    layer = MOELayer(whole.gate, whole.experts, gating, StaticOptions(fraction))
+    x = torch.zeros(*shape, case.model_dim)
+    assert layer.eval()(x).shape == x.shape

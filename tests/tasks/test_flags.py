@@ -5,9 +5,11 @@ from dataclasses import fields
 
 import commands
 import pytest
-from fairseq import tasks
+from fairseq import options, tasks
 
+from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
+from fairseq_moe_ext.tasks.moe_language_modeling import MoELanguageModelingTask
 
 TASKS = {
     "moe_language_modeling": ("eval_lm", ()),
@@ -49,6 +51,7 @@ def test_every_task_reads_every_flag(task):
         (("--moe-gating", "sparse"), ("--moe-gating", "sparse")),
         (("--moe-dtype", "float8"), ("--moe-dtype", "float8")),
         (("--moe-eval-capacity-token-fraction", "much"), ("--moe-eval-capacity-token-fraction", "much")),
+        (("--distributed-world-size", "8"), ("--distributed-world-size", "must be 1", "got 8")),
     ],
 )
 def test_the_parser_refuses_values_of_the_wrong_kind(task, flags, words, capsys):
@@ -84,3 +87,28 @@ def test_checks_come_before_anything_is_read(task, tmp_path):
     cfg = parsed(task, "--moe-report", str(tmp_path / "missing" / "report.json"))  # the data folder is missing as well
     with pytest.raises(ValueError, match="--moe-report"):
         tasks.setup_task(cfg)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_fraction_is_a_finite_number(value):
+    flags = Namespace(moe_gating="static", moe_eval_capacity_token_fraction=float(value))
+    with pytest.raises(ValueError, match=f"--moe-eval-capacity-token-fraction must be a finite number, got {value}"):
+        check_flags(flags)
+
+
+@pytest.mark.parametrize("value", ["abc", float("nan")])
+def test_an_overridden_fraction_is_a_finite_number(value):
+    with pytest.raises(ValueError, match="moe_eval_capacity_token_fraction must be a finite number, got"):
+        MoEConfig.from_args(Namespace(moe_eval_capacity_token_fraction=value))
+
+
+def test_report_and_trace_are_two_files(tmp_path):
+    flags = Namespace(moe_report=str(tmp_path / "out"), moe_trace=str(tmp_path / "." / "out"))
+    with pytest.raises(ValueError, match="--moe-report and --moe-trace must name two files"):
+        check_flags(flags)
+
+
+def test_training_keeps_its_world_size():
+    parser = options.get_training_parser("moe_language_modeling")
+    MoELanguageModelingTask.add_args(parser)
+    assert parser.parse_args(["data", "--distributed-world-size", "8"]).distributed_world_size == 8
