@@ -1,6 +1,6 @@
 """A naive twin of one Mixture-of-Experts layer: loops over tokens, choices and experts, one token at a time.
 
-Written from the description of upstream's semantics (shared/reference/UPSTREAM.md, section 1), not from the package.
+Written from upstream's semantics (fairseq's branches moe and nllb, modules/moe), not from the package's code.
 Only the gate's product and softmax run on the whole batch: one rounding may decide between two experts, and it must
 be the same rounding. Legend: B = sentences, L = positions, T = tokens, E = experts, K = choices, D = model dim.
 """
