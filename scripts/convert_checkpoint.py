@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
-from fairseq_moe_ext.serving.checkpoint_summary import summarize
-from fairseq_moe_ext.serving.convert import merge, split
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fairseq_moe_ext.serving.checkpoint_summary import summarize  # noqa: E402
+from fairseq_moe_ext.serving.convert import merge, split  # noqa: E402
+from fairseq_moe_ext.serving.errors import CheckpointError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:

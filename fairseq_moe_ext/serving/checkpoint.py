@@ -8,24 +8,21 @@ unsafe load.
 from __future__ import annotations
 
 import logging
-import re
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_moe_ext.serving.checkpoint_file import read_file
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, CheckpointFiles, find_checkpoint_files
+from fairseq_moe_ext.serving.checkpoint_file import FileContent, read_file
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.find_files import CheckpointFiles, find_checkpoint_files
 from fairseq_moe_ext.serving.fsdp_shards import read_rank_shard, read_shards
 from fairseq_moe_ext.serving.loading import PATIENCE, Loading, ModelState
-from fairseq_moe_ext.serving.rank_files import check_of_one_model, experts_per_file, global_experts, is_expert_key
-from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS
-
-__all__ = ["SAFE_GLOBALS", "expert_count", "is_expert_key", "moe_layer_numbers", "read_checkpoint"]
+from fairseq_moe_ext.serving.rank_files import check_of_one_model, experts_per_file, global_experts
+from fairseq_moe_ext.serving.state_keys import expert_count, is_expert_key
 
 logger = logging.getLogger("fairseq_moe_ext")
 
-GATE_KEY = re.compile(r"^(.*\.moe_layer)\.gate\.wg\.weight$")
 OLD_NAMES = ((".alpha2", ".w_resid"),)  # nllb's name -> the release's
 
 
@@ -38,44 +35,42 @@ def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
     files = find_checkpoint_files(path)
     loading = Loading(path)
     with loading.timed():
-        state, had_optimizer = _merge(files, loading) if files.ranks else _read_whole(files, loading)
-        model = state["model"]
+        try:
+            content = _merge(files, loading) if files.ranks else _read_whole(files, loading)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a file may hold anything where this code expects something
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
+        model = content.state["model"]
         for key in list(model) if rename else ():
             for old, new in OLD_NAMES:
                 if key.endswith(old):
                     model[key.removesuffix(old) + new] = model.pop(key)
-        state["model"] = ModelState(model, loading, had_optimizer)
-    return state
+        return {**content.state, "model": ModelState(model, loading, content.had_optimizer)}
 
 
-def moe_layer_numbers(model: dict[str, Tensor], side: str) -> list[int]:
-    """Which layers of `side` (`encoder` or `decoder`) are MoE layers, by the state's keys."""
-    pattern = re.compile(rf"^{side}\.layers\.(\d+)\.moe_layer\.gate\.wg\.weight$")
-    return sorted(int(match.group(1)) for match in map(pattern.match, model) if match)
+def _read_whole(files: CheckpointFiles, loading: Loading) -> FileContent:
+    content = read_shards(files.shards, loading) if files.shards else read_file(files.whole, loading)
+    _expert_count_in(files.whole, content)
+    return content
 
 
-def expert_count(model: dict[str, Tensor]) -> int:
-    """E, by the gates' shape; 0 in a dense model."""
-    counts = {tensor.size(0) for key, tensor in model.items() if GATE_KEY.match(key)}
-    if len(counts) > 1:
-        raise CheckpointError(f"the gates of one model must score the same number of experts, found {sorted(counts)}")
-    return counts.pop() if counts else 0
+def _expert_count_in(file: Path, content: FileContent) -> int:
+    try:
+        return expert_count(content.state["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
-def _read_whole(files: CheckpointFiles, loading: Loading) -> tuple[dict[str, Any], bool]:
-    return read_shards(files.shards, loading) if files.shards else read_file(files.whole, loading)
-
-
-def _merge(files: CheckpointFiles, loading: Loading) -> tuple[dict[str, Any], bool]:
+def _merge(files: CheckpointFiles, loading: Loading) -> FileContent:
     """The shared file's model and the rank files' experts; everything else is rank 0's, as upstream merges them."""
     if files.shards:
-        shared, had_optimizer = read_shards(files.shards, loading, has_experts=False)
+        content = read_shards(files.shards, loading, has_experts=False)
     else:
-        shared, had_optimizer = read_file(files.shared, loading)
-    try:
-        num_experts = expert_count(shared["model"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{files.shared}: {error}") from error
+        content = read_file(files.shared, loading)
+    shared = content.state
+    num_experts = _expert_count_in(files.shared, content)
     if num_experts == 0:
         raise CheckpointError(f"{files.shared}: rank files stand beside it, but it holds no gate of a MoE layer")
     state = read_rank_shard(files.ranks[0], loading)
@@ -94,7 +89,7 @@ def _merge(files: CheckpointFiles, loading: Loading) -> tuple[dict[str, Any], bo
     for rank, (file, each) in enumerate(zip(files.ranks, states, strict=False)):
         experts.update(global_experts(each["model"], file, first=rank * per_file))
     not_experts = {key: tensor for key, tensor in shared["model"].items() if not is_expert_key(key)}
-    return {**state, "model": {**not_experts, **experts}}, had_optimizer
+    return FileContent({**state, "model": {**not_experts, **experts}}, content.had_optimizer)
 
 
 def _needed_ranks(files: CheckpointFiles, num_experts: int, per_file: int) -> int:

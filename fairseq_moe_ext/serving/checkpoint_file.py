@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.loading import Loading
 from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
 from fairseq_moe_ext.serving.safe_loader import load_safely, revive
@@ -16,8 +17,19 @@ from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 OPTIMIZER = "last_optimizer_state"  # the bulk of a file, never read
 
 
-def read_file(file: Path, loading: Loading) -> tuple[dict[str, Any], bool]:
-    """(the file's content without the optimizer's state, whether it has one).
+@dataclass(frozen=True)
+class FileContent:
+    """What lies in a file, or in several as one.
+
+    state: without the optimizer's; had_optimizer: whether it was there.
+    """
+
+    state: dict[str, Any]
+    had_optimizer: bool
+
+
+def read_file(file: Path, loading: Loading) -> FileContent:
+    """The content of one file.
 
     Tensors are StoredTensors, but in files of the old format (before PyTorch 1.6), which can only be read as a whole
     and carry no checksums.
@@ -40,4 +52,4 @@ def read_file(file: Path, loading: Loading) -> tuple[dict[str, Any], bool]:
         loading.count(sum(tensor.nbytes for tensor in state["model"].values()))
     else:
         state = revive(state, lambda tensor: StoredTensor(tensor, records))
-    return state, had_optimizer
+    return FileContent(state, had_optimizer)

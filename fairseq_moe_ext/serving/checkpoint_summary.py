@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_moe_ext.serving.checkpoint import expert_count, moe_layer_numbers, read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointFiles, find_checkpoint_files
-from fairseq_moe_ext.serving.rank_files import is_expert_key
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.find_files import CheckpointFiles, find_checkpoint_files
+from fairseq_moe_ext.serving.state_keys import expert_count, is_expert_key, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 
@@ -63,23 +64,32 @@ def summarize(path: str) -> CheckpointSummary:
         name = str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.numel()
     sides = {side: _layer_count(model, side) for side in ("encoder", "decoder")}
-    first = next((t for key, t in model.items() if key.endswith(".moe_layer.experts.0.fc1.weight")), None)
-    embedding = next((t for key, t in model.items() if key.endswith("embed_tokens.weight")), None)
+    hidden_dim, model_dim = _matrix(path, model, ".moe_layer.experts.0.fc1.weight")
+    vocabulary, _ = _matrix(path, model, "embed_tokens.weight")
     return CheckpointSummary(
         files=find_checkpoint_files(path),
         architecture=_architecture(state),
         layers={side: number for side, number in sides.items() if number},
         moe_layers={side: moe_layer_numbers(model, side) for side in sides},
         experts=expert_count(model),
-        model_dim=0 if first is None else first.size(1),
-        hidden_dim=0 if first is None else first.size(0),
-        vocabulary=0 if embedding is None else embedding.size(0),
+        model_dim=model_dim,
+        hidden_dim=hidden_dim,
+        vocabulary=vocabulary,
         dtypes=dtypes,
         parameters=sum(tensor.numel() for _, tensor in once),
         bytes=sum(tensor.nbytes for _, tensor in once),
         expert_bytes=sum(tensor.nbytes for key, tensor in once if is_expert_key(key)),
         has_optimizer=model.had_optimizer,
     )
+
+
+def _matrix(path: str, model: dict[str, Tensor], ending: str) -> tuple[int, int]:
+    """The shape of the first tensor whose key ends so; (0, 0) where there is none."""
+    key = next((key for key in model if key.endswith(ending)), None)
+    shape = (0, 0) if key is None else tuple(model[key].shape)
+    if len(shape) != 2:
+        raise CheckpointError(f"{path}: {key} must have 2 dims, got {shape}")
+    return shape
 
 
 def _place(tensor: Tensor) -> tuple:

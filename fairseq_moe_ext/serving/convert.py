@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.serving.checkpoint import expert_count, read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import NAME, CheckpointError
-from fairseq_moe_ext.serving.rank_files import EXPERT_KEY, is_expert_key
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.find_files import NAME
+from fairseq_moe_ext.serving.state_keys import EXPERT_KEY, expert_count, is_expert_key
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 
@@ -26,7 +27,7 @@ def merge(source: str, target: str, drop_optimizer: bool = False, force: bool = 
     """Write the checkpoint at `source` as the one file `target`; returns the files written.
 
     CheckpointError where `source` has an optimizer state, which cannot be merged, and drop_optimizer is not given;
-    where `target` exists and force is not given.
+    where `target` exists and force is not given; where it cannot be written.
     """
     state = _read(source, drop_optimizer)
     file = _target(target)
@@ -131,10 +132,17 @@ def _write(contents: dict[Path, Callable[[], dict[str, Any]]], force: bool) -> l
     temporary = {file: file.with_name(f"{file.name}.tmp") for file in contents}
     try:
         for file, content in contents.items():
-            torch.save(content(), temporary[file])
+            _save(content(), file, temporary[file])
         for file in contents:
             os.replace(temporary[file], file)
     finally:
         for file in temporary.values():
             file.unlink(missing_ok=True)
     return list(contents)
+
+
+def _save(content: dict[str, Any], file: Path, temporary: Path) -> None:
+    try:
+        torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer has the latter for a full disk
+        raise CheckpointError(f"{file}: it cannot be written; is the disk full? {one_line(error)}") from error

@@ -8,15 +8,17 @@ from __future__ import annotations
 import functools
 import logging
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fairseq_moe_ext.serving.checkpoint import SAFE_GLOBALS, expert_count, moe_layer_numbers, read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files, one_line
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.find_files import find_checkpoint_files
+from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS, revive
+from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -44,23 +46,20 @@ def _replacing(original, replacement):
     return wrapper
 
 
-def _find(original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
+def _find(_original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
     """fairseq asks which file to load when it serves (never when training goes on)."""
     filename = filename.replace(".pt", suffix + ".pt")  # as fairseq reads --checkpoint-suffix
-    if num_shards > 1:
-        stem = filename.removesuffix(".pt")
-        if not any(Path(f"{stem}{part}0.pt").exists() for part in ("-shard", "_part")):
-            raise CheckpointError(
-                f"--checkpoint-shard-count must be 1: the files of {filename} are found without it, got {num_shards}"
-            )
-        return original(filename, "", shard_idx, num_shards)
+    if num_shards > 1:  # fairseq's own way past every check: it then loads with strict=False
+        raise CheckpointError(
+            f"--checkpoint-shard-count must be 1: the files of {filename} are found without it, got {num_shards}"
+        )
     return ServedPath(find_checkpoint_files(filename).first)
 
 
 def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
     if not isinstance(path, ServedPath):
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return original(path, arg_overrides, load_on_all_ranks)
+            return revive(original(path, arg_overrides, load_on_all_ranks), lambda tensor: tensor)
     state = read_checkpoint(path)
     if state.get("cfg") is None and state.get("args") is None:
         raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
@@ -112,11 +111,11 @@ def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tenso
     if given not in (None, 0, num_experts):
         raise CheckpointError(f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}")
     _set(model_cfg, "moe_expert_count", num_experts)
-    without_experts = {side: _given_freq(model_cfg, side) for side in ("encoder", "decoder")}
+    given_freqs = {side: _given_freq(model_cfg, side) for side in ("encoder", "decoder")}
     _set(model_cfg, "moe_freq", 0)
-    for side, freq_given in without_experts.items():
+    for side, given_freq in given_freqs.items():
         numbers = moe_layer_numbers(model, side)
-        freq = numbers[0] + 1 if numbers else freq_given
+        freq = numbers[0] + 1 if numbers else given_freq
         if numbers != list(range(freq - 1, numbers[-1] + 1, freq) if numbers else []):
             raise CheckpointError(f"the {side}'s MoE layers must stand at every n-th layer, found them at {numbers}")
         _set(model_cfg, f"{side}_moe_freq", freq)

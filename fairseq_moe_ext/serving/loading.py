@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
 PATIENCE = 3.0  # seconds before a bar appears
@@ -28,11 +29,19 @@ class Loading:
         self.seconds = 0.0
         self.error: CheckpointError | None = None
         self._bar: tqdm | None = None
+        self._scratch: Tensor | None = None
 
     def count(self, number: int) -> None:
         self.bytes += number
         if self._bar is not None:
             self._bar.update(number)
+
+    def scratch(self, size: int) -> Tensor:
+        """`size` bytes, valid until the next call; one buffer, since a fresh one for each tensor scatters the heap."""
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None  # the old one goes before the new one comes
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size]
 
     @contextmanager
     def timed(self, total: int | None = None) -> Iterator[None]:
@@ -46,6 +55,7 @@ class Loading:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+            self._scratch = None
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None

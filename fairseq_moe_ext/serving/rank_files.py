@@ -5,7 +5,6 @@ Legend: L = experts in each rank file.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,14 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
-
-EXPERT_KEY = re.compile(r"^(.*\.moe_layer\.experts\.)(\d+)(\..+)$")
-
-
-def is_expert_key(key: str) -> bool:
-    """Upstream's rule for what stands in rank files."""
-    return "expert" in key and "expert_centroids" not in key
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.state_keys import EXPERT_KEY, GATE_KEY, is_expert_key
 
 
 def experts_per_file(model: dict[str, Tensor], file: Path) -> int:
@@ -52,17 +45,11 @@ def global_experts(model: dict[str, Tensor], file: Path, first: int) -> dict[str
 def check_of_one_model(shared: dict, shared_file: Path, states: Sequence[dict], files: Sequence[Path]) -> None:
     """CheckpointError where the shared file and the rank files are not parts of one checkpoint of one model.
 
-    Two models of one shape are told apart by the number of updates they had.
+    Two models of one shape are told apart by the number of updates they had, where the files say it.
     """
     _check_same_tensors(states, files)
     _check_layers(shared["model"], shared_file, states[0]["model"], files[0])
-    updates = _updates(shared)
-    for state, file in zip(states, files, strict=True):
-        if _updates(state) != updates:
-            raise CheckpointError(
-                f"{file}: all files must be of one checkpoint: {shared_file.name} was saved after {updates} updates, "
-                f"this one after {_updates(state)}"
-            )
+    _check_updates([shared, *states], [shared_file, *files])
     _check_order(states, files)
 
 
@@ -86,18 +73,29 @@ def _check_same_tensors(states: Sequence[dict], files: Sequence[Path]) -> None:
                 )
 
 
+def _check_updates(states: Sequence[dict], files: Sequence[Path]) -> None:
+    told = [(_updates(state), file) for state, file in zip(states, files, strict=True)]
+    known = [(updates, file) for updates, file in told if updates is not None]
+    for updates, file in known[1:]:
+        if updates != known[0][0]:
+            raise CheckpointError(
+                f"{file}: all files must be of one checkpoint: {known[0][1].name} was saved after {known[0][0]} "
+                f"updates, this one after {updates}"
+            )
+
+
 def _check_layers(shared: dict[str, Tensor], shared_file: Path, experts: dict[str, Tensor], file: Path) -> None:
-    gates = {key.removesuffix("gate.wg.weight"): tensor for key, tensor in shared.items() if _is_gate(key)}
-    layers = {match.group(1).removesuffix("experts.") for match in map(EXPERT_KEY.match, experts) if match}
+    gates = {match.group(1): shared[match.string] for match in map(GATE_KEY.match, shared) if match}
+    layers = {match.group(1).removesuffix(".experts.") for match in map(EXPERT_KEY.match, experts) if match}
     for layer in sorted(set(gates) ^ layers):
         there, lacking = (shared_file, file) if layer in gates else (file, shared_file)
-        raise CheckpointError(f"{lacking}: it must have the MoE layer {layer.rstrip('.')} that {there.name} has")
+        raise CheckpointError(f"{lacking}: it must have the MoE layer {layer} that {there.name} has")
     for layer, gate in gates.items():
-        weight = experts.get(f"{layer}experts.0.fc1.weight")
-        if weight is not None and gate.size(1) != weight.size(1):
+        weight = experts.get(f"{layer}.experts.0.fc1.weight")
+        if weight is not None and gate.shape[1:] != weight.shape[1:]:
             raise CheckpointError(
-                f"{file}: rank files must be of the shared file's model: the gate of {layer.rstrip('.')} has model dim "
-                f"{gate.size(1)}, the experts {weight.size(1)}"
+                f"{file}: rank files must be of the shared file's model: the gate of {layer} has model dim "
+                f"{gate.size(1)}, an expert's fc1.weight is {tuple(weight.shape)}"
             )
 
 
@@ -129,15 +127,12 @@ def _check_not_twice(states: Sequence[dict], files: Sequence[Path]) -> None:
 
 def _updates(state: dict[str, Any]) -> int | None:
     history = state.get("optimizer_history")
-    return _get(history[-1], "num_updates") if isinstance(history, list) and history else None
+    updates = _get(history[-1], "num_updates") if isinstance(history, list) and history else None
+    return updates if isinstance(updates, int) else None
 
 
 def _get(value: Any, name: str) -> Any:
     return value.get(name) if hasattr(value, "keys") else getattr(value, name, None)
-
-
-def _is_gate(key: str) -> bool:
-    return key.endswith(".moe_layer.gate.wg.weight")
 
 
 def _describe(found: tuple | None) -> str:

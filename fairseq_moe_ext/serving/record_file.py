@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, one_line
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 
 MAGIC = b"PK\x03\x04"
@@ -43,7 +43,7 @@ class RecordFile:
 
     def __init__(self, path: Path, loading: Loading):
         self.path = path
-        self._loading = loading
+        self.loading = loading
         self._file = open(path, "rb")  # noqa: SIM115  closed with the last tensor that lies in it
         try:
             with zipfile.ZipFile(self._file) as archive:
@@ -87,9 +87,9 @@ class RecordFile:
             if len(view) == record.size:
                 self._check(record, crc)
         except CheckpointError as error:
-            self._loading.error = error
+            self.loading.error = error
             raise
-        self._loading.count(len(view))
+        self.loading.count(len(view))
 
     def _verify(self, record: Record) -> None:
         buffer, crc = memoryview(bytearray(_CHUNK)), 0

@@ -22,7 +22,7 @@ from fairseq.data.text_compressor import TextCompressionLevel
 from omegaconf import nodes
 from omegaconf.base import ContainerMetadata, Metadata
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, one_line
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 
 
 class NumpyDtype:
@@ -63,7 +63,7 @@ def plain_dict(factory: Any = None) -> dict:
 
 
 # what fairseq's checkpoints hold besides tensors and plain containers
-SAFE_GLOBALS = [
+SAFE_GLOBALS = (
     argparse.Namespace,
     (plain_dict, "collections.defaultdict"),
     (NumpyDtype, "numpy.dtype"),
@@ -85,7 +85,7 @@ SAFE_GLOBALS = [
     *(bool, bytes, dict, float, int, list, str, tuple),
     # the members of ChoiceEnum's classes cannot be pickled; these can
     *(EncoderLangtok, LangTokSpec, LangTokStyle, CollateFormat, TextCompressionLevel),
-]
+)
 
 
 def load_safely(file: Path, map_location: str) -> Any:

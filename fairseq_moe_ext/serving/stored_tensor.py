@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.record_file import Record, RecordFile
 
 # what is answered without reading
@@ -61,11 +61,15 @@ class StoredTensor(Tensor):
         return storage.as_strided(self.shape, self.stride(), self._start)
 
     def copy_to(self, target: Tensor) -> None:
-        """`target.copy_(self)` with no copy in between where none is needed."""
+        """`target.copy_(self)` with no copy in between where none is needed, else by way of one tensor's bytes."""
         with torch.no_grad():
             same = target.shape == self.shape and target.dtype == self.dtype and target.device.type == "cpu"
             if same and target.is_contiguous() and self.is_contiguous():
                 self._fill(target)
+            elif self._record is not None and self.is_contiguous():
+                between = self._file.loading.scratch(self.nbytes).view(self.dtype).view(self.shape)
+                self._fill(between)
+                target.copy_(between)
             else:
                 target.copy_(self.read())
 

@@ -6,7 +6,7 @@ import torch
 from served_models import EVERY_MODEL, PADDING, Loader, logits
 
 from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

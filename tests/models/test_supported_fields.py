@@ -12,7 +12,7 @@ from served_models import EVERY_MODEL, Loader
 from fairseq_moe_ext.models import supported_fields
 from fairseq_moe_ext.models.moe_config import MoEModelFields
 from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 SCARCE = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.05")
 

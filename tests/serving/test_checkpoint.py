@@ -8,7 +8,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import find_checkpoint_files
+from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 
 
 @pytest.mark.parametrize("name", ["lm_top2", "lm_top2_ws2", "mt_plain", "mt_nllb_ws2"])

@@ -11,7 +11,7 @@ import torch
 from checkpoint_makers import proving_state, split, whole
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 
 def refused(path, *words: str) -> str:

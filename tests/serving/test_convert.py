@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ from checkpoint_makers import split as cut
 
 from fairseq_moe_ext.serving import convert
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
 from fairseq_moe_ext.serving.checkpoint_summary import summarize
 from fairseq_moe_ext.serving.convert import merge, split
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.rank_files import rank_told
 
 SCRIPT = commands.REPOSITORY / "scripts" / "convert_checkpoint.py"
@@ -142,7 +143,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
             raise OSError("no space left on device")
 
     monkeypatch.setattr(convert.torch, "save", save)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="X-rank-1.pt: it cannot be written; is the disk full. no space left"):
         split(str(tmp_path / "one.pt"), str(tmp_path / "X.pt"), 2, drop_optimizer=True, force=True)
     assert sorted(os.listdir(tmp_path)) == ["X-rank-0.pt", "one.pt"]
     assert (tmp_path / "X-rank-0.pt").read_bytes() == b"before"
@@ -188,11 +189,23 @@ def test_a_summary_reads_no_weights(tmp_path):
     assert summarize(str(tmp_path / "one.pt")).experts == 4
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(commands.REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment
+def run(*arguments, **more) -> subprocess.CompletedProcess:
+    """The script from a checkout that is not on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", **more)
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    torch.save(whole(proving_state(4) | {"big": torch.ones(1 << 18)}), tmp_path / "one.pt")
+    done = run(
+        *("merge", tmp_path / "one.pt", tmp_path / "two.pt", "--drop-optimizer"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)),
     )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'two.pt'}: it cannot be written; is the disk")
+    assert os.listdir(tmp_path) == ["one.pt"]
 
 
 def test_the_script(tmp_path):

@@ -10,8 +10,9 @@ from fairscale.nn import FullyShardedDataParallel
 from small_lm import served_state, small_lm
 from torch import nn
 
-from fairseq_moe_ext.serving.checkpoint import is_expert_key, read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.state_keys import is_expert_key
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from checkpoint_makers import proving_state, split, whole
 
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 FILES = ("X-shared.pt", "X-rank-0.pt", "X-rank-1.pt")
 EXPERTS = 2

@@ -1,6 +1,6 @@
 """What a sentence gets does not depend on its batch-mates, nor, in a language model, on the tokens that come later.
 
-Dynamic gating has both properties; static gating under a finite capacity has neither (UPSTREAM.md, section 6). The
+Dynamic gating has both properties; static gating under a finite capacity has neither. The
 tests of static gating print how far it is off: `pytest -s -k static tests/serving/test_invariance.py`.
 """
 

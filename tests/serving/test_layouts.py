@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import commands
 import pytest
 import torch
 from checkpoint_makers import assert_same_state, proving_state, split, whole
@@ -11,7 +12,8 @@ from torch import nn
 
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError, find_checkpoint_files
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,9 @@ def test_tensors_of_any_shape_stride_and_type(tmp_path):
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
         assert target.copy_(stored) is target
         assert torch.equal(target, tensor) and stored.tolist() == tensor.tolist()
+        if not tensor.is_complex():
+            other = torch.empty(tensor.shape, dtype=torch.float16).copy_(stored)
+            assert torch.equal(other, tensor.to(torch.float16))
     torch.save(dict(state), tmp_path / "again.pt")
     assert_same_state(torch.load(tmp_path / "again.pt"), model)
 
@@ -130,9 +135,17 @@ def test_checkpoint_shard_count_is_not_needed(tmp_path):
     fairseq_hooks.install()
     split(proving_state(4), 2, tmp_path)
     find = checkpoint_utils.get_maybe_sharded_checkpoint_filename
-    with pytest.raises(CheckpointError, match="--checkpoint-shard-count must be 1: .* got 2"):
-        find(str(tmp_path / "X.pt"), "", 0, 2)
+    for name in ("X-shard0", "Y-shard0", "Y-shard1", "Z_part0", "Z_part1"):
+        (tmp_path / f"{name}.pt").touch()
+    for name in "XYZ":  # whatever stands there
+        with pytest.raises(CheckpointError, match=f"--checkpoint-shard-count must be 1: .*{name}.pt .* got 2"):
+            find(str(tmp_path / f"{name}.pt"), "", 0, 2)
     assert find(str(tmp_path / "X.pt"), "-rank-1", 0, 1) == str(tmp_path / "X-shared.pt")
+
+
+def test_checkpoint_shard_count_is_refused_by_the_command(shared_goldens, tmp_path):
+    data, merged = shared_goldens / "mt_plain" / "data-bin", shared_goldens / "mt_plain" / "checkpoint_merged.pt"
     for number in (0, 1):
-        (tmp_path / f"Y_part{number}.pt").touch()
-        assert find(str(tmp_path / "Y.pt"), "", number, 2) == str(tmp_path / f"Y_part{number}.pt")
+        (tmp_path / f"X_part{number}.pt").symlink_to(merged.resolve())
+    with pytest.raises(CheckpointError, match="--checkpoint-shard-count must be 1: .*X.pt .* got 2"):
+        commands.generate(data, "--path", tmp_path / "X.pt", *commands.MT, "--checkpoint-shard-count", 2)

@@ -14,7 +14,7 @@ from small_lm import served_state, small_lm
 from fairseq_moe_ext.gating import ResidentExperts
 from fairseq_moe_ext.serving import loading
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.loading import Loading
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 

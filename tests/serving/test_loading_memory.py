@@ -77,16 +77,29 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own", "merged", "with-optimizer", "half", "X"])
-def test_peak_memory_while_loading(checkpoints, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, None) for name in ("own", "merged", "with-optimizer", "half", "X")),
+        *((name, "float16") for name in ("own", "merged", "half", "X")),
+        ("merged", "bfloat16"),
+    ],
+)
+def test_peak_memory_while_loading(checkpoints, name, dtype):
+    """Into a model of another dtype a tensor goes by way of its own dtype, one at a time.
+
+    Measured: 1.01 to 1.02 into float32, 1.05 to 1.09 into 16 bits, whose model is half as large beside the same 15 MB for
+    code and the heap.
+    """
     data, folder = checkpoints
-    found = measure(data, folder / f"{name}.pt")
-    assert found["keeps"] > 280e6
+    found = measure(data, folder / f"{name}.pt", *(() if dtype is None else ("--moe-dtype", dtype)))
+    sizes = (2 if name == "half" else 4, 4 if dtype is None else 2)  # bytes of a value in the file, in the model
+    assert found["keeps"] > 70e6 * sizes[1]
     assert found["peak_before"] - found["before"] < 30e6  # else that peak might hide loading's
     factor = (found["peak"] - found["before"] - RECORD) / found["keeps"]
-    print(f"{name}: {factor:.3f} times the model; {found['loading']}")
+    print(f"{name} as {dtype}: {factor:.3f} times the model; {found['loading']}")
     assert factor <= 1.15
-    assert found["loading"]["bytes"] == pytest.approx(found["keeps"] / (2 if name == "half" else 1), rel=0.02)
+    assert found["loading"]["bytes"] == pytest.approx(found["keeps"] * sizes[0] / sizes[1], rel=0.02)
 
 
 @pytest.mark.slow

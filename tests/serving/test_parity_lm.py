@@ -1,6 +1,6 @@
 """Language models against upstream's own evaluation: every token's log-probability, the batches, the total loss.
 
-Figures and recordings: shared/goldens/README.md.
+Figures and recordings: made by upstream's own code (fairseq's branches moe and nllb), read from ../shared/goldens.
 """
 
 from dataclasses import dataclass, field

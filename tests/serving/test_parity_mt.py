@@ -1,6 +1,6 @@
 """Translation models against upstream's own scores and translations.
 
-Figures and recordings: shared/goldens/README.md.
+Figures and recordings: made by upstream's own code (fairseq's branches moe and nllb), read from ../shared/goldens.
 """
 
 import commands

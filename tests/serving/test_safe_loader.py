@@ -20,7 +20,7 @@ from small_lm import small_lm
 
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_files import CheckpointError
+from fairseq_moe_ext.serving.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,9 @@ def test_a_refusal_names_the_class_and_the_file(tmp_path, value, words, new_form
 
 def test_reading_through_fairseq_itself_uses_the_list_too(lm, tmp_path):
     _, content = lm
-    torch.save({**content, "extra_state": {**content["extra_state"], "best": np.float64(2.5)}}, tmp_path / "X.pt")
+    extra = {**content["extra_state"], "best": np.float64(2.5), "bare": (np.dtype(">f4"),)}
+    torch.save({**content, "extra_state": extra}, tmp_path / "X.pt")
     fairseq_hooks.install()
-    assert checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "X.pt"))["extra_state"]["best"] == 2.5
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "X.pt"))  # as training goes on
+    assert state["extra_state"]["best"] == 2.5 and state["extra_state"]["bare"] == (np.dtype(">f4"),)
+    assert state["model"].keys() == content["model"].keys()

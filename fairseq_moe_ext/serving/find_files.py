@@ -6,16 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fairseq_moe_ext.serving.errors import CheckpointError
+
 NAME = re.compile(r"(.+?)(-shared|-rank-\d+)?(-shard\d+)?\.pt")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be served: names the file, the rule and what was found."""
-
-
-def one_line(error: Exception) -> str:
-    """What another library has to say, for a CheckpointError's message; such texts may quote a file's content."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""What the keys of a model's state say of its MoE layers.
+
+Legend: E = experts of the model (upstream's `moe_expert_count`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fairseq_moe_ext.serving.errors import CheckpointError
+
+GATE_KEY = re.compile(r"^(.*\.moe_layer)\.gate\.wg\.weight$")
+EXPERT_KEY = re.compile(r"^(.*\.moe_layer\.experts\.)(\d+)(\..+)$")
+
+
+def is_expert_key(key: str) -> bool:
+    """Upstream's rule for what stands in rank files."""
+    return "expert" in key and "expert_centroids" not in key
+
+
+def moe_layer_numbers(model: Mapping[str, Tensor], side: str) -> list[int]:
+    """Which layers of `side` (`encoder` or `decoder`) are MoE layers."""
+    layer = re.compile(rf"{side}\.layers\.(\d+)\.moe_layer")
+    gates = [match.group(1) for match in map(GATE_KEY.match, model) if match]
+    return sorted(int(match.group(1)) for match in map(layer.fullmatch, gates) if match)
+
+
+def expert_count(model: Mapping[str, Tensor]) -> int:
+    """E, by the gates' shape; 0 in a dense model. CheckpointError, which names no file, where the gates disagree."""
+    counts = set()
+    for key, tensor in model.items():
+        if GATE_KEY.match(key):
+            if tensor.dim() != 2:
+                raise CheckpointError(f"{key} must have 2 dims, experts and model dim, got {tuple(tensor.shape)}")
+            counts.add(tensor.size(0))
+    if len(counts) > 1:
+        raise CheckpointError(f"the gates of one model must score the same number of experts, found {sorted(counts)}")
+    return counts.pop() if counts else 0
