@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup_environment.sh
-work=${WORK:-examples/work}
+work=${WORK:-examples/output}
 mkdir -p "$work"
 
 updates() { # the last "num_updates=" of a training log

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash scripts/setup_environment.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 # one thread: steadier to measure
-work=${WORK:-examples/work}/translation
+work=${WORK:-examples/output}/translation
 mkdir -p "$work"
 
 train() {
