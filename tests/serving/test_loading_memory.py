@@ -88,8 +88,8 @@ def checkpoints(tmp_path_factory):
 def test_peak_memory_while_loading(checkpoints, name, dtype):
     """Into a model of another dtype a tensor goes by way of its own dtype, one at a time.
 
-    Measured: 1.01 to 1.02 into float32, 1.05 to 1.09 into 16 bits, whose model is half as large beside the same 15 MB for
-    code and the heap.
+    Measured: 1.01 to 1.02 into float32, 1.05 to 1.09 into 16 bits, whose model is half as large beside the same 15 MB
+    for code and the heap.
     """
     data, folder = checkpoints
     found = measure(data, folder / f"{name}.pt", *(() if dtype is None else ("--moe-dtype", dtype)))
