@@ -111,3 +111,9 @@ def has_moe_layers(args: Any) -> bool:
     """Whether a model's arguments ask for MoE layers, or for the dense layers that stand in their place."""
     config = MoEConfig.from_args(args)
     return max(config.encoder_moe_freq, config.decoder_moe_freq) > 0
+
+
+def set_defaults(args: Any, **values: Any) -> None:
+    """What a named architecture sets where the command line says nothing."""
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name, value))

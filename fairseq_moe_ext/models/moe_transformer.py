@@ -7,7 +7,7 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.models.transformer.transformer_legacy import base_architecture
 
-from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields
+from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields, set_defaults
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.models.transformer_stacks import MoETransformerDecoder, MoETransformerEncoder
 
@@ -33,11 +33,6 @@ class MoETransformerModel(ServedModel, TransformerModel):
         return MoETransformerDecoder(cfg, moe, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-def _default(args, **values):
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
-
-
 @register_model_architecture("moe_transformer", "moe_transformer")
 def moe_transformer(args):
     base_architecture(args)
@@ -47,7 +42,7 @@ def moe_transformer(args):
 def moe_transformer_tiny(args):
     """2 + 2 layers of model dim 96 with 8 experts in every second one: learns the examples' data on a CPU."""
     for side in ("encoder", "decoder"):
-        _default(
+        set_defaults(
             args,
             **{
                 f"{side}_embed_dim": 96,
@@ -57,7 +52,7 @@ def moe_transformer_tiny(args):
                 f"{side}_normalize_before": True,
             },
         )
-    _default(
+    set_defaults(
         args,
         share_all_embeddings=True,
         moe_freq=2,
@@ -73,7 +68,7 @@ def moe_transformer_tiny(args):
 def moe_transformer_nllb_54b(args):
     """NLLB-200 54.5B: 24 + 24 layers, model dim 2048, 128 experts in every fourth layer."""
     for side in ("encoder", "decoder"):
-        _default(
+        set_defaults(
             args,
             **{
                 f"{side}_embed_dim": 2048,
@@ -83,7 +78,7 @@ def moe_transformer_nllb_54b(args):
                 f"{side}_normalize_before": True,
             },
         )
-    _default(
+    set_defaults(
         args,
         share_all_embeddings=True,
         max_source_positions=512,

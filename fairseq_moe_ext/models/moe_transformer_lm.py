@@ -14,7 +14,7 @@ from fairseq.models.transformer_lm import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields
+from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields, set_defaults
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.models.transformer_stacks import MoETransformerDecoder
 
@@ -46,15 +46,10 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
         return cls(MoETransformerDecoder(cfg, moe, task.target_dictionary, embed_tokens, no_encoder_attn=True))
 
 
-def _default(args, **values):
-    for name, value in values.items():
-        setattr(args, name, getattr(args, name, value))
-
-
 @register_model_architecture("moe_transformer_lm", "moe_transformer_lm_tiny")
 def moe_transformer_lm_tiny(args):
     """4 layers of model dim 64 with 8 experts in every second one: learns the examples' data on a CPU."""
-    _default(
+    set_defaults(
         args,
         decoder_embed_dim=64,
         decoder_ffn_embed_dim=128,
@@ -71,7 +66,7 @@ def moe_transformer_lm_tiny(args):
 
 def _published(args, layers: int, model_dim: int, heads: int) -> None:
     """The shape family of upstream's published language models: 512 experts in every second layer."""
-    _default(
+    set_defaults(
         args,
         decoder_embed_dim=model_dim,
         decoder_ffn_embed_dim=4 * model_dim,
