@@ -1,6 +1,6 @@
 """The experts' weights, packed, and their computation on tokens in expert order.
 
-Legend: E = experts, N = rows in expert order, D = model dim, F = hidden dim.
+Legend: E = experts of the layer, H = experts held here, N = rows in expert order, D = model dim, F = hidden dim.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight":
 
 
 class ResidentExperts(nn.Module):
-    """All experts of one layer in fast memory: fc1 -> activation -> fc2, each with bias.
+    """A rank's experts of one layer in fast memory: fc1 -> activation -> fc2, each with bias.
 
-    Parameters are packed, (E, F, D), (E, F), (E, D, F), (E, D); the state dict has upstream's names and shapes
-    (`{j}.fc1.weight` (F, D), ...), so that checkpoints go both ways.
+    Parameters are packed, (H, F, D), (H, F), (H, D, F), (H, D); the state dict has upstream's names and shapes
+    (`{j}.fc1.weight` (F, D), ..., j the expert's number in the layer), so that checkpoints go both ways.
+
+    held: the numbers of the experts that lie here, rising; None holds all. A state dict's other experts are left alone.
 
     activation: elementwise, Tensor -> Tensor.
     activation_dropout: probability, in training only.
@@ -37,21 +39,22 @@ class ResidentExperts(nn.Module):
         activation: Callable[[Tensor], Tensor] = F.relu,
         activation_dropout: float = 0.0,
         initialize: bool = True,
+        held: Sequence[int] | None = None,
     ):
         super().__init__()
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, model_dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, model_dim, hidden_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, model_dim))
+        self.num_experts = num_experts
+        self.held = tuple(range(num_experts) if held is None else held)
+        if list(self.held) != sorted(set(self.held) & set(range(num_experts))):
+            raise ValueError(f"held must be rising numbers of experts below {num_experts}, got {self.held}")
+        self.fc1_weight = nn.Parameter(torch.empty(len(self.held), hidden_dim, model_dim))
+        self.fc1_bias = nn.Parameter(torch.empty(len(self.held), hidden_dim))
+        self.fc2_weight = nn.Parameter(torch.empty(len(self.held), model_dim, hidden_dim))
+        self.fc2_bias = nn.Parameter(torch.empty(len(self.held), model_dim))
         self.activation = activation
         self.activation_dropout = activation_dropout
         self._initialized = initialize
         if initialize:
             self.reset_parameters()
-
-    @property
-    def num_experts(self) -> int:
-        return self.fc1_weight.size(0)
 
     def reset_parameters(self) -> None:
         """torch.nn.Linear's own initialisation, for every expert."""
@@ -61,7 +64,7 @@ class ResidentExperts(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
-        """rows (N, D) in expert order, tokens_per_expert E counts that sum to N -> outputs (N, D)."""
+        """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
         packed = [parameter.unbind(0) for parameter in self.parameters()]
         outputs = []
         for expert, chunk in enumerate(rows.split(list(tokens_per_expert))):
@@ -77,7 +80,8 @@ class ResidentExperts(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, key in EXPERT_KEYS.items():
             parameter = getattr(self, name)
-            for expert, weight in enumerate((parameter if keep_vars else parameter.detach()).unbind(0)):
+            packed = parameter if keep_vars else parameter.detach()
+            for expert, weight in zip(self.held, packed.unbind(0), strict=True):
                 destination[f"{prefix}{expert}.{key}"] = weight
 
     def _load_from_state_dict(
@@ -85,7 +89,7 @@ class ResidentExperts(nn.Module):
     ):
         for name, key in EXPERT_KEYS.items():
             parameter = getattr(self, name)
-            for expert, weight in enumerate(parameter.detach().unbind(0)):
+            for expert, weight in zip(self.held, parameter.detach().unbind(0), strict=True):
                 full_key = f"{prefix}{expert}.{key}"
                 if full_key not in state_dict:
                     missing_keys.append(full_key)
