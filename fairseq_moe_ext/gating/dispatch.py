@@ -3,16 +3,19 @@
 Paper: "Toward Efficient Inference for Mixture of Experts", section on dynamic gating: flatten, sort by expert id,
 count, gather by index; the inverse index takes the place of the mask product on the way back.
 
-Legend: T = tokens, E = experts, K = choices per token, N = kept assignments, D = model dim.
+Legend: T = tokens, E = experts, K = choices per token, N = kept assignments, D = model dim. Under several ranks copies
+of experts, in the order of the ranks that hold them, stand for the experts here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.routing import Routing
 
 
@@ -32,12 +35,22 @@ class DispatchPlan:
     num_tokens: int
 
 
-def plan_dispatch(routing: Routing) -> DispatchPlan:
-    """Sort the kept assignments by expert; assignments that are not kept go to a sentinel expert past the last."""
+def plan_dispatch(
+    routing: Routing, copies: ExpertCopies | None = None, send_sizes: Callable[[Tensor], None] | None = None
+) -> DispatchPlan:
+    """Sort the kept assignments by expert; assignments that are not kept go to a sentinel expert past the last.
+
+    copies: where the experts lie, under several ranks. send_sizes: called with the counts (E,) before the sorting.
+    """
     num_tokens, num_choices = routing.expert_ids.shape
-    num_experts = routing.num_experts
-    expert_ids = routing.expert_ids.masked_fill(~routing.kept, num_experts).view(-1)  # (T * K,)
-    counts = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts].tolist()
+    expert_ids, num_experts = routing.expert_ids, routing.num_experts
+    if copies is not None:
+        expert_ids, num_experts = copies.choose(expert_ids), copies.num_copies
+    expert_ids = expert_ids.masked_fill(~routing.kept, num_experts).view(-1)  # (T * K,)
+    sizes = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts]
+    if send_sizes is not None:
+        send_sizes(sizes)
+    counts = sizes.tolist()
     # stable, so that a token's rows in an expert keep the tokens' order: results do not depend on the sort
     assignments = expert_ids.argsort(stable=True)[: sum(counts)]
     token_ids = torch.div(assignments, num_choices, rounding_mode="floor") if num_choices > 1 else assignments

@@ -50,11 +50,20 @@ class ResidentExperts(nn.Module):
         self.fc1_bias = nn.Parameter(torch.empty(len(self.held), hidden_dim))
         self.fc2_weight = nn.Parameter(torch.empty(len(self.held), model_dim, hidden_dim))
         self.fc2_bias = nn.Parameter(torch.empty(len(self.held), model_dim))
+        self.model_dim = model_dim
         self.activation = activation
         self.activation_dropout = activation_dropout
         self._initialized = initialize
         if initialize:
             self.reset_parameters()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fc1_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.fc1_weight.device
 
     def reset_parameters(self) -> None:
         """torch.nn.Linear's own initialisation, for every expert."""

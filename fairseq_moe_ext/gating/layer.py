@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
+from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.static import (
     assign_slots,
@@ -50,13 +51,14 @@ class LayerCall:
     """What one call of a layer did, for the report and the trace.
 
     assignments: routed by the gate; dropped: those that found no slot; load: E tokens per expert that ran;
-    seconds: time per part on the host.
+    seconds: time per part on the host; bytes_exchanged: of rows sent to other ranks (as many come back).
     """
 
     assignments: int
     dropped: int
     load: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
+    bytes_exchanged: int = 0
 
 
 class MOELayer(nn.Module):
@@ -88,6 +90,7 @@ class MOELayer(nn.Module):
         self.output_masking = output_masking
         self.serving = False
         self.observer: Callable[[LayerCall], None] | None = None
+        self.exchange: LayerExchange | None = None  # under several ranks, where `experts` are those held here
         self._last: tuple[Routing, Routing] | None = None  # before and after the capacity
 
     def prepare_for_serving(self, seed: int, observer: Callable[[LayerCall], None] | None = None) -> None:
@@ -139,17 +142,25 @@ class MOELayer(nn.Module):
         routing = self.gate(tokens, padding_mask)
         weights = self.gate.combine_weights(routing, tokens.dtype)
         clock.lap("gate")
-        plan = plan_dispatch(routing)
-        rows = dispatch(tokens, plan)
-        clock.lap("dispatch")
-        outputs = self._mask_outputs(self.experts(rows, plan.tokens_per_expert))
-        clock.lap("experts")
+        if self.exchange is None:
+            plan = plan_dispatch(routing)
+            rows = dispatch(tokens, plan)
+            clock.lap("dispatch")
+            outputs, load = self.experts(rows, plan.tokens_per_expert), plan.tokens_per_expert
+            clock.lap("experts")
+        else:
+            plan = plan_dispatch(routing, self.exchange.copies, send_sizes=self.exchange.begin)
+            rows = dispatch(tokens, plan)
+            clock.lap("dispatch")
+            outputs, figures = self.exchange.run(rows, plan.tokens_per_expert)
+            load = self.exchange.copies.fold(plan.tokens_per_expert)
+            clock.took(figures)
+        outputs = self._mask_outputs(outputs)
         result = combine(outputs, plan, weights)
         clock.lap("combine")
         self._record(routing, routing)
         if self.observer is not None:
-            load = plan.tokens_per_expert
-            self.observer(LayerCall(sum(load), 0, load, clock.seconds))
+            self.observer(LayerCall(sum(load), 0, load, clock.seconds, clock.bytes_exchanged))
         return result
 
     def _static(self, tokens: Tensor, padding_mask: Tensor | None, counted: int) -> Tensor:
@@ -168,15 +179,20 @@ class MOELayer(nn.Module):
         dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)  # (T, E, C)
         rows = static_dispatch(tokens, dense)  # (E * C, D)
         clock.lap("dispatch")
-        outputs = self._mask_outputs(self.experts(rows, [capacity] * wanted.num_experts))
-        clock.lap("experts")
-        result = static_combine(outputs, dense)
+        if self.exchange is None:
+            outputs = self.experts(rows, [capacity] * wanted.num_experts)
+            clock.lap("experts")
+        else:
+            outputs, figures = self.exchange.run_static(rows.view(wanted.num_experts, capacity, -1))
+            outputs = outputs.view_as(rows)
+            clock.took(figures)
+        result = static_combine(self._mask_outputs(outputs), dense)
         clock.lap("combine")
         self._record(wanted, routing)
         if self.observer is not None:
             load = torch.bincount(routing.expert_ids[routing.kept], minlength=wanted.num_experts).tolist()
             assignments = int(wanted.kept.sum())
-            self.observer(LayerCall(assignments, assignments - sum(load), load, clock.seconds))
+            self.observer(LayerCall(assignments, assignments - sum(load), load, clock.seconds, clock.bytes_exchanged))
         return result
 
     def _mask_outputs(self, outputs: Tensor) -> Tensor:
@@ -212,6 +228,7 @@ class _Clock:
 
     def __init__(self, on: bool):
         self.seconds: dict[str, float] = {}
+        self.bytes_exchanged = 0
         self._on = on
         self._last = time.perf_counter() if on else 0.0
 
@@ -220,3 +237,9 @@ class _Clock:
             now = time.perf_counter()
             self.seconds[part] = now - self._last
             self._last = now
+
+    def took(self, figures: RoundFigures) -> None:
+        """A round with the other ranks ends now, which knows its own figures."""
+        self.lap("exchange")
+        self.seconds.update(figures.seconds)
+        self.bytes_exchanged = figures.bytes_exchanged

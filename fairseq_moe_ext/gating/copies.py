@@ -1,0 +1,64 @@
+"""Where the copies of one layer's experts lie, and which copy an assignment goes to.
+
+Legend: T = tokens, K = choices per token, E = experts, R = ranks, P = copies of experts over all ranks, in rising order
+of rank, then expert. Without replicas P = E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ExpertCopies:
+    """The placement of one layer as `rank` sees it; `ranks_of_experts` lists the ranks of every expert.
+
+    held: per rank the experts that lie there, rising.
+
+    >>> ExpertCopies(((0,), (1,), (0, 1)), rank=0, world_size=2).held
+    [(0, 2), (1, 2)]
+    """
+
+    def __init__(self, ranks_of_experts: Sequence[Sequence[int]], rank: int, world_size: int):
+        self.num_experts = len(ranks_of_experts)
+        self.held = [
+            tuple(expert for expert, ranks in enumerate(ranks_of_experts) if each in ranks)
+            for each in range(world_size)
+        ]
+        self.per_rank = [len(held) for held in self.held]
+        self.num_copies = sum(self.per_rank)
+        copies: list[list[int]] = [[] for _ in ranks_of_experts]
+        for copy, expert in enumerate(expert for held in self.held for expert in held):
+            copies[expert].append(copy)
+        self._copies = copies
+        self._rank = rank
+        most = max(map(len, copies))
+        self._table = torch.tensor([found + found[:1] * (most - len(found)) for found in copies])  # (E, most)
+        self._counts = torch.tensor([len(found) for found in copies])  # (E,)
+        self._in_order = [found[0] for found in copies] == list(range(self.num_copies))
+
+    def choose(self, expert_ids: Tensor) -> Tensor:
+        """expert_ids (T, K) -> the copy of each assignment (T, K); an expert's assignments go round its copies."""
+        if self._in_order:
+            return expert_ids
+        table, counts = self._table.to(expert_ids.device), self._counts.to(expert_ids.device)
+        if table.size(1) == 1:
+            return table[:, 0][expert_ids]
+        flat = expert_ids.reshape(-1)
+        order = flat.argsort(stable=True)
+        load = torch.bincount(flat, minlength=self.num_experts)
+        first = (load.cumsum(0) - load)[flat[order]]
+        number = torch.empty_like(flat)  # of an assignment among its expert's
+        number[order] = torch.arange(flat.numel(), device=flat.device) - first
+        # ranks begin with different copies, else few assignments would all go to the first
+        return table[flat, (number + self._rank) % counts[flat]].view_as(expert_ids)
+
+    def fold(self, counts: Sequence[int]) -> list[int]:
+        """counts: P numbers -> their sums per expert (E)."""
+        return [sum(counts[copy] for copy in found) for found in self._copies]
+
+    def chosen_whole(self, rank: int) -> list[int]:
+        """Per expert the one copy that all its slots on `rank` go to, under static gating."""
+        return [found[rank % len(found)] for found in self._copies]

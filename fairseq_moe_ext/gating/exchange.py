@@ -1,0 +1,291 @@
+"""The exchange between ranks: the sizes travel first, then exactly the tokens, and their outputs back.
+
+Every call of a MoE layer on any rank is one round, in which all ranks take part. They need not be in the same layer: a
+message says which one its sender is in, and the receiver runs that layer's experts. So ranks with different numbers of
+batches, sentences or decode steps never wait for one another's next batch; a rank with nothing to send (`idle_round`)
+computes for the others. A round is over at once when no rank is in a layer.
+
+Paper: "Toward Efficient Inference for Mixture of Experts", section on dynamic gating. Static gating sends the padded
+slots of every expert instead, as upstream does.
+
+Legend: R = ranks, P = copies of a layer's experts over all ranks, H = experts held here, N = rows sent, D = model dim,
+E = experts, C = slots per expert.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fairseq_moe_ext.gating.copies import ExpertCopies
+
+IDLE = -1  # stands for a layer's number where a rank is in none
+
+
+class ExchangeError(RuntimeError):
+    """The other ranks could not be reached."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a rank tells another in a round.
+
+    layer: which one the sender is in, or IDLE. alive: whether it has work of its own left. finished: batches that it
+    has finished. capacity: C, 0 under dynamic gating. counts: rows that follow for each of the receiver's experts.
+    """
+
+    layer: int
+    alive: bool
+    finished: int
+    capacity: int
+    counts: list[int]
+
+
+HEADER = 4  # numbers of a message before its counts
+
+
+@dataclass
+class RoundFigures:
+    """What a round cost this rank: bytes of tokens sent to other ranks (as many come back), host seconds per part."""
+
+    bytes_exchanged: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"sizes": 0.0, "exchange": 0.0, "experts": 0.0})
+
+
+class Exchange:
+    """One rank's end. Layers are registered in the same order on every rank before the first round.
+
+    finished: batches that this rank has finished, told to the others with every round.
+    heard_finished: what each rank last told. rows_computed: per layer, rows that ran here, whoever sent them.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu"):
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)  # where messages travel; tokens travel where the model is
+        self.finished = 0
+        self.heard_finished = [0] * world_size
+        self.rounds = self.idle_rounds = 0
+        self.rows_computed: list[int] = []
+        self._layers: list[LayerExchange] = []
+
+    def register(self, experts: nn.Module, copies: ExpertCopies) -> LayerExchange:
+        """The exchange of one more layer; `experts` are the ones held here."""
+        self._layers.append(LayerExchange(self, len(self._layers), experts, copies))
+        self.rows_computed.append(0)
+        return self._layers[-1]
+
+    def idle_round(self, alive: bool) -> bool:
+        """Answer one round with nothing to send; whether any rank has work of its own left, `alive` being ours."""
+        self.idle_rounds += 1
+        round_ = Round(self, IDLE, alive)
+        round_.receive_sizes()
+        round_.exchange(torch.empty(0, dtype=torch.uint8, device=self._token_device), [0] * self.world_size)
+        return any(message.alive for message in round_.messages)
+
+    @property
+    def _token_device(self) -> torch.device:
+        return self._layers[0].experts.device if self._layers else self.device
+
+    @property
+    def message_size(self) -> int:
+        return HEADER + max((max(layer.copies.per_rank) for layer in self._layers), default=0)
+
+
+class LayerExchange:
+    """One layer's end on this rank."""
+
+    def __init__(self, exchange: Exchange, number: int, experts: nn.Module, copies: ExpertCopies):
+        self.number = number
+        self.experts = experts
+        self.copies = copies
+        self._exchange = exchange
+        held = torch.tensor(copies.per_rank)
+        ranks = torch.repeat_interleave(torch.arange(len(held)), held)
+        self._round: Round | None = None
+        self._place = torch.stack((ranks, torch.arange(len(ranks)) - (held.cumsum(0) - held)[ranks]))  # (2, P)
+
+    def begin(self, counts: Tensor) -> None:
+        """Send the sizes, `counts` (P,) int64 rows per copy, while the caller sorts its rows; `run` ends the round."""
+        self._round = Round(self._exchange, self.number, alive=True, counts=counts, place=self._place)
+
+    def run(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, RoundFigures]:
+        """rows (N, D) in the order of copies, counts P numbers that sum to N -> the experts' outputs (N, D)."""
+        round_, self._round = self._round, None
+        round_.receive_sizes()
+        sent = [sum(part) * _row_bytes(rows) for part in _split(counts, self.copies.per_rank)]
+        returned = round_.exchange(rows.reshape(-1).view(torch.uint8), sent)
+        return returned.view(rows.dtype).view(rows.shape), round_.figures
+
+    def run_static(self, slots: Tensor) -> tuple[Tensor, RoundFigures]:
+        """slots (E, C, D), empty ones zero -> their outputs (E, C, D); all ranks send as many rows per expert."""
+        num_experts, capacity, model_dim = slots.shape
+        round_ = Round(self._exchange, self.number, alive=True, capacity=capacity)
+        round_.receive_sizes()
+        largest = round_.largest_capacity if capacity else 0  # no tokens, hence no slots
+        chosen = self.copies.chosen_whole(self._exchange.rank)
+        order = torch.tensor(sorted(range(num_experts), key=chosen.__getitem__), device=slots.device)
+        padded = slots.new_zeros(num_experts, largest, model_dim)
+        padded[:, :capacity] = slots[order]
+        counts = [0] * self.copies.num_copies
+        for copy in chosen:
+            counts[copy] = largest
+        sent = [sum(part) * _row_bytes(slots) for part in _split(counts, self.copies.per_rank)]
+        returned = round_.exchange(padded.view(-1).view(torch.uint8), sent)
+        outputs = torch.empty_like(slots)
+        outputs[order] = returned.view(slots.dtype).view(padded.shape)[:, :capacity]
+        return outputs, round_.figures
+
+    def counts_from(self, source: int, message: Message, largest_capacity: int) -> list[int]:
+        """H rows per expert that `source` sends."""
+        if message.capacity == 0:
+            return message.counts[: self.copies.per_rank[self._exchange.rank]]
+        chosen = set(self.copies.chosen_whole(source))
+        first = sum(self.copies.per_rank[: self._exchange.rank])
+        held = range(first, first + self.copies.per_rank[self._exchange.rank])
+        return [largest_capacity if copy in chosen else 0 for copy in held]
+
+
+class Round:
+    """One round on this rank: the sizes are on their way from the start."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        layer: int,
+        alive: bool,
+        capacity: int = 0,
+        counts: Tensor | None = None,
+        place: Tensor | None = None,
+    ):
+        self.figures = RoundFigures()
+        self.messages: list[Message] = []
+        self._exchange = exchange
+        self._start = time.perf_counter()
+        exchange.rounds += 1
+        header = torch.tensor([layer, alive, exchange.finished, capacity])
+        self._sent = torch.zeros(exchange.world_size, exchange.message_size, dtype=torch.int64, device=exchange.device)
+        self._sent[:, :HEADER] = header.to(exchange.device)
+        if counts is not None:
+            self._sent[:, HEADER:][tuple(place.to(exchange.device))] = counts.to(exchange.device)
+        self._received = torch.empty_like(self._sent)
+        with _naming_the_exchange():
+            self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
+
+    @property
+    def largest_capacity(self) -> int:
+        return max(message.capacity for message in self.messages)
+
+    def receive_sizes(self) -> None:
+        """Wait for every rank's message; the experts that are needed are announced to those who must fetch them."""
+        start = time.perf_counter()
+        with _naming_the_exchange():
+            self._work.wait()
+            received = self._received.tolist()
+        self.messages = [
+            Message(layer, bool(alive), finished, capacity, counts)
+            for layer, alive, finished, capacity, *counts in received
+        ]
+        self._exchange.heard_finished = [message.finished for message in self.messages]
+        self.figures.seconds["sizes"] = time.perf_counter() - start
+
+    def exchange(self, sent: Tensor, sent_bytes: list[int]) -> Tensor:
+        """sent (bytes,) uint8, grouped by the R ranks as `sent_bytes` says -> the outputs' bytes in the same order."""
+        if all(message.layer == IDLE for message in self.messages):
+            return sent
+        start = time.perf_counter()
+        arrivals = [self._arrivals_from(source) for source in range(self._exchange.world_size)]
+        arrived_bytes = [arrival.num_bytes for arrival in arrivals]
+        arrived = sent.new_empty(sum(arrived_bytes))
+        self.figures.bytes_exchanged = sum(sent_bytes) - sent_bytes[self._exchange.rank]
+        with _naming_the_exchange():
+            dist.all_to_all_single(arrived, sent, arrived_bytes, sent_bytes)
+        lap = time.perf_counter()
+        outputs = self._compute(arrived, arrivals)
+        self.figures.seconds["experts"] = time.perf_counter() - lap
+        returned = torch.empty_like(sent)
+        with _naming_the_exchange():
+            dist.all_to_all_single(returned, outputs, sent_bytes, arrived_bytes)
+        self.figures.seconds["exchange"] = time.perf_counter() - start - self.figures.seconds["experts"]
+        return returned
+
+    def _arrivals_from(self, source: int) -> _Arrivals:
+        message = self.messages[source]
+        if message.layer == IDLE:
+            return _Arrivals(None, [], 0)
+        layer = self._exchange._layers[message.layer]
+        counts = layer.counts_from(source, message, self.largest_capacity)
+        return _Arrivals(layer, counts, sum(counts) * layer.experts.model_dim * layer.experts.dtype.itemsize)
+
+    def _compute(self, arrived: Tensor, arrivals: list[_Arrivals]) -> Tensor:
+        """arrived (bytes,), grouped by source -> the outputs' bytes in the same order."""
+        outputs = torch.empty_like(arrived)
+        sizes = [arrival.num_bytes for arrival in arrivals]
+        parts, out_parts = arrived.split(sizes), outputs.split(sizes)
+        for layer in {arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values():
+            dtype, model_dim = layer.experts.dtype, layer.experts.model_dim
+            sources = [
+                source for source, arrival in enumerate(arrivals) if arrival.layer is layer and arrival.num_bytes > 0
+            ]
+            if not sources:
+                continue
+            rows = [parts[source].view(dtype).view(-1, model_dim) for source in sources]
+            results = run_by_expert(layer.experts, rows, [arrivals[source].counts for source in sources])
+            self._exchange.rows_computed[layer.number] += sum(map(len, rows))
+            for source, result in zip(sources, results, strict=True):
+                out_parts[source].view(dtype).view(result.shape).copy_(result)
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Arrivals:
+    """What one source sends in a round: for the layer that it is in, rows per expert held here."""
+
+    layer: LayerExchange | None
+    counts: list[int]
+    num_bytes: int
+
+
+def run_by_expert(experts: nn.Module, rows: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, ...]:
+    """Run every expert once on its rows of all sources.
+
+    rows: per source (n, D) in expert order; counts: per source H rows per expert -> per source its outputs (n, D).
+    """
+    if len(rows) == 1:
+        return (experts(rows[0], counts[0]),)
+    lengths = torch.tensor(counts)  # (sources, H)
+    starts = (lengths.view(-1).cumsum(0) - lengths.view(-1)).view_as(lengths)
+    by_expert, starts = lengths.t().reshape(-1), starts.t().reshape(-1)
+    shift = starts - (by_expert.cumsum(0) - by_expert)
+    joined = torch.cat(rows)
+    order = torch.repeat_interleave(shift, by_expert) + torch.arange(joined.size(0))
+    order = order.to(joined.device)
+    outputs = experts(joined.index_select(0, order), lengths.sum(0).tolist())
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).split(lengths.sum(1).tolist())
+
+
+def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(counts[start : start + size])
+        start += size
+    return parts
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.size(-1) * rows.element_size()
+
+
+class _naming_the_exchange:
+    """Context: what torch.distributed raises becomes an ExchangeError."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, RuntimeError):
+            raise ExchangeError(f"the exchange between the ranks broke off: {error}") from error
