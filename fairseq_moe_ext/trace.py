@@ -6,9 +6,11 @@ Legend: L = MoE layers of a phase, E = experts. The file is a compressed .npz; p
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,17 @@ class PhaseTrace:
     names: tuple[str, ...]
     load: np.ndarray
     batch: np.ndarray
+
+    def __post_init__(self):
+        if self.load.ndim != 3 or self.load.shape[:2] != (*self.batch.shape, len(self.names)):
+            raise ValueError(
+                f"load must be (steps, layers, experts) for {len(self.names)} layers and batch {self.batch.shape}, "
+                f"got {self.load.shape}"
+            )
+
+    def take(self, steps: np.ndarray) -> PhaseTrace:
+        """These steps only; `steps`: their numbers, or which ones (steps,) bool."""
+        return PhaseTrace(self.names, self.load[steps], self.batch[steps])
 
 
 class TraceRecorder:
@@ -68,32 +81,97 @@ class TraceRecorder:
         return phases
 
 
-def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace]) -> None:
-    """Write `phases` to `path`, under a temporary name first."""
+def pack_trace(phases: dict[str, PhaseTrace]) -> bytes:
+    """The content of a trace's file."""
     arrays = {}
     for phase, recorded in phases.items():
         arrays[f"{phase}_names"] = np.array(recorded.names)
         arrays[f"{phase}_load"] = recorded.load
         arrays[f"{phase}_batch"] = recorded.batch
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
+    """The phases of `pack_trace`, which may be none."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {
+            phase: PhaseTrace(
+                tuple(arrays[f"{phase}_names"].tolist()), arrays[f"{phase}_load"], arrays[f"{phase}_batch"]
+            )
+            for phase in PHASES
+            if f"{phase}_load" in arrays
+        }
+
+
+def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace]) -> None:
+    """Write `phases` to `path`, under a temporary name first."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    temporary.write_bytes(pack_trace(phases))
     os.replace(temporary, path)
 
 
 def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:
     """Read a trace; ValueError names the file where it is none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            phases = {
-                phase: PhaseTrace(
-                    tuple(arrays[f"{phase}_names"].tolist()), arrays[f"{phase}_load"], arrays[f"{phase}_batch"]
-                )
-                for phase in PHASES
-                if f"{phase}_load" in arrays
-            }
+        phases = unpack_trace(Path(path).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a routing trace (.npz as --moe-trace writes it): {error}") from error
     if not phases:
         raise ValueError(f"{path}: not a routing trace: none of the phases {', '.join(PHASES)} is in it")
     return phases
+
+
+def merge_traces(traces: Sequence[dict[str, PhaseTrace]]) -> dict[str, PhaseTrace]:
+    """One trace of those that several ranks recorded, as one rank would have recorded it.
+
+    Steps are ordered by batch; within a batch they keep their rank's order. ValueError where a batch was recorded by
+    two ranks, or where they recorded different layers or numbers of experts.
+    """
+    phases = {}
+    for phase in PHASES:
+        parts = [trace[phase] for trace in traces if phase in trace]
+        if not parts:
+            continue
+        for part in parts[1:]:
+            if part.names != parts[0].names or part.load.shape[2] != parts[0].load.shape[2]:
+                raise ValueError(
+                    f"traces to merge must be of one model; their {phase} phases have {_describe(parts[0])} "
+                    f"and {_describe(part)}"
+                )
+        numbers, ranks = np.unique(np.concatenate([np.unique(part.batch) for part in parts]), return_counts=True)
+        if (ranks > 1).any():
+            raise ValueError(
+                f"traces to merge must not share a batch; {ranks.max()} of them hold batch "
+                f"{numbers[ranks.argmax()]} of the {phase} phase"
+            )
+        batch = np.concatenate([part.batch for part in parts])
+        merged = PhaseTrace(parts[0].names, np.concatenate([part.load for part in parts]), batch)
+        phases[phase] = merged.take(np.argsort(batch, kind="stable"))
+    return phases
+
+
+def _describe(part: PhaseTrace) -> str:
+    return f"{part.load.shape[2]} experts in {', '.join(part.names)}"
+
+
+def slice_trace(trace: dict[str, PhaseTrace], first: int, last: int) -> dict[str, PhaseTrace]:
+    """The batches numbered from `first` to before `last`; a phase without any of them is left out."""
+    phases = {phase: part.take((part.batch >= first) & (part.batch < last)) for phase, part in trace.items()}
+    return {phase: part for phase, part in phases.items() if len(part.batch)}
+
+
+def halve_trace(trace: dict[str, PhaseTrace]) -> tuple[dict[str, PhaseTrace], dict[str, PhaseTrace]]:
+    """The first and the second half of each phase's batches; of an odd number the first half has one more.
+
+    ValueError where a phase has fewer than two batches.
+    """
+    first, second = {}, {}
+    for phase, part in trace.items():
+        batches = np.unique(part.batch)
+        if len(batches) < 2:
+            raise ValueError(f"a trace to split must have at least 2 batches, got {len(batches)} in its {phase} phase")
+        fits = part.batch < batches[(len(batches) + 1) // 2]
+        first[phase], second[phase] = part.take(fits), part.take(~fits)
+    return first, second

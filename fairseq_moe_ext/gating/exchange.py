@@ -64,9 +64,8 @@ class Exchange:
     heard_finished: what each rank last told. rows_computed: per layer, rows that ran here, whoever sent them.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu"):
+    def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
-        self.device = torch.device(device)  # where messages travel; tokens travel where the model is
         self.finished = 0
         self.heard_finished = [0] * world_size
         self.rounds = self.idle_rounds = 0
@@ -84,12 +83,17 @@ class Exchange:
         self.idle_rounds += 1
         round_ = Round(self, IDLE, alive)
         round_.receive_sizes()
-        round_.exchange(torch.empty(0, dtype=torch.uint8, device=self._token_device), [0] * self.world_size)
+        round_.exchange(torch.empty(0, dtype=torch.uint8, device=self.device), [0] * self.world_size)
         return any(message.alive for message in round_.messages)
 
     @property
-    def _token_device(self) -> torch.device:
-        return self._layers[0].experts.device if self._layers else self.device
+    def has_layers(self) -> bool:
+        return bool(self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where messages and tokens travel: where the model is."""
+        return self._layers[0].experts.device if self._layers else torch.device("cpu")
 
     @property
     def message_size(self) -> int:

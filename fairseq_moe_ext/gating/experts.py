@@ -65,6 +65,16 @@ class ResidentExperts(nn.Module):
     def device(self) -> torch.device:
         return self.fc1_weight.device
 
+    @property
+    def bytes_per_expert(self) -> int:
+        hidden_dim = self.fc1_weight.size(1)
+        return (2 * self.model_dim * hidden_dim + hidden_dim + self.model_dim) * self.dtype.itemsize
+
+    def share(self, held: Sequence[int]) -> ResidentExperts:
+        """A module for the experts `held` alone, its weights not set: a state dict is to follow."""
+        hidden_dim, kept = self.fc1_weight.size(1), (self.activation, self.activation_dropout)
+        return ResidentExperts(self.num_experts, self.model_dim, hidden_dim, *kept, initialize=False, held=held)
+
     def reset_parameters(self) -> None:
         """torch.nn.Linear's own initialisation, for every expert."""
         for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):

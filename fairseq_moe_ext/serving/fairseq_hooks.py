@@ -1,4 +1,4 @@
-"""The replacements inside fairseq: its two functions that find and read checkpoint files.
+"""The replacements inside fairseq: its two functions that find and read checkpoint files, and scoring under ranks.
 
 They are installed by a task's `setup_task`, once, never at import.
 """
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.sequence_scorer import SequenceScorer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
+from fairseq_moe_ext.serving.generator import take_turn
 from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS, revive
 from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
 
@@ -35,6 +37,7 @@ def install() -> None:
     checkpoint_utils.get_maybe_sharded_checkpoint_filename = _replacing(
         checkpoint_utils.get_maybe_sharded_checkpoint_filename, _find
     )
+    SequenceScorer.generate = _replacing(SequenceScorer.generate, _score)
 
 
 def _replacing(original, replacement):
@@ -44,6 +47,11 @@ def _replacing(original, replacement):
 
     wrapper.moe_ext_original = original
     return wrapper
+
+
+def _score(original, scorer, models, sample, **kwargs):
+    """fairseq-eval-lm makes its scorer by itself."""
+    return take_turn(sample, lambda: original(scorer, models, sample, **kwargs))
 
 
 def _find(_original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:

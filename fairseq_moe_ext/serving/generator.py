@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
 from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.serving.ranks import TURN, Ranks
 
 
 class _CountedGeneration:
-    """Mixin before one of fairseq's generators: counts sentences and hypotheses' tokens.
+    """Mixin before one of fairseq's generators: counts sentences and hypotheses' tokens, and takes its rank's turns.
 
     The encoder's and the decoder's time and tokens are taken where they run, in the model's stacks, so that scoring
     and generation are measured alike; `observer` has both.
@@ -22,8 +24,11 @@ class _CountedGeneration:
 
     observer: Observer | None = None
 
-    @torch.no_grad()
     def generate(self, models, sample, **kwargs):
+        return take_turn(sample, lambda: self._generate_here(models, sample, **kwargs))
+
+    @torch.no_grad()
+    def _generate_here(self, models, sample, **kwargs):
         if isinstance(self.search, DiverseBeamSearch):
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
@@ -40,6 +45,12 @@ class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
 
 class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
     """The same with attention alignments (`--print-alignment`)."""
+
+
+def take_turn(sample: dict, compute: Callable[[], Any]) -> Any:
+    """A batch's hypotheses; under several ranks the batch knows whose turn it is to compute them."""
+    turn = sample.get(TURN)
+    return compute() if turn is None else turn.result(compute)
 
 
 def keep_every_sentence(dataset: FairseqDataset) -> None:
@@ -67,30 +78,45 @@ def keep_every_sentence(dataset: FairseqDataset) -> None:
 class ServedEpoch:
     """fairseq's epoch iterator whose batches are announced to the observer."""
 
-    def __init__(self, epoch_iterator, observer: Observer):
+    def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None):
         self._epoch_iterator = epoch_iterator
         self._observer = observer
+        self._ranks = ranks
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
-        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), self._observer)
+        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), self._observer, self._ranks)
 
     def __getattr__(self, name):
         return getattr(self._epoch_iterator, name)
 
 
 class ServedBatches:
-    """Yields fairseq's batches in their order; the observer hears of each, and of the end."""
+    """Yields fairseq's batches in their order; the observer hears of each that is computed here, and of the end.
 
-    def __init__(self, batches, observer: Observer):
+    Under several ranks rank 0 iterates over all batches, another rank over its own, and the process of another rank
+    ends with them.
+    """
+
+    def __init__(self, batches, observer: Observer, ranks: Ranks | None = None):
         self._batches = batches
         self._observer = observer
+        self._ranks = ranks
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self._batches:
-            self._observer.begin_batch()
+        for position, batch in enumerate(self._batches):
+            if self._ranks is None:
+                self._observer.begin_batch()
+            elif batch:  # fairseq fills the last round of its shards with empty batches
+                batch[TURN] = turn = self._ranks.turn(position)
+                if turn.is_ours:
+                    self._observer.begin_batch(turn.number)
             yield batch
+        if self._ranks is not None:
+            self._ranks.drain()
         self._observer.finish()
+        if self._ranks is not None:
+            self._ranks.leave()

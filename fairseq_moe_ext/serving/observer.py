@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +12,28 @@ from contextlib import contextmanager
 import torch
 
 from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import PassTotals, Report, write_json
-from fairseq_moe_ext.trace import TraceRecorder, save_trace
+from fairseq_moe_ext.trace import TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
 
 
 class Observer:
-    """Belongs to one served model. Batches are begun by the batch iterator, passes by the model's stacks."""
+    """Belongs to one served model. Batches are begun by the batch iterator, passes by the model's stacks.
 
-    def __init__(self, gating: str, report_path: str | None = None, trace_path: str | None = None):
+    Under several ranks each has its own, and rank 0 writes one report and one trace of what all of them saw.
+    """
+
+    def __init__(
+        self,
+        gating: str,
+        report_path: str | None = None,
+        trace_path: str | None = None,
+        ranks: Ranks | None = None,
+    ):
         self.report = Report(gating)
+        self._ranks = ranks
         self._report_path = report_path
         self._trace_path = trace_path
         self._recorder = TraceRecorder() if trace_path else None
@@ -35,8 +47,9 @@ class Observer:
         self.report.describe(model, model.moe_layers())
         self._on_gpu = self.report.device.startswith("cuda")
 
-    def begin_batch(self) -> None:
-        self._batch += 1
+    def begin_batch(self, number: int | None = None) -> None:
+        """Batch `number` of all ranks' begins; None: the next one."""
+        self._batch = self._batch + 1 if number is None else number
 
     def encoder_pass(self, tokens: int):
         """Context of one encoder pass that `tokens` enter."""
@@ -68,8 +81,18 @@ class Observer:
             atexit.register(self._finish)
 
     def _finish(self) -> None:
+        phases = self._recorder.trace() if self._recorder is not None else {}
+        if self._ranks is not None:
+            self.report.take_from(self._ranks.exchange)
+            if self._ranks.rank > 0:
+                self._ranks.publish("report", json.dumps(self.report.figures()).encode())
+                self._ranks.publish("trace", pack_trace(phases))
+                return
+            for rank in range(1, self._ranks.world_size):
+                self.report.add_rank(json.loads(self._ranks.read("report", rank)))
+            others = [unpack_trace(self._ranks.read("trace", rank)) for rank in range(1, self._ranks.world_size)]
+            phases = merge_traces([phases, *others])
         if self._trace_path:
-            phases = self._recorder.trace()
             if phases:
                 save_trace(self._trace_path, phases)
             else:

@@ -2,14 +2,15 @@
 
 import math
 import os
-from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.layer import GATINGS
+from fairseq_moe_ext.serving.ranks import world_size
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,6 +32,10 @@ class MoEFlags(FairseqDataclass):
     )
     moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
     moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})
+    expert_placement: Optional[str] = field(
+        default=None,
+        metadata={"help": "several ranks: which ranks hold which expert (.json); default: experts in rising number"},
+    )
     is_moe: bool = field(
         default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
     )
@@ -44,6 +49,9 @@ def check_flags(flags: Any) -> None:
     fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
     if fraction is not None and not math.isfinite(fraction):
         raise ValueError(f"--moe-eval-capacity-token-fraction must be a finite number, got {fraction}")
+    placement = getattr(flags, "expert_placement", None)
+    if placement is not None:
+        _check_placement(placement)
     report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
     if report is not None and trace is not None and Path(report).resolve() == Path(trace).resolve():
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
@@ -53,21 +61,13 @@ def check_flags(flags: Any) -> None:
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
 
 
-def refuse_several_ranks(parser: ArgumentParser) -> None:
-    """Make a serving command's parser refuse `--distributed-world-size` above 1; a training command's stays as it is.
-
-    fairseq-generate would translate one part of the data and say nothing, and fairseq-eval-lm dies on a CPU before any
-    task is asked, so the parser is the place.
-    """
-    options = getattr(parser, "_option_string_actions", {})
-    if "--path" in options and "--distributed-world-size" in options:
-        options["--distributed-world-size"].type = _one_rank
-
-
-def _one_rank(text: str) -> int:
-    if int(text) > 1:
-        raise ArgumentTypeError(f"must be 1, since one process serves, got {text}")
-    return int(text)
+def _check_placement(path: str) -> None:
+    try:
+        found = load_placement(path).world_size
+    except ValueError as error:
+        raise ValueError(f"--expert-placement {error}") from error
+    if found != world_size():
+        raise ValueError(f"--expert-placement {path} must be for the ranks that serve, {world_size()}, got {found}")
 
 
 def _check_writable(flag: str, path: Path) -> None:

@@ -7,7 +7,8 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
-from fairseq_moe_ext.tasks.flags import MoEFlags, refuse_several_ranks
+from fairseq_moe_ext.tasks.flags import MoEFlags
+from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 
@@ -21,7 +22,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
     def add_args(parser):
         TranslationMultiSimpleEpochTask.add_args(parser)
         gen_parser_from_dataclass(parser, MoEFlags())
-        refuse_several_ranks(parser)
+        prepare_parser(parser)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
         # as fairseq's own: the forced language token is no part of the translation

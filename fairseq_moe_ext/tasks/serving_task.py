@@ -13,10 +13,12 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
+from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.expert_share import share_experts
 from fairseq_moe_ext.serving.generator import (
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
@@ -24,7 +26,9 @@ from fairseq_moe_ext.serving.generator import (
     keep_every_sentence,
 )
 from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.tasks.flags import check_flags, refuse_several_ranks
+from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
+from fairseq_moe_ext.tasks.flags import check_flags
+from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -42,12 +46,13 @@ class ServingTask:
     """
 
     observer: Observer | None = None
+    ranks: Ranks | None = None
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
     def add_args(cls, parser):
         super().add_args(parser)
-        refuse_several_ranks(parser)
+        prepare_parser(parser)
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -61,7 +66,8 @@ class ServingTask:
         has_encoder = getattr(args, "encoder_layers", None) is not None
         if self.observer is None:
             flags = self._flags()
-            self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace)
+            self.ranks = served_ranks()
+            self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
@@ -75,6 +81,8 @@ class ServingTask:
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
         check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
+        placement = self._flags().expert_placement
+        share_experts(model, self.ranks, None if placement is None else load_placement(placement))
         dtype = self._flags().moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -147,7 +155,11 @@ class ServingTask:
                 f"one part of the data in {kwargs['num_shards']}"
             )
         keep_every_sentence(dataset)
-        return ServedEpoch(super().get_batch_iterator(dataset, *args, **kwargs), self.observer)
+        if self.ranks is not None and self.ranks.rank > 0:  # rank 0 iterates over all batches, to print them
+            shards, shard = kwargs.get("num_shards", 1), kwargs.get("shard_id", 0)
+            kwargs["num_shards"] = shards * self.ranks.world_size
+            kwargs["shard_id"] = shard + shards * self.ranks.rank
+        return ServedEpoch(super().get_batch_iterator(dataset, *args, **kwargs), self.observer, self.ranks)
 
     @property
     def static_serving(self) -> bool:

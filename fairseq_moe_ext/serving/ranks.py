@@ -1,0 +1,158 @@
+"""Several ranks that serve one model: the process group, each rank's share of the batches, and results on rank 0.
+
+Batch i belongs to rank i % R. A rank works through its own batches without waiting for the others' (gating/exchange.py
+keeps the ranks in step), and hands its results to rank 0, which prints all of them in the order of one rank.
+Legend: R = ranks (the world size).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
+
+from fairseq_moe_ext.gating.exchange import Exchange, ExchangeError
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+TURN = "moe_turn"  # the key under which a batch carries its Turn
+LONG = timedelta(days=7)  # a rank may wait for another's batch as long as that lives
+MOURNING = 8.0  # seconds in which a living rank answers that it lives
+DEFERENCE = 1.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
+
+
+def world_size() -> int:
+    """R, as torchrun's environment has it; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@functools.cache
+def served_ranks() -> Ranks | None:
+    """This process's ranks, which start with the first call; None where one process serves."""
+    if world_size() == 1 or dist.is_initialized():  # a group that is there already is a training's
+        return None
+    cuda = torch.cuda.is_available()
+    store, rank, size = next(dist.rendezvous("env://"))
+    store.set_timeout(LONG)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=LONG,
+    )
+    return Ranks(rank, size, dist.PrefixStore("served", store))
+
+
+class Ranks:
+    """One rank among R; `store` carries results, reports and last words."""
+
+    def __init__(self, rank: int, size: int, store: dist.Store):
+        self.rank, self.world_size = rank, size
+        self.exchange = Exchange(rank, size)
+        self._store = store
+        self._hook, sys.excepthook = sys.excepthook, self._tell_of
+        logger.info("%d ranks serve, %s between them", size, dist.get_backend())
+
+    def turn(self, position: int) -> Turn:
+        """The turn of the batch at `position` among those that this rank iterates over: all on rank 0, else its own."""
+        return Turn(self, position if self.rank == 0 else position * self.world_size + self.rank)
+
+    def drain(self) -> None:
+        """Compute for the others until every rank is done with its own batches."""
+        while self.exchange.idle_round(alive=False):
+            pass
+
+    def leave(self) -> None:
+        """End this rank's process, if it is not rank 0's, which has its figures to print."""
+        dist.destroy_process_group()
+        if self.rank > 0:
+            sys.stdout.flush()
+            sys.exit(0)
+
+    def publish(self, name: str, content: bytes) -> None:
+        self._store.set(f"{name}/{self.rank}", content)
+
+    def read(self, name: str, rank: int) -> bytes:
+        """What `rank` has published, or will have, under `name`."""
+        key = f"{name}/{rank}"
+        content = self._store.get(key)
+        self._store.delete_key(key)
+        return content
+
+    def wait_for(self, owner: int, batches: int) -> None:
+        """Compute for the others until rank `owner` has finished so many batches."""
+        while self.exchange.heard_finished[owner] < batches and self.exchange.has_layers:
+            self.exchange.idle_round(alive=True)
+
+    def _tell_of(self, kind, error, traceback) -> None:
+        """sys.excepthook: an error that all ranks meet is told once; a rank that vanished is named."""
+        if isinstance(error, ExchangeError):
+            lost = self._vanished()
+            names = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
+            print(f"rank {self.rank} of {self.world_size} ends: {names}", file=sys.stderr, flush=True)
+        else:
+            if self.rank > 0:
+                time.sleep(DEFERENCE)
+            print(f"rank {self.rank} of {self.world_size} failed:", file=sys.stderr)
+            self._hook(kind, error, traceback)
+            sys.stderr.flush()
+        os._exit(1)  # the group's threads would wait for ranks that are gone
+
+    def _vanished(self) -> list[int]:
+        """The ranks that do not answer; they may have ended because of an error that they told of."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            self._store.set(f"alive/{self.rank}", b"1")
+            deadline = time.monotonic() + MOURNING
+            while others and time.monotonic() < deadline:
+                others = [rank for rank in others if not self._store.check([f"alive/{rank}"])]
+                time.sleep(0.1)
+        except RuntimeError:  # the store went with rank 0, or with the launcher
+            return [0] if self.rank > 0 else []
+        return others
+
+
+class Turn:
+    """One batch: whose it is, and how rank 0 comes by its result."""
+
+    def __init__(self, ranks: Ranks, number: int):
+        self.number = number
+        self._ranks = ranks
+        self._owner = number % ranks.world_size
+
+    @property
+    def is_ours(self) -> bool:
+        return self._owner == self._ranks.rank
+
+    def result(self, compute: Callable[[], Any]) -> Any:
+        """The batch's hypotheses: computed here, or, on rank 0, what their owner sends."""
+        batches = self.number // self._ranks.world_size + 1
+        if not self.is_ours:
+            self._ranks.wait_for(self._owner, batches)
+            return _unpack(self._ranks.read(f"batch {self.number}", self._owner))
+        result = compute()
+        if self._ranks.rank > 0:
+            self._ranks.publish(f"batch {self.number}", _pack(result))
+        self._ranks.exchange.finished = batches
+        return result
+
+
+def _pack(hypotheses: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu().clone(), hypotheses), file)
+    return file.getvalue()
+
+
+def _unpack(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,92 @@
+"""The serving commands' parsers under several ranks, which fairseq does not know when it serves.
+
+fairseq-generate would translate one part of the data and say nothing; fairseq-eval-lm dies on a CPU before any task is
+asked. So `--distributed-world-size N` starts N ranks, or is refused; never is a part of the data served for the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fairseq_moe_ext.serving.ranks import DEFERENCE, world_size
+
+# an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
+_COMMANDS = {"--input": "interactive", "--output-word-probs": "eval_lm", "--beam": "generate"}
+_SERVED_BY_RANKS = ("eval_lm", "generate")
+
+
+def prepare_parser(parser: ArgumentParser) -> None:
+    """Make a serving command's parser fit for several ranks; a training command's stays as it is."""
+    options = getattr(parser, "_option_string_actions", {})
+    if "--path" not in options or "--distributed-world-size" not in options:
+        return
+    command = next((command for option, command in _COMMANDS.items() if option in options), "this command")
+    options["--distributed-world-size"].type = partial(_one_rank_or_start, command)
+    if world_size() == 1:
+        return
+    if int(os.environ["RANK"]) > 0:
+        _print_nothing(parser)
+    if command not in _SERVED_BY_RANKS:
+        _refuse(parser, f"{command} is served by one process, got {world_size()} ranks: start it without torchrun")
+    options["--distributed-init-method"].type = lambda _text: None  # the plugin starts the group
+    _choose_gpu(parser)
+
+
+def _refuse(parser: ArgumentParser, reason: str) -> None:
+    if int(os.environ["RANK"]) > 0:
+        parser.error(reason)
+    parser.exit(2, f"{parser.prog}: error: {reason}\n")  # parser.error prints hundreds of lines before
+
+
+def _print_nothing(parser: ArgumentParser) -> None:
+    """Rank 0 prints, logs and writes for all; the others only tell of errors that are their own."""
+    logging.disable(logging.WARNING)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+    parser.set_defaults(log_format="none")
+    options = parser._option_string_actions
+    if "--results-path" in options:
+        options["--results-path"].type = lambda _text: None
+    options["--log-format"].type = lambda _text: "none"
+    parser.error = lambda _message: (time.sleep(DEFERENCE), sys.exit(2))
+
+
+def _choose_gpu(parser: ArgumentParser) -> None:
+    """Every rank of a machine its own GPU."""
+    if not torch.cuda.is_available() or "--cpu" in sys.argv:
+        return
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local_ranks > torch.cuda.device_count():
+        _refuse(
+            parser,
+            f"ranks on one machine must not outnumber its GPUs ({torch.cuda.device_count()}), got {local_ranks}; "
+            "--cpu serves without them",
+        )
+    torch.cuda.set_device(local_rank)
+    parser.set_defaults(device_id=local_rank)  # fairseq-eval-lm sets the device again
+
+
+def _one_rank_or_start(command: str, text: str) -> int:
+    """The value of `--distributed-world-size`, which fairseq is to read as 1: ranks are the plugin's."""
+    ranks = int(text)
+    if world_size() > 1:
+        if ranks not in (1, world_size()):
+            raise ArgumentTypeError(f"must be the number of ranks that torchrun started, {world_size()}, got {ranks}")
+        return 1
+    if ranks <= 1:
+        return ranks
+    if command not in _SERVED_BY_RANKS:
+        raise ArgumentTypeError(f"must be 1, since one process serves {command}, got {ranks}")
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ArgumentTypeError(f"must be 1 under Slurm, where torchrun starts the ranks of each node, got {ranks}")
+    if not Path(sys.argv[0]).stem.replace("-", "_").endswith(command):
+        raise ArgumentTypeError(f"must be 1 where fairseq is called by a program of its own, got {ranks}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    os.execv(sys.executable, [*torchrun, "-m", f"fairseq_cli.{command}", *sys.argv[1:]])
