@@ -36,6 +36,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+@functools.cache  # fairseq may ask for its parser twice
+def tell_errors_once(rank: int, size: int) -> None:
+    """From here on errors that all ranks meet are told by rank 0 alone, any other by its rank."""
+    hook = sys.excepthook
+
+    def tell(kind, error, traceback):
+        if rank > 0:
+            time.sleep(DEFERENCE)  # whoever starts the ranks ends them all when the first has ended
+        print(f"rank {rank} of {size} failed:", file=sys.stderr)
+        hook(kind, error, traceback)
+        sys.stderr.flush()
+        os._exit(1)  # threads of the ranks' group may wait for each other
+
+    sys.excepthook = tell
+
+
 @functools.cache
 def served_ranks() -> Ranks | None:
     """This process's ranks, which start with the first call; None where one process serves."""
@@ -96,17 +112,13 @@ class Ranks:
             self.exchange.idle_round(alive=True)
 
     def _tell_of(self, kind, error, traceback) -> None:
-        """sys.excepthook: an error that all ranks meet is told once; a rank that vanished is named."""
-        if isinstance(error, ExchangeError):
-            lost = self._vanished()
-            names = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
-            print(f"rank {self.rank} of {self.world_size} ends: {names}", file=sys.stderr, flush=True)
-        else:
-            if self.rank > 0:
-                time.sleep(DEFERENCE)
-            print(f"rank {self.rank} of {self.world_size} failed:", file=sys.stderr)
+        """sys.excepthook: where the exchange broke off, name the rank that vanished."""
+        if not isinstance(error, ExchangeError):
             self._hook(kind, error, traceback)
-            sys.stderr.flush()
+            return
+        lost = self._vanished()
+        reason = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
+        print(f"rank {self.rank} of {self.world_size} ends: {reason}", file=sys.stderr, flush=True)
         os._exit(1)  # the group's threads would wait for ranks that are gone
 
     def _vanished(self) -> list[int]:

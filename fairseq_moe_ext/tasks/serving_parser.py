@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_moe_ext.serving.ranks import DEFERENCE, world_size
+from fairseq_moe_ext.serving.ranks import DEFERENCE, tell_errors_once, world_size
 
 # an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
 _COMMANDS = {"--input": "interactive", "--output-word-probs": "eval_lm", "--beam": "generate"}
@@ -32,7 +32,9 @@ def prepare_parser(parser: ArgumentParser) -> None:
     options["--distributed-world-size"].type = partial(_one_rank_or_start, command)
     if world_size() == 1:
         return
-    if int(os.environ["RANK"]) > 0:
+    rank = int(os.environ["RANK"])
+    tell_errors_once(rank, world_size())
+    if rank > 0:
         _print_nothing(parser)
     if command not in _SERVED_BY_RANKS:
         _refuse(parser, f"{command} is served by one process, got {world_size()} ranks: start it without torchrun")
