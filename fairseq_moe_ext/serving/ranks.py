@@ -26,7 +26,7 @@ from fairseq_moe_ext.gating.exchange import Exchange, ExchangeError
 logger = logging.getLogger("fairseq_moe_ext")
 
 TURN = "moe_turn"  # the key under which a batch carries its Turn
-LONG = timedelta(days=7)  # a rank may wait for another's batch as long as that lives
+PATIENCE = timedelta(minutes=30)  # a rank may load or compute so long before the others give it up
 MOURNING = 8.0  # seconds in which a living rank answers that it lives
 DEFERENCE = 1.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
 
@@ -59,13 +59,13 @@ def served_ranks() -> Ranks | None:
         return None
     cuda = torch.cuda.is_available()
     store, rank, size = next(dist.rendezvous("env://"))
-    store.set_timeout(LONG)
+    store.set_timeout(PATIENCE)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=size,
-        timeout=LONG,
+        timeout=PATIENCE,
     )
     return Ranks(rank, size, dist.PrefixStore("served", store))
 

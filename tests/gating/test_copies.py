@@ -1,0 +1,104 @@
+"""Copies of a layer's experts on ranks, against a naive twin: one list of (rank, expert), searched by loops."""
+
+import pytest
+import torch
+from cases import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq_moe_ext.balancing.placement import contiguous, experts_of_rank
+from fairseq_moe_ext.gating.copies import ExpertCopies
+
+UNEVEN = [[0], [0], [0], [1], [3]]  # of four ranks, the third without an expert
+PERMUTED = [[2], [0], [1], [1], [0], [2]]
+REPLICAS = [[1, 0, 2], [2], [0, 2], [1]]
+
+
+def copies_in_order(placement, world_size: int) -> list[tuple[int, int]]:
+    return [(rank, expert) for rank in range(world_size) for expert, on in enumerate(placement) if rank in on]
+
+
+@st.composite
+def placements(draw):
+    """(a placement, R), with and without replicas, ranks without experts among them."""
+    world_size = draw(st.integers(1, 5))
+    most = draw(st.sampled_from((1, world_size)))
+    ranks = st.lists(st.integers(0, world_size - 1), min_size=1, max_size=most, unique=True)
+    return draw(st.lists(ranks, min_size=1, max_size=8)), world_size
+
+
+def test_by_hand():
+    copies = ExpertCopies(REPLICAS, rank=0, world_size=3)
+    assert copies.held == [(0, 2), (0, 3), (0, 1, 2)]
+    assert (copies.per_rank, copies.num_copies, copies.num_experts) == ([2, 2, 3], 7, 4)
+    # copies 0 to 6 are of experts 0 2 | 0 3 | 0 1 2
+    assert copies.choose(torch.tensor([[0, 2], [0, 1], [0, 3], [2, 0]])).tolist() == [[0, 1], [2, 5], [4, 3], [6, 0]]
+    assert copies.fold([1, 10, 2, 100, 3, 1000, 20]) == [6, 1000, 30, 100]
+    assert [copies.chosen_whole(rank) for rank in range(3)] == [[0, 5, 1, 3], [2, 5, 6, 3], [4, 5, 1, 3]]
+
+
+def test_ranks_begin_with_different_copies():
+    """Else a few assignments from each of many ranks would all go to the first copy."""
+    lone = torch.tensor([[0]])
+    begun = [ExpertCopies([[0, 1, 2]], rank, world_size=3).choose(lone).item() for rank in range(3)]
+    assert sorted(begun) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("placement", "world_size"),
+    [(contiguous(5, 3), 3), (contiguous(4, 1), 1), (PERMUTED, 3), (UNEVEN, 4), (REPLICAS, 3), ([[1]], 2)],
+)
+def test_held(placement, world_size):
+    for rank in range(world_size):
+        copies = ExpertCopies(placement, rank, world_size)
+        assert copies.held == [experts_of_rank(placement, each) for each in range(world_size)]
+        in_order = [(each, expert) for each, held in enumerate(copies.held) for expert in held]
+        assert in_order == copies_in_order(placement, world_size)
+        assert copies.per_rank == [len(held) for held in copies.held]
+
+
+@examples(150)
+@given(placements(), st.integers(0, 30), st.integers(1, 3), st.integers(0, 1000))
+def test_every_assignment_goes_to_a_copy_of_its_expert_and_all_copies_get_as_many(where, num_tokens, choices, seed):
+    placement, world_size = where
+    generator = torch.Generator().manual_seed(seed)
+    expert_ids = torch.randint(len(placement), (num_tokens, choices), generator=generator)
+    in_order = copies_in_order(placement, world_size)
+    for rank in range(world_size):
+        chosen = ExpertCopies(placement, rank, world_size).choose(expert_ids)
+        assert chosen.shape == expert_ids.shape
+        assert [in_order[copy][1] for copy in chosen.flatten().tolist()] == expert_ids.flatten().tolist()
+        received = torch.bincount(chosen.flatten(), minlength=len(in_order)).tolist()
+        for expert in range(len(placement)):
+            counts = [received[copy] for copy, (_, of) in enumerate(in_order) if of == expert]
+            assert max(counts) - min(counts) <= 1
+            assert sum(counts) == int((expert_ids == expert).sum())
+
+
+@examples(100)
+@given(placements(), st.integers(0, 1000))
+def test_folding_sums_what_an_experts_copies_did(where, seed):
+    placement, world_size = where
+    in_order = copies_in_order(placement, world_size)
+    counts = torch.randint(100, (len(in_order),), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = [0] * len(placement)
+    for (_, expert), count in zip(in_order, counts, strict=True):
+        wanted[expert] += count
+    assert ExpertCopies(placement, 0, world_size).fold(counts) == wanted
+
+
+@examples(100)
+@given(placements())
+def test_static_gating_takes_one_copy_per_expert_and_ranks_go_round_them(where):
+    placement, world_size = where
+    in_order = copies_in_order(placement, world_size)
+    copies = ExpertCopies(placement, 0, world_size)
+    chosen = [copies.chosen_whole(rank) for rank in range(world_size)]
+    assert all([in_order[copy][1] for copy in row] == list(range(len(placement))) for row in chosen)
+    for expert, ranks in enumerate(placement):
+        counts = [[row[expert] for row in chosen].count(copy) for copy, (_, of) in enumerate(in_order) if of == expert]
+        assert len(counts) == len(ranks) and max(counts) - min(counts) <= 1
+    # every rank knows what another has chosen
+    assert [ExpertCopies(placement, rank, world_size).chosen_whole(0) for rank in range(world_size)] == [
+        chosen[0]
+    ] * world_size
