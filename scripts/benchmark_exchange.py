@@ -56,15 +56,15 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
         calls = []
         layer.observer = calls.append
         milliseconds, deviation = timed(lambda layer=layer: layer(tokens), args.rounds)
-        rows.append((f"{gating} layer, {args.tokens} tokens a rank", milliseconds, deviation, calls[-1].bytes_exchanged))
+        name = f"{gating} layer, {args.tokens} tokens a rank"
+        rows.append((name, milliseconds, deviation, calls[-1].bytes_exchanged))
         for part in ("sizes", "exchange", "experts"):
             taken = [1000 * call.seconds[part] for call in calls]
             rows.append((f"  of it {part}", statistics.median(taken), statistics.pstdev(taken), 0))
     if rank == 0:
         print("| rank 0 of", args.ranks, "| ms | deviation | bytes sent |\n|---|---|---|---|")
         for name, milliseconds, deviation, sent in rows:
-            print(f"| {name} | {milliseconds:.2f} | {deviation:.2f} | {sent or '':,} |" if sent else
-                  f"| {name} | {milliseconds:.2f} | {deviation:.2f} | |")
+            print(f"| {name} | {milliseconds:.2f} | {deviation:.2f} | {f'{sent:,}' if sent else ''} |")
     dist.destroy_process_group()
 
 

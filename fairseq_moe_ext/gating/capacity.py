@@ -28,7 +28,7 @@ REROUTE_ROUNDS = 4  # what overflows after them is dropped
 class CapacityRules:
     """What the user chose.
 
-    factor: gamma; an expert takes gamma times the mean load, T * K / E. overflow: `drop` it; `reroute`: it chooses again
+    factor: gamma; an expert takes gamma times the mean load T * K / E. overflow: `drop` it; `reroute`: it chooses again
     among all experts, in rounds; `expand`: among the experts of the token's own rank, once. metric: who stays: the
     highest gate probability, the first tokens, the last, or at random. scope: the limit is an expert's, or the sum of a
     rank's experts. renormalize: a token's remaining weights are scaled to the sum that they had.
@@ -95,16 +95,16 @@ class Capacity:
 
     def _weigh(self, before: Routing, after: Routing, moved: Tensor, weights: Tensor) -> Tensor:
         """A new expert's weight is its probability in the scale of the token's own weights."""
-        total = weights.sum(dim=1, keepdim=True)
-        probability = (before.probabilities.gather(1, before.expert_ids) * before.kept).sum(dim=1, keepdim=True)
-        eps = torch.finfo(probability.dtype).eps
-        new = after.probabilities.gather(1, after.expert_ids) * (total / probability.clamp_min(eps))
+        total = weights.float().sum(dim=1, keepdim=True)
+        probability = (before.probabilities.gather(1, before.expert_ids) * before.kept).float().sum(dim=1, keepdim=True)
+        tiny = torch.finfo(torch.float32).tiny
+        new = after.probabilities.gather(1, after.expert_ids).float() * (total / probability.clamp_min(tiny))
         weights = torch.where(moved, new.to(weights.dtype), weights) * after.kept
         if self.rules.renormalize:
-            remaining = weights.sum(dim=1, keepdim=True)
+            remaining = weights.float().sum(dim=1, keepdim=True)
             # a token that lost nothing keeps its weights to the last bit
-            scale = torch.where(remaining == total, torch.ones_like(total), total / remaining.clamp_min(eps))
-            weights = weights * scale
+            scale = torch.where(remaining == total, torch.ones_like(total), total / remaining.clamp_min(tiny))
+            weights = (weights.float() * scale).to(weights.dtype)
         return weights
 
     def random(self, like: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class _Batch:
     def fits(self, expert_ids: Tensor, wanted: Tensor, taken: Tensor | None = None) -> Tensor:
         """expert_ids, wanted (T, K) -> which of the wanted assignments find room beside `taken` (G,) others (T, K)."""
         groups = self._groups(expert_ids).masked_fill(~wanted, self._limits.numel()).view(-1)
-        order = self._priority(expert_ids).view(-1).argsort(descending=True, stable=True)
+        order = self._priority(expert_ids).reshape(-1).argsort(descending=True, stable=True)
         order = order[groups[order].argsort(stable=True)]
         load = self._load(groups, self._limits.numel() + 1)
         first = (load.cumsum(0) - load)[groups[order]]
@@ -186,7 +186,7 @@ class _Batch:
             scores = scores + 2 * preferred
         scores = scores.masked_fill(barred, -1.0)
         best = scores.topk(expert_ids.size(1), dim=1)  # (T, K)
-        number = (overflow.cumsum(dim=1) - 1).clamp_min(0)  # a token's first overflow takes its best, its second the next
+        number = (overflow.cumsum(dim=1) - 1).clamp_min(0)  # the first takes the best, the second the next
         moved = overflow & (best.values.gather(1, number) >= 0)
         return torch.where(moved, best.indices.gather(1, number), expert_ids), moved
 
