@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
+from fairseq_moe_ext.gating.experts import BufferCall
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.static import (
     assign_slots,
@@ -50,13 +51,14 @@ class LayerCall:
     """What one call of a layer did, for the report and the trace.
 
     assignments: routed by the gate; dropped: those that found no slot; load: E tokens per expert that ran;
-    seconds: time per part on the host.
+    seconds: time per part on the host; buffer: None where all experts are resident.
     """
 
     assignments: int
     dropped: int
     load: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
+    buffer: BufferCall | None = None
 
 
 class MOELayer(nn.Module):
@@ -140,6 +142,7 @@ class MOELayer(nn.Module):
         weights = self.gate.combine_weights(routing, tokens.dtype)
         clock.lap("gate")
         plan = plan_dispatch(routing)
+        self.experts.announce(plan.tokens_per_expert)
         rows = dispatch(tokens, plan)
         clock.lap("dispatch")
         outputs = self._mask_outputs(self.experts(rows, plan.tokens_per_expert))
@@ -149,7 +152,7 @@ class MOELayer(nn.Module):
         self._record(routing, routing)
         if self.observer is not None:
             load = plan.tokens_per_expert
-            self.observer(LayerCall(sum(load), 0, load, clock.seconds))
+            self.observer(LayerCall(sum(load), 0, load, clock.seconds, self.experts.last_call))
         return result
 
     def _static(self, tokens: Tensor, padding_mask: Tensor | None, counted: int) -> Tensor:
@@ -161,6 +164,8 @@ class MOELayer(nn.Module):
         capacity = static_capacity(
             counted, wanted.num_experts, num_choices, self.static.capacity_fraction, self.training
         )
+        counts = [capacity] * wanted.num_experts
+        self.experts.announce(counts)
         slots = assign_slots(wanted, self.static.batch_prioritized and num_choices > 1)
         routing = wanted.keep_only(slots < capacity)
         clock.lap("capacity")
@@ -168,7 +173,7 @@ class MOELayer(nn.Module):
         dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)  # (T, E, C)
         rows = static_dispatch(tokens, dense)  # (E * C, D)
         clock.lap("dispatch")
-        outputs = self._mask_outputs(self.experts(rows, [capacity] * wanted.num_experts))
+        outputs = self._mask_outputs(self.experts(rows, counts))
         clock.lap("experts")
         result = static_combine(outputs, dense)
         clock.lap("combine")
@@ -176,7 +181,8 @@ class MOELayer(nn.Module):
         if self.observer is not None:
             load = torch.bincount(routing.expert_ids[routing.kept], minlength=wanted.num_experts).tolist()
             assignments = int(wanted.kept.sum())
-            self.observer(LayerCall(assignments, assignments - sum(load), load, clock.seconds))
+            dropped = assignments - sum(load)
+            self.observer(LayerCall(assignments, dropped, load, clock.seconds, self.experts.last_call))
         return result
 
     def _mask_outputs(self, outputs: Tensor) -> Tensor:

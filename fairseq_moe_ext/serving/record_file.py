@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 
@@ -106,17 +106,10 @@ class RecordFile:
         record.verified = True
 
     def _read(self, view: memoryview, offset: int, crc: int = 0) -> int:
-        for start in range(0, len(view), _CHUNK):
-            part = view[start : start + _CHUNK]
-            done = 0
-            while done < len(part):
-                count = os.preadv(self._file.fileno(), [part[done:]], offset + start + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor")
-                done += count
-            if self.has_checksums:
-                crc = zlib.crc32(part, crc)
-        return crc
+        try:
+            return read_at(self._file.fileno(), view, offset, crc if self.has_checksums else None)
+        except EOFError:
+            raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor") from None
 
     def _locate(self, entry: zipfile.ZipInfo) -> Record:
         if entry.compress_type != zipfile.ZIP_STORED:
