@@ -45,6 +45,7 @@ class RecordFile:
         self.path = path
         self.loading = loading
         self._file = open(path, "rb")  # noqa: SIM115  closed with the last tensor that lies in it
+        self._state = self._stat()
         try:
             with zipfile.ZipFile(self._file) as archive:
                 entries = archive.infolist()
@@ -84,12 +85,18 @@ class RecordFile:
             if len(view) < record.size and self.has_checksums and not record.verified:
                 self._verify(record)
             crc = self._read(view, record.offset + start)
+            if self._stat() != self._state:  # a part of a record has no checksum of its own
+                raise CheckpointError(f"{self.path}: the file was changed while it was in use")
             if len(view) == record.size:
                 self._check(record, crc)
         except CheckpointError as error:
             self.loading.error = error
             raise
         self.loading.count(len(view))
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def _verify(self, record: Record) -> None:
         buffer, crc = memoryview(bytearray(_CHUNK)), 0

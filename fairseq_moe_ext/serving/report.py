@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.gating.experts import BufferCall
 from fairseq_moe_ext.gating.layer import LayerCall
 
 
@@ -28,6 +29,22 @@ class PassTotals:
 
 
 @dataclass
+class BufferTotals:
+    """Sums over the calls of one layer, or of several; all 0 where all experts are resident (see BufferCall)."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_copied: int = 0
+    host_reads: int = 0
+    disk_reads: int = 0
+    bytes_read: int = 0
+
+    def add(self, other: BufferCall | BufferTotals) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+@dataclass
 class LayerTotals:
     """Sums over the calls of one MoE layer."""
 
@@ -38,6 +55,7 @@ class LayerTotals:
     active_experts: int = 0
     load: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    buffer: BufferTotals = field(default_factory=BufferTotals)
 
     def add(self, call: LayerCall) -> None:
         self.calls += 1
@@ -47,6 +65,9 @@ class LayerTotals:
         self.load = [a + b for a, b in zip(self.load, call.load, strict=True)] if self.load else list(call.load)
         for part, seconds in call.seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        if call.buffer is not None:
+            self.buffer.add(call.buffer)
+            self.seconds["copy"] = self.seconds.get("copy", 0.0) + call.buffer.seconds
 
     @property
     def active_experts_mean(self) -> float:
@@ -65,16 +86,16 @@ class Report:
         self.layers: dict[str, LayerTotals] = {}
         self.device = "cpu"
         self.dtype = "float32"
-        self.expert_bytes = 0
+        self.expert_bytes = self.resident_bytes = 0
         self.loading: dict[str, float] | None = None
 
     def describe(self, model: torch.nn.Module, layers: dict[str, MOELayer]) -> None:
         """Take down device, dtype and expert bytes of a model that is ready to serve."""
         parameter = next(model.parameters())
         self.device, self.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
-        self.expert_bytes = sum(
-            weight.numel() * weight.element_size() for layer in layers.values() for weight in layer.experts.parameters()
-        )
+        experts = [layer.experts for layer in layers.values()]
+        self.expert_bytes = sum(each.total_bytes for each in experts)
+        self.resident_bytes = sum(each.resident_bytes for each in experts)
         self.layers = {name: LayerTotals(name) for name in layers}
         loading = getattr(model, "loading", None)
         self.loading = None if loading is None else loading.as_dict()
@@ -115,7 +136,7 @@ class Report:
             "peak_device_bytes": peak_device,
             "peak_rss_bytes": peak_rss,
             "expert_bytes_total": self.expert_bytes,
-            "expert_bytes_resident": self.expert_bytes,
+            "expert_bytes_resident": self.resident_bytes,
         }
         report["layers"] = [
             {
@@ -124,12 +145,22 @@ class Report:
                 "dropped": layer.dropped,
                 "active_experts_mean": layer.active_experts_mean,
                 "load": layer.load,
+                **asdict(layer.buffer),
                 "seconds": layer.seconds,
             }
             for layer in self.layers.values()
         ]
-        report["ranks"] = [{"rank": 0, "tokens": tokens, "load_share": 1.0, "peak_rss_bytes": peak_rss}]
+        buffer = self.buffer()
+        rank = {"rank": 0, "tokens": tokens, "load_share": 1.0, "hits": buffer.hits, "misses": buffer.misses}
+        report["ranks"] = [{**rank, "peak_rss_bytes": peak_rss}]
         return report
+
+    def buffer(self) -> BufferTotals:
+        """Of all layers together."""
+        totals = BufferTotals()
+        for layer in self.layers.values():
+            totals.add(layer.buffer)
+        return totals
 
     def summary(self) -> str:
         """One line for the log."""
@@ -143,6 +174,10 @@ class Report:
             parts.append(f"{active:.1f} of {len(layers[0].load)} experts active in a pass")
         dropped, assignments = (sum(getattr(layer, name) for layer in layers) for name in ("dropped", "assignments"))
         parts.append(f"{dropped:,} of {assignments:,} assignments dropped")
+        buffer = self.buffer()
+        if buffer.hits + buffer.misses:
+            share = buffer.misses / (buffer.hits + buffer.misses)
+            parts.append(f"{share:.1%} of experts missed in the buffer, {buffer.bytes_copied / 1e9:,.2f} GB copied")
         return "served: " + "; ".join(parts)
 
 

@@ -17,6 +17,7 @@ from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.generator import (
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
@@ -24,6 +25,7 @@ from fairseq_moe_ext.serving.generator import (
     keep_every_sentence,
 )
 from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.flags import check_flags, refuse_several_ranks
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -75,6 +77,10 @@ class ServingTask:
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
         check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
+        settings = buffer_settings(self._flags())
+        if settings is not None:
+            model.expert_buffer = ExpertBuffer(settings)
+            model.expert_buffer.install(model.moe_layers())
         dtype = self._flags().moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -88,6 +94,7 @@ class ServingTask:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
         flags = self._flags()
         values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
+        values["allocate_experts"] = buffer_settings(flags) is None
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
             values["moe_eval_capacity_token_fraction"] = float(fraction)
