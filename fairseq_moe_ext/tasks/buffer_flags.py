@@ -98,7 +98,7 @@ def buffer_settings(flags: Any) -> BufferSettings | None:
 def _size(text: Any) -> int | str | None:
     if text is None or text == AUTO:
         return text
-    if not re.fullmatch(r"\d{1,9}", str(text)) or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", str(text)) or int(text) < 1:
         raise ValueError(f"--expert-buffer-size must be a whole number of at least 1, or {AUTO}, got {text!r}")
     return int(text)
 
@@ -107,7 +107,7 @@ def _bytes(text: Any) -> int | None:
     """None for `auto`."""
     if text == AUTO:
         return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", str(text))
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", str(text))
     if match is None:
         raise ValueError(f"--expert-host-memory must be a size as 64G or 500M, or {AUTO}, got {text!r}")
     return int(float(match.group(1)) * _UNITS[match.group(2)])
