@@ -140,14 +140,28 @@ def load(command: str, *arguments: str | Path, overrides: dict | None = None):
     return models[0], task
 
 
-def run(command: str, *arguments: str | Path, user_dir: Path | None = USER_DIR, check: bool = True, stdin: str = ""):
-    """`fairseq-<command>` in a process of its own; `check` fails the test where the command fails."""
-    parts = [sys.executable, "-m", f"fairseq_cli.{command.replace('-', '_')}", *map(str, arguments)]
+def command_line(
+    command: str, *arguments: str | Path, user_dir: Path | None = USER_DIR, ranks: int | None = None
+) -> list[str]:
+    """`fairseq-<command>` as a process of its own is started, by torchrun where `ranks` says how many."""
+    parts = ["-m", f"fairseq_cli.{command.replace('-', '_')}", *map(str, arguments)]
+    if ranks is not None:
+        parts = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *parts]
     if user_dir is not None:
         parts += ["--user-dir", str(user_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return [sys.executable, *parts]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of the commands' processes."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def run(command: str, *arguments: str | Path, check: bool = True, stdin: str = "", **how):
+    """Run `command_line`'s process; `check` fails the test where the command fails."""
+    parts = command_line(command, *arguments, **how)
     done = subprocess.run(
-        parts, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment
+        parts, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment()
     )
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(parts)} failed:\n{done.stderr[-4000:]}")

@@ -53,6 +53,13 @@ def test_gating_knows_of_no_other_room(file):
     assert rooms_in(imports(file)) <= {"gating", "trace"}
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "buffering"], ids=name_of)
+def test_buffering_knows_the_experts_and_traces_alone(file):
+    names = {name for name in imports(file) if name.startswith(f"{PACKAGE}.")}
+    known = (f"{PACKAGE}.buffering", f"{PACKAGE}.gating.experts", f"{PACKAGE}.trace")
+    assert not [name for name in names if not f"{name}.".startswith((*(f"{each}." for each in known),))]
+
+
 def test_the_packages_own_file_imports_nothing():
     assert imports(ROOT / PACKAGE / "__init__.py") <= {"__future__"}
 
@@ -67,6 +74,8 @@ def test_the_reader_of_imports_sees_them():
 @pytest.mark.parametrize("module, unknown", [
     (PACKAGE, ("torch", "numpy", "fairseq")),
     (f"{PACKAGE}.gating", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving")),
+    (f"{PACKAGE}.buffering.cache", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.serving")),
+    (f"{PACKAGE}.buffering.simulation", ("torch", "fairseq", "matplotlib")),
     (f"{PACKAGE}.trace", ("torch", "fairseq", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),
 ])
 def test_in_a_fresh_process(module, unknown):

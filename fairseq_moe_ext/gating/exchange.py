@@ -203,6 +203,7 @@ class Round:
             return sent
         start = time.perf_counter()
         arrivals = [self._arrivals_from(source) for source in range(self._exchange.world_size)]
+        self._announce(arrivals)
         arrived_bytes = [arrival.num_bytes for arrival in arrivals]
         arrived = sent.new_empty(sum(arrived_bytes))
         self.figures.bytes_exchanged = sum(sent_bytes) - sent_bytes[self._exchange.rank]
@@ -224,6 +225,14 @@ class Round:
         layer = self._exchange._layers[message.layer]
         counts = layer.counts_from(source, message, self.largest_capacity)
         return _Arrivals(layer, counts, sum(counts) * layer.experts.model_dim * layer.experts.dtype.itemsize)
+
+    def _announce(self, arrivals: list[_Arrivals]) -> None:
+        """Tell the experts what is to come, so that those in a buffer are fetched while the tokens travel."""
+        for layer in {arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values():
+            counts = [arrival.counts for arrival in arrivals if arrival.layer is layer]
+            totals = [sum(column) for column in zip(*counts, strict=True)]
+            if any(totals):
+                layer.experts.announce(totals)
 
     def _compute(self, arrived: Tensor, arrivals: list[_Arrivals]) -> Tensor:
         """arrived (bytes,), grouped by source -> the outputs' bytes in the same order."""

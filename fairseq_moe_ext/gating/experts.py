@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,89 @@ from torch import Tensor, nn
 
 # packed parameter -> its name under `experts.{j}.` in upstream's state dict
 EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight": "fc2.weight", "fc2_bias": "fc2.bias"}
+ALIGNMENT = 64  # bytes, at which PyTorch's CPU tensors begin
+
+
+@dataclass(frozen=True)
+class BufferCall:
+    """What one call, or several together, took where not all experts are resident.
+
+    hits, misses: active experts that were resident at their turn, and those that were not. bytes_copied: into fast
+    memory. host_reads, disk_reads: misses by where they came from. bytes_read: from disk. seconds: the host waited.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_copied: int = 0
+    host_reads: int = 0
+    disk_reads: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: BufferCall) -> BufferCall:
+        return BufferCall(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+
+def run_expert(
+    rows: Tensor, weights: Sequence[Tensor], activation: Callable[[Tensor], Tensor], dropout: float = 0.0
+) -> Tensor:
+    """rows (n, D), weights of one expert in the order of EXPERT_KEYS, dropout of the hidden features -> (n, D)."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    hidden = activation(F.linear(rows, _aligned(fc1_weight), fc1_bias))
+    if dropout > 0:
+        hidden = F.dropout(hidden, dropout)
+    return F.linear(hidden, _aligned(fc2_weight), fc2_bias)
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """`weight`, or a copy of it: matrix libraries round differently by where a matrix begins, and the same expert may
+    lie in any place of a packed parameter. Only odd dims are copied."""
+    return weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()
+
+
+def packed_shapes(experts: int, model_dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+    """Of the packed parameters for so many experts, in the order of EXPERT_KEYS."""
+    return {
+        "fc1_weight": (experts, hidden_dim, model_dim),
+        "fc1_bias": (experts, hidden_dim),
+        "fc2_weight": (experts, model_dim, hidden_dim),
+        "fc2_bias": (experts, model_dim),
+    }
+
+
+class ExpertKeys:
+    """Which keys of a state dict are a layer's experts, and what is wrong with them.
+
+    held: the numbers of the experts that are wanted. shapes: of the packed parameters.
+    """
+
+    def __init__(self, num_experts: int, held: Sequence[int], shapes: Mapping[str, tuple[int, ...]]):
+        self._num_experts = num_experts
+        self._held = held
+        self._shapes = shapes
+
+    def fitting(
+        self, state_dict: Mapping[str, Tensor], prefix: str, missing_keys: list[str], error_msgs: list[str]
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """(packed parameter, index in it, the state dict's tensor) of every expert; the rest goes to the two lists."""
+        for name, key in EXPERT_KEYS.items():
+            shape = self._shapes[name][1:]
+            for index, expert in enumerate(self._held):
+                full_key = f"{prefix}{expert}.{key}"
+                if full_key not in state_dict:
+                    missing_keys.append(full_key)
+                elif state_dict[full_key].shape != shape:
+                    error_msgs.append(
+                        f"{full_key}: expected shape {tuple(shape)}, got {tuple(state_dict[full_key].shape)}"
+                    )
+                else:
+                    yield name, index, state_dict[full_key]
+
+    def unexpected(self, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """Keys under `prefix` that are no expert's of this layer."""
+        known = re.compile(rf"{re.escape(prefix)}(\d+)\.(?:{'|'.join(map(re.escape, EXPERT_KEYS.values()))})$")
+        matches = {key: known.match(key) for key in state_dict if key.startswith(prefix)}
+        return [key for key, match in matches.items() if match is None or int(match.group(1)) >= self._num_experts]
 
 
 class ResidentExperts(nn.Module):
@@ -31,6 +115,8 @@ class ResidentExperts(nn.Module):
         one of them is then an error, strict or not.
     """
 
+    totals = BufferCall()  # of all calls: nothing is fetched
+
     def __init__(
         self,
         num_experts: int,
@@ -46,10 +132,10 @@ class ResidentExperts(nn.Module):
         self.held = tuple(range(num_experts) if held is None else held)
         if list(self.held) != sorted(set(self.held) & set(range(num_experts))):
             raise ValueError(f"held must be rising numbers of experts below {num_experts}, got {self.held}")
-        self.fc1_weight = nn.Parameter(torch.empty(len(self.held), hidden_dim, model_dim))
-        self.fc1_bias = nn.Parameter(torch.empty(len(self.held), hidden_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(len(self.held), model_dim, hidden_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(len(self.held), model_dim))
+        shapes = packed_shapes(len(self.held), model_dim, hidden_dim)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self._keys = ExpertKeys(num_experts, self.held, shapes)
         self.model_dim = model_dim
         self.activation = activation
         self.activation_dropout = activation_dropout
@@ -66,9 +152,9 @@ class ResidentExperts(nn.Module):
         return self.fc1_weight.device
 
     @property
-    def bytes_per_expert(self) -> int:
-        hidden_dim = self.fc1_weight.size(1)
-        return (2 * self.model_dim * hidden_dim + hidden_dim + self.model_dim) * self.dtype.itemsize
+    def expert_bytes(self) -> int:
+        """Of one expert."""
+        return sum(math.prod(parameter.shape[1:]) for parameter in self.parameters()) * self.dtype.itemsize
 
     def share(self, held: Sequence[int]) -> ResidentExperts:
         """A module for the experts `held` alone, its weights not set: a state dict is to follow."""
@@ -82,18 +168,28 @@ class ResidentExperts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
+    @property
+    def total_bytes(self) -> int:
+        """Of the weights of all experts held here."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the weights in fast memory."""
+        return self.total_bytes
+
+    def announce(self, tokens_per_expert: Sequence[int]) -> None:
+        """The H counts of the next call, as soon as they are known; nothing to do where all experts are resident."""
+
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
         packed = [parameter.unbind(0) for parameter in self.parameters()]
-        outputs = []
-        for expert, chunk in enumerate(rows.split(list(tokens_per_expert))):
-            if chunk.size(0) == 0:
-                continue
-            fc1_weight, fc1_bias, fc2_weight, fc2_bias = (weights[expert] for weights in packed)
-            hidden = self.activation(F.linear(chunk, fc1_weight, fc1_bias))
-            if self.training and self.activation_dropout > 0:
-                hidden = F.dropout(hidden, self.activation_dropout)
-            outputs.append(F.linear(hidden, fc2_weight, fc2_bias))
+        dropout = self.activation_dropout if self.training else 0.0
+        outputs = [
+            run_expert(chunk, [weights[expert] for weights in packed], self.activation, dropout)
+            for expert, chunk in enumerate(rows.split(list(tokens_per_expert)))
+            if chunk.size(0) > 0
+        ]
         return torch.cat(outputs) if outputs else rows
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -106,24 +202,11 @@ class ResidentExperts(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        for name, key in EXPERT_KEYS.items():
-            parameter = getattr(self, name)
-            for expert, weight in zip(self.held, parameter.detach().unbind(0), strict=True):
-                full_key = f"{prefix}{expert}.{key}"
-                if full_key not in state_dict:
-                    missing_keys.append(full_key)
-                    if not self._initialized:  # PyTorch leaves missing keys be where it is not strict
-                        error_msgs.append(f"{full_key}: missing, and these experts have no values of their own")
-                elif state_dict[full_key].shape != weight.shape:
-                    error_msgs.append(
-                        f"{full_key}: expected shape {tuple(weight.shape)}, got {tuple(state_dict[full_key].shape)}"
-                    )
-                else:
-                    weight.copy_(state_dict[full_key])
+        missing: list[str] = []
+        for name, index, tensor in self._keys.fitting(state_dict, prefix, missing, error_msgs):
+            getattr(self, name).detach()[index].copy_(tensor)
+        missing_keys += missing
+        if not self._initialized:  # PyTorch leaves missing keys be where it is not strict
+            error_msgs += [f"{key}: missing, and these experts have no values of their own" for key in missing]
         if strict:
-            known = re.compile(rf"{re.escape(prefix)}(\d+)\.(?:{'|'.join(map(re.escape, EXPERT_KEYS.values()))})$")
-            for full_key in state_dict:
-                if full_key.startswith(prefix):
-                    match = known.match(full_key)
-                    if match is None or int(match.group(1)) >= self.num_experts:
-                        unexpected_keys.append(full_key)
+            unexpected_keys += self._keys.unexpected(state_dict, prefix)

@@ -144,16 +144,18 @@ class MOELayer(nn.Module):
         clock.lap("gate")
         if self.exchange is None:
             plan = plan_dispatch(routing)
+            load = plan.tokens_per_expert
+            self.experts.announce(load)
             rows = dispatch(tokens, plan)
             clock.lap("dispatch")
-            outputs, load = self.experts(rows, plan.tokens_per_expert), plan.tokens_per_expert
+            outputs = self.experts(rows, load)
             clock.lap("experts")
         else:
             plan = plan_dispatch(routing, self.exchange.copies, send_sizes=self.exchange.begin)
+            load = self.exchange.copies.fold(plan.tokens_per_expert)
             rows = dispatch(tokens, plan)
             clock.lap("dispatch")
             outputs, figures = self.exchange.run(rows, plan.tokens_per_expert)
-            load = self.exchange.copies.fold(plan.tokens_per_expert)
             clock.took(figures)
         outputs = self._mask_outputs(outputs)
         result = combine(outputs, plan, weights)
@@ -172,6 +174,9 @@ class MOELayer(nn.Module):
         capacity = static_capacity(
             counted, wanted.num_experts, num_choices, self.static.capacity_fraction, self.training
         )
+        counts = [capacity] * wanted.num_experts
+        if self.exchange is None:
+            self.experts.announce(counts)
         slots = assign_slots(wanted, self.static.batch_prioritized and num_choices > 1)
         routing = wanted.keep_only(slots < capacity)
         clock.lap("capacity")
@@ -180,10 +185,10 @@ class MOELayer(nn.Module):
         rows = static_dispatch(tokens, dense)  # (E * C, D)
         clock.lap("dispatch")
         if self.exchange is None:
-            outputs = self.experts(rows, [capacity] * wanted.num_experts)
+            outputs = self.experts(rows, counts)
             clock.lap("experts")
         else:
-            outputs, figures = self.exchange.run_static(rows.view(wanted.num_experts, capacity, -1))
+            outputs, figures = self.exchange.run_static(rows.view(wanted.num_experts, capacity, rows.size(1)))
             outputs = outputs.view_as(rows)
             clock.took(figures)
         result = static_combine(self._mask_outputs(outputs), dense)

@@ -60,6 +60,7 @@ class MoEConfig(MoEModelFields):
     """The fields of one model as its layers read them: nothing unset, each side's own freq."""
 
     initialize_experts = True  # False where a checkpoint's weights follow at once
+    allocate_experts = True  # False where others take their place, so that they need no memory
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
@@ -76,7 +77,8 @@ class MoEConfig(MoEModelFields):
         if not isinstance(fraction, int | float) or not math.isfinite(fraction):
             raise ValueError(f"moe_eval_capacity_token_fraction must be a finite number, got {fraction!r}")
         config = cls(**values)
-        config.initialize_experts = getattr(args, "initialize_experts", True)
+        for name in ("initialize_experts", "allocate_experts"):
+            setattr(config, name, getattr(args, name, True))
         return config
 
     def is_moe_layer(self, side: str, number: int) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
-from fairseq_moe_ext.serving.loading import Loading, loading_into
+from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
+from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -20,6 +23,7 @@ class ServedModel:
 
     observer = None
     loading: Loading | None = None  # what loading a served checkpoint took
+    expert_buffer: ExpertBuffer | None = None  # None: all experts are resident
     serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
 
     def moe_layers(self) -> dict[str, MOELayer]:
@@ -28,6 +32,8 @@ class ServedModel:
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """fairseq's, with a served checkpoint's state checked, timed and its errors named."""
+        if self.expert_buffer is not None and isinstance(state_dict, ModelState):
+            self.expert_buffer.checkpoint = Path(state_dict.loading.path)
         with loading_into(self, state_dict) as self.loading:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
 
@@ -36,6 +42,9 @@ class ServedModel:
         super().prepare_for_inference_(cfg)
         if self.serving_dtype is not None:
             self.to(self.serving_dtype)
+        if self.expert_buffer is not None:
+            with nullcontext() if self.loading is None else self.loading.timed():
+                self.expert_buffer.start(self)
         observer = self.observer
         if any(layer.gate.is_random for layer in self.moe_layers().values()):
             logger.warning(

@@ -8,6 +8,7 @@ residuals stay fairseq's own. Legend: L = positions, B = sentences, D = model di
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from fairseq import utils
@@ -35,9 +36,10 @@ def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_po
         )
     activation = utils.get_activation_fn(str(cfg.activation_fn or "relu"))
     dropout = float(cfg.activation_dropout or cfg.relu_dropout or 0)
-    experts = ResidentExperts(
-        moe.moe_expert_count, model_dim, hidden_dim, activation, dropout, initialize=moe.initialize_experts
-    )
+    with nullcontext() if moe.allocate_experts else torch.device("meta"):
+        experts = ResidentExperts(
+            moe.moe_expert_count, model_dim, hidden_dim, activation, dropout, initialize=moe.initialize_experts
+        )
     return MOELayer(gate, experts, moe.moe_gating, moe.static_options(max_positions), moe.moe_eom)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
+
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.models.served_model import ServedModel
+from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.ranks import Ranks
 
 
-def share_experts(model: ServedModel, ranks: Ranks | None, placement: Placement | None) -> None:
-    """Leave this rank the experts that lie on it, and connect every MoE layer with the other ranks.
+def share_experts(
+    model: ServedModel, ranks: Ranks | None, placement: Placement | None, buffer: ExpertBuffer | None
+) -> None:
+    """Leave this rank the experts that lie on it, in `buffer` if there is one, and connect the layers with other ranks.
 
     ValueError where the placement is of another model or number of ranks, or where ranks outnumber the experts.
     """
@@ -20,13 +27,16 @@ def share_experts(model: ServedModel, ranks: Ranks | None, placement: Placement 
             placement.check_fits(1 if ranks is None else ranks.world_size, num_experts)
         except ValueError as error:
             raise ValueError(f"--expert-placement: {error}") from error
-    if ranks is None:
-        return
-    for name, layer in layers.items():
+    copies = {}
+    for name, layer in layers.items() if ranks is not None else ():
         if placement is None:
             ranks_of_experts = contiguous(num_experts[name], ranks.world_size)
         else:
             ranks_of_experts = placement.layers[name]
-        copies = ExpertCopies(ranks_of_experts, ranks.rank, ranks.world_size)
-        layer.experts = layer.experts.share(copies.held[ranks.rank])
-        layer.exchange = ranks.exchange.register(layer.experts, copies)
+        copies[name] = ExpertCopies(ranks_of_experts, ranks.rank, ranks.world_size)
+        with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
+            layer.experts = layer.experts.share(copies[name].held[ranks.rank])
+    if buffer is not None:
+        buffer.install(layers)
+    for name, each in copies.items():
+        layers[name].exchange = ranks.exchange.register(layers[name].experts, each)

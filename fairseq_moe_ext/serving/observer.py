@@ -13,7 +13,8 @@ import torch
 
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.serving.ranks import Ranks
-from fairseq_moe_ext.serving.report import PassTotals, Report, write_json
+from fairseq_moe_ext.serving.report import Report, write_json
+from fairseq_moe_ext.serving.totals import PassTotals
 from fairseq_moe_ext.trace import TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -82,8 +83,8 @@ class Observer:
 
     def _finish(self) -> None:
         phases = self._recorder.trace() if self._recorder is not None else {}
+        self.report.close(None if self._ranks is None else self._ranks.exchange)
         if self._ranks is not None:
-            self.report.take_from(self._ranks.exchange)
             if self._ranks.rank > 0:
                 self._ranks.publish("report", json.dumps(self.report.figures()).encode())
                 self._ranks.publish("trace", pack_trace(phases))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 
@@ -45,6 +45,7 @@ class RecordFile:
         self.path = path
         self.loading = loading
         self._file = open(path, "rb")  # noqa: SIM115  closed with the last tensor that lies in it
+        self._state = self._stat()
         try:
             with zipfile.ZipFile(self._file) as archive:
                 entries = archive.infolist()
@@ -84,12 +85,18 @@ class RecordFile:
             if len(view) < record.size and self.has_checksums and not record.verified:
                 self._verify(record)
             crc = self._read(view, record.offset + start)
+            if self._stat() != self._state:  # a part of a record has no checksum of its own
+                raise CheckpointError(f"{self.path}: the file was changed while it was in use")
             if len(view) == record.size:
                 self._check(record, crc)
         except CheckpointError as error:
             self.loading.error = error
             raise
         self.loading.count(len(view))
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def _verify(self, record: Record) -> None:
         buffer, crc = memoryview(bytearray(_CHUNK)), 0
@@ -106,17 +113,10 @@ class RecordFile:
         record.verified = True
 
     def _read(self, view: memoryview, offset: int, crc: int = 0) -> int:
-        for start in range(0, len(view), _CHUNK):
-            part = view[start : start + _CHUNK]
-            done = 0
-            while done < len(part):
-                count = os.preadv(self._file.fileno(), [part[done:]], offset + start + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor")
-                done += count
-            if self.has_checksums:
-                crc = zlib.crc32(part, crc)
-        return crc
+        try:
+            return read_at(self._file.fileno(), view, offset, crc if self.has_checksums else None)
+        except EOFError:
+            raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor") from None
 
     def _locate(self, entry: zipfile.ZipInfo) -> Record:
         if entry.compress_type != zipfile.ZIP_STORED:

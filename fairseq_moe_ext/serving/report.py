@@ -5,74 +5,15 @@ from __future__ import annotations
 import json
 import os
 import resource
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.exchange import Exchange
-from fairseq_moe_ext.gating.layer import LayerCall
-
-
-@dataclass
-class PassTotals:
-    """Passes of one stack: tokens that entered (padding not counted), passes, host seconds."""
-
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass
-class LayerTotals:
-    """Sums over the calls of one MoE layer."""
-
-    name: str
-    calls: int = 0
-    assignments: int = 0
-    dropped: int = 0
-    active_experts: int = 0
-    load: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes_exchanged: int = 0
-    load_per_rank: list[int] = field(default_factory=list)
-
-    def add(self, call: LayerCall) -> None:
-        self.add_totals(
-            LayerTotals(
-                self.name,
-                calls=1,
-                assignments=call.assignments,
-                dropped=call.dropped,
-                active_experts=sum(count > 0 for count in call.load),
-                load=call.load,
-                seconds=call.seconds,
-                bytes_exchanged=call.bytes_exchanged,
-            )
-        )
-
-    def add_totals(self, other: LayerTotals) -> None:
-        """Add what the same layer did in other calls, or on another rank."""
-        for name in ("calls", "assignments", "dropped", "active_experts", "bytes_exchanged"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.load = _sums(self.load, other.load)
-        self.load_per_rank = _sums(self.load_per_rank, other.load_per_rank)
-        for part, seconds in other.seconds.items():
-            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    @property
-    def active_experts_mean(self) -> float:
-        return self.active_experts / self.calls if self.calls else 0.0
-
-
-def _sums(a: list[int], b: list[int]) -> list[int]:
-    """Elementwise; an empty list stands for zeros."""
-    return [x + y for x, y in zip(a, b, strict=True)] if a and b else list(a or b)
+from fairseq_moe_ext.gating.experts import BufferCall
+from fairseq_moe_ext.serving.totals import LayerTotals, PassTotals
 
 
 class Report:
@@ -87,18 +28,18 @@ class Report:
         self.sentences = 0
         self.hypothesis_tokens = 0
         self.layers: dict[str, LayerTotals] = {}
+        self._experts: dict[str, torch.nn.Module] = {}  # of the layers
         self.device = "cpu"
         self.dtype = "float32"
-        self.expert_bytes = self.expert_bytes_total = 0
+        self.expert_bytes_total = 0
         self.loading: dict[str, float] | None = None
 
     def describe(self, model: torch.nn.Module, layers: dict[str, MOELayer]) -> None:
         """Take down device, dtype and expert bytes of a model that is ready to serve."""
         parameter = next(model.parameters())
         self.device, self.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
-        experts = [layer.experts for layer in layers.values()]
-        self.expert_bytes = sum(weight.nbytes for each in experts for weight in each.parameters())
-        self.expert_bytes_total = sum(each.num_experts * each.bytes_per_expert for each in experts)
+        self._experts = {name: layer.experts for name, layer in layers.items()}
+        self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in self._experts.values())
         self.layers = {name: LayerTotals(name) for name in layers}
         loading = getattr(model, "loading", None)
         self.loading = None if loading is None else loading.as_dict()
@@ -108,12 +49,16 @@ class Report:
         self.sentences += len(hypotheses)
         self.hypothesis_tokens += sum(len(sentence[0]["tokens"]) for sentence in hypotheses if sentence)
 
-    def take_from(self, exchange: Exchange) -> None:
-        """This rank's end of the exchange knows which rank it is, and what it computed for all of them."""
-        self._exchange = exchange
-        for layer, rows in zip(self.layers.values(), exchange.rows_computed, strict=False):
-            layer.load_per_rank = [rows * (rank == exchange.rank) for rank in range(exchange.world_size)]
-        self._ranks = [self._rank()]
+    def close(self, exchange: Exchange | None = None) -> None:
+        """All that this process served is done: take in what its experts ran and fetched, for whichever rank."""
+        for number, (name, layer) in enumerate(self.layers.items()):
+            layer.buffer = self._experts[name].totals
+            if layer.buffer.hits + layer.buffer.misses:
+                layer.seconds["copy"] = layer.buffer.seconds
+            if exchange is not None:
+                rows = exchange.rows_computed[number]
+                layer.load_per_rank = [rows * (rank == exchange.rank) for rank in range(exchange.world_size)]
+        self._ranks = [self._rank(exchange)]
 
     def figures(self) -> dict:
         """What rank 0 needs to know of this rank, as JSON."""
@@ -135,19 +80,22 @@ class Report:
         self.sentences += figures["sentences"]
         self.hypothesis_tokens += figures["hypothesis_tokens"]
         for layer in figures["layers"]:
-            self.layers[layer["name"]].add_totals(LayerTotals(**layer))
+            self.layers[layer["name"]].add_totals(LayerTotals(**{**layer, "buffer": BufferCall(**layer["buffer"])}))
         self._ranks.append(figures["rank"])
 
-    def _rank(self) -> dict:
+    def _rank(self, exchange: Exchange | None) -> dict:
         """This rank's entry in `ranks`."""
-        exchange = self._exchange
         rounds = {} if exchange is None else {"rounds": exchange.rounds, "idle_rounds": exchange.idle_rounds}
+        buffer = self.buffer()
         return {
             "rank": 0 if exchange is None else exchange.rank,
             "tokens": self.encoder.tokens + self.decoder.tokens,
             "bytes_exchanged": sum(layer.bytes_exchanged for layer in self.layers.values()),
             **rounds,
-            "expert_bytes": self.expert_bytes,
+            "hits": buffer.hits,
+            "misses": buffer.misses,
+            "expert_bytes": sum(experts.total_bytes for experts in self._experts.values()),
+            "expert_bytes_resident": sum(experts.resident_bytes for experts in self._experts.values()),
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0,
             "peak_rss_bytes": peak_resident_bytes(),
         }
@@ -155,12 +103,13 @@ class Report:
     def _load_shares(self) -> list[float]:
         """Per rank its share of all rows that experts ran."""
         rows = [layer.load_per_rank for layer in self.layers.values() if layer.load_per_rank]
-        if self._exchange is None or not rows:
-            return [1.0 / max(len(self._ranks), 1)] * max(len(self._ranks), 1)
+        if not rows:
+            return [1.0 / len(self._ranks)] * len(self._ranks)
         return [sum(each) / max(sum(map(sum, rows)), 1) for each in zip(*rows, strict=True)]
 
     def as_dict(self) -> dict:
-        ranks = self._ranks or [self._rank()]
+        """The whole report, after `close` and every other rank's `add_rank`."""
+        ranks = self._ranks
         report = {
             "gating": self.gating,
             "world_size": len(ranks),
@@ -188,7 +137,7 @@ class Report:
             "peak_device_bytes": max(rank["peak_device_bytes"] for rank in ranks),
             "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in ranks),
             "expert_bytes_total": self.expert_bytes_total,
-            "expert_bytes_resident": sum(rank["expert_bytes"] for rank in ranks),
+            "expert_bytes_resident": sum(rank["expert_bytes_resident"] for rank in ranks),
         }
         report["layers"] = [
             {
@@ -199,6 +148,7 @@ class Report:
                 "load": layer.load,
                 **({"load_per_rank": layer.load_per_rank} if layer.load_per_rank else {}),
                 "bytes_exchanged": layer.bytes_exchanged,
+                **{name: value for name, value in asdict(layer.buffer).items() if name != "seconds"},
                 "seconds": layer.seconds,
             }
             for layer in self.layers.values()
@@ -207,6 +157,10 @@ class Report:
             {**rank, "load_share": share} for rank, share in zip(ranks, self._load_shares(), strict=True)
         ]
         return report
+
+    def buffer(self) -> BufferCall:
+        """Of all layers together."""
+        return sum((layer.buffer for layer in self.layers.values()), BufferCall())
 
     def summary(self) -> str:
         """One line for the log."""
@@ -222,6 +176,10 @@ class Report:
             parts.append(f"{active:.1f} of {len(layers[0].load)} experts active in a pass")
         dropped, assignments = (sum(getattr(layer, name) for layer in layers) for name in ("dropped", "assignments"))
         parts.append(f"{dropped:,} of {assignments:,} assignments dropped")
+        buffer = self.buffer()
+        if buffer.hits + buffer.misses:
+            share = buffer.misses / (buffer.hits + buffer.misses)
+            parts.append(f"{share:.1%} of experts missed in the buffer, {buffer.bytes_copied / 1e9:,.2f} GB copied")
         return "served: " + "; ".join(parts)
 
 

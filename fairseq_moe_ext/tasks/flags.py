@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
+from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
-class MoEFlags(FairseqDataclass):
+class MoEFlags(BufferFlags):
     """How a Mixture-of-Experts checkpoint is served."""
 
     moe_gating: ChoiceEnum(GATINGS) = field(
@@ -59,6 +60,7 @@ def check_flags(flags: Any) -> None:
         path = getattr(flags, flag, None)
         if path is not None:
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
+    check_buffer_flags(flags)
 
 
 def _check_placement(path: str) -> None:

@@ -18,6 +18,7 @@ from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import share_experts
 from fairseq_moe_ext.serving.generator import (
     MoESequenceGenerator,
@@ -27,6 +28,7 @@ from fairseq_moe_ext.serving.generator import (
 )
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
+from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
@@ -82,7 +84,11 @@ class ServingTask:
         check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
         placement = self._flags().expert_placement
-        share_experts(model, self.ranks, None if placement is None else load_placement(placement))
+        settings = buffer_settings(self._flags())
+        model.expert_buffer = None if settings is None else ExpertBuffer(settings)
+        share_experts(
+            model, self.ranks, None if placement is None else load_placement(placement), model.expert_buffer
+        )
         dtype = self._flags().moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -96,6 +102,7 @@ class ServingTask:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
         flags = self._flags()
         values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
+        values["allocate_experts"] = buffer_settings(flags) is None and self.ranks is None
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
             values["moe_eval_capacity_token_fraction"] = float(fraction)

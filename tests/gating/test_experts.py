@@ -30,6 +30,19 @@ def test_each_chunk_goes_through_its_expert(counts, activation):
         torch.testing.assert_close(output, state[f"{owner}.fc2.weight"] @ hidden + state[f"{owner}.fc2.bias"])
 
 
+@pytest.mark.parametrize("dims", [(6, 5), (9, 7), (33, 17)])
+def test_an_experts_outputs_do_not_depend_on_its_place(dims):
+    """Matrix libraries round by where a matrix begins; with odd dims every place begins elsewhere."""
+    experts = make_experts(8, *dims).eval()
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter).clone())
+        rows = torch.randn(3, dims[0])
+        outputs = [experts(rows, [3 * (expert == place) for expert in range(8)]) for place in range(8)]
+    for place in range(1, 8):
+        assert torch.equal(outputs[0], outputs[place]), place
+
+
 def test_counts_must_sum_to_the_rows():
     with pytest.raises(RuntimeError, match="sum exactly to 5"):
         make_experts()(torch.zeros(5, 4), [1, 1, 1])

@@ -1,0 +1,1 @@
+"""Which experts lie in fast memory (pure PyTorch, knows nothing of fairseq)."""

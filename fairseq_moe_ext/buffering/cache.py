@@ -1,0 +1,256 @@
+"""A layer's experts of which N are in fast memory; the others wait in a store.
+
+Legend: E = experts of the layer, H = experts held here, N = places in the buffer, S = slots, R = rows in expert order,
+D = model dim, F = hidden dim.
+
+There are two slots more than places: an expert on its way lies in one of them while the experts that it will push out
+still compute. Source: "Toward Efficient Inference for Mixture of Experts", section on expert buffering.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_moe_ext.buffering.copy_lane import CopyLane
+from fairseq_moe_ext.buffering.eviction import Access, Buffer
+from fairseq_moe_ext.buffering.host_tier import HostTier
+from fairseq_moe_ext.buffering.store import ExpertStore
+from fairseq_moe_ext.gating.experts import EXPERT_KEYS, BufferCall, ExpertKeys, packed_shapes, run_expert
+
+STAGING_SLOTS = 2
+
+# (H experts' parts, the model's dtype) -> the store
+MakeStore = Callable[[list[list[Tensor]], torch.dtype], ExpertStore]
+
+
+@dataclass
+class _Batch:
+    """One call under way. accesses: in the order to compute; copies: of the misses that were started, with their slot;
+    to_start: the misses whose copies were not."""
+
+    counts: list[int]
+    accesses: list[Access]
+    to_start: deque[int]
+    copies: deque[tuple[int, Future]] = field(default_factory=deque)
+
+
+class BufferedExperts(nn.Module):
+    """Stands in for ResidentExperts in serving: the same results bit by bit, state-dict keys and calls.
+
+    Weights come by `load_state_dict`, which hands them to `make_store`; `start` makes the slots, packed as
+    ResidentExperts are, once the model has its device and dtype.
+
+    policy, order: eviction.py. held: the numbers of the experts that lie here, rising; None holds all.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        model_dim: int,
+        hidden_dim: int,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        *,
+        make_store: MakeStore,
+        policy: str,
+        order: str,
+        held: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.num_experts = num_experts
+        self.held = tuple(range(num_experts) if held is None else held)
+        self.activation = activation
+        self.model_dim = model_dim
+        self._dims = model_dim, hidden_dim
+        self._keys = ExpertKeys(num_experts, self.held, packed_shapes(len(self.held), *self._dims))
+        self._make_store = make_store
+        self._policy, self._order = policy, order
+        self._store: ExpertStore | None = None
+        self._lane: CopyLane | None = None  # None until the start
+        self._batch: _Batch | None = None  # between announcement and call
+        self.last_call = BufferCall()
+        self.totals = BufferCall()  # of all calls
+        # follows the model's dtype and device, which the slots take
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert, as it lies in a slot."""
+        shapes = packed_shapes(1, *self._dims).values()
+        return sum(map(math.prod, shapes)) * self._like.element_size()
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the weights of all experts held here."""
+        return len(self.held) * self.expert_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the slots."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
+        """Make the slots of a buffer with `size` places, at most H, and fill it.
+
+        ranking: experts' numbers; the first that are held are resident at the start; default: by rising number.
+        host_capacity: how many experts lie in main memory between the store and a GPU; None: none.
+        """
+        if self._store is None:
+            raise RuntimeError("experts in a buffer have no weights before load_state_dict")
+        if not 1 <= size <= len(self.held):
+            raise ValueError(f"the buffer's size must be from 1 to the {len(self.held)} experts, got {size}")
+        self._slots = min(size + STAGING_SLOTS, len(self.held))
+        for name, shape in packed_shapes(self._slots, *self._dims).items():
+            self.register_parameter(name, nn.Parameter(self._like.new_empty(shape), requires_grad=False))
+        if host_capacity is not None:
+            self._store = HostTier(self._store, host_capacity)
+        index = {expert: number for number, expert in enumerate(self.held)}
+        ranked = [index[expert] for expert in (self.held if ranking is None else ranking) if expert in index]
+        self._size = size
+        self._move_to_device()
+        self._empty()
+        self._buffer = Buffer(size, self._policy, self._order, ranked[:size])
+        for slot, expert in enumerate(self._buffer.resident):
+            self._lane.finish(self._copy(expert, slot))
+            self._slot_of[expert] = slot
+            self._free.remove(slot)
+
+    def announce(self, tokens_per_expert: Sequence[int]) -> None:
+        """The H counts of the next call: the copies of its misses start."""
+        if self._lane is None:
+            raise RuntimeError("experts in a buffer must be started before they are called")
+        if self._batch is not None:  # a call that never came
+            self._empty()
+        counts = list(tokens_per_expert)
+        accesses = self._buffer.run(expert for expert, count in enumerate(counts) if count > 0)
+        self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
+        self._start_copies()
+
+    @torch.no_grad()
+    def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
+        """rows (R, D) in expert order, tokens_per_expert H counts that sum to R -> outputs (R, D)."""
+        if self.training:
+            raise RuntimeError("experts in a buffer cannot be trained: call eval() first")
+        counts = list(tokens_per_expert)
+        if self._batch is None:
+            self.announce(counts)
+        announced = self._batch.counts
+        if announced != counts:
+            self._empty()
+            raise ValueError(f"tokens_per_expert must be as announced, {announced}, got {counts}")
+        outputs: dict[int, Tensor] = {}
+        self._waited, self._read = 0.0, []
+        try:
+            chunks = rows.split(counts)
+            for access in self._batch.accesses:
+                slot = self._slot_of[access.expert] if access.hit else self._take_in(access)
+                outputs[access.expert] = run_expert(chunks[access.expert], self._parts(slot), self.activation)
+        except BaseException:
+            self._empty()  # some slots are half filled
+            raise
+        self.last_call = self._account(self._batch)
+        self.totals = self.totals + self.last_call
+        self._batch = None
+        return torch.cat([outputs[expert] for expert in sorted(outputs)]) if outputs else rows
+
+    def _take_in(self, access: Access) -> int:
+        """The slot of a missed expert, once it is there; the one that it pushes out makes way for the next copy."""
+        slot, copy = self._batch.copies.popleft()
+        start = time.perf_counter()
+        self._read.append(self._lane.finish(copy))
+        self._waited += time.perf_counter() - start
+        if access.evicted is not None:
+            self._free.append(self._slot_of.pop(access.evicted))
+        self._slot_of[access.expert] = slot
+        self._start_copies()
+        return slot
+
+    def _start_copies(self) -> None:
+        batch = self._batch
+        while self._free and batch.to_start:
+            slot = self._free.pop()
+            batch.copies.append((slot, self._copy(batch.to_start.popleft(), slot)))
+
+    def _copy(self, expert: int, slot: int) -> Future:
+        return self._lane.start(lambda: self._store.load(expert, self._parts(slot)))
+
+    def _parts(self, slot: int) -> list[Tensor]:
+        return [getattr(self, name).detach()[slot] for name in EXPERT_KEYS]
+
+    def _account(self, batch: _Batch) -> BufferCall:
+        disk_reads = sum(count > 0 for count in self._read)
+        misses = len(self._read)
+        return BufferCall(
+            hits=len(batch.accesses) - misses,
+            misses=misses,
+            bytes_copied=misses * self.expert_bytes,
+            host_reads=misses - disk_reads,
+            disk_reads=disk_reads,
+            bytes_read=sum(self._read),
+            seconds=self._waited,
+        )
+
+    def _empty(self) -> None:
+        """Nobody is resident from here on, and no copy under way."""
+        if self._batch is not None:
+            wait([copy for _, copy in self._batch.copies])
+        self._batch = None
+        self._buffer = Buffer(self._size, self._policy, self._order)
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(self._slots))
+
+    def _move_to_device(self) -> None:
+        self._store.prepare(self._like.device)
+        self._lane = CopyLane(self._like.device)
+
+    def _apply(self, fn, recurse=True):
+        before = self._like
+        super()._apply(fn, recurse)
+        if self._store is not None and self._like.dtype != before.dtype:
+            self._store.convert(self._like.dtype)
+        if self._lane is not None:
+            self._move_to_device()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._store is None:
+            raise RuntimeError("experts in a buffer have no weights before load_state_dict")
+        shapes = packed_shapes(1, *self._dims)
+        for index, expert in enumerate(self.held):
+            parts = [self._like.new_empty(shape[1:]) for shape in shapes.values()]
+            self._store.load(index, parts)
+            for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
+                destination[f"{prefix}{expert}.{key}"] = part
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        missing: list[str] = []
+        misfits: list[str] = []
+        weights: list[list[Tensor]] = [[] for _ in self.held]
+        for _, index, tensor in self._keys.fitting(state_dict, prefix, missing, misfits):
+            weights[index].append(tensor)
+        missing_keys += missing
+        error_msgs += misfits
+        error_msgs += [f"{key}: missing, and these experts have no values of their own" for key in missing]
+        if strict:
+            unexpected_keys += self._keys.unexpected(state_dict, prefix)
+        if not missing and not misfits:
+            self._store = self._make_store(weights, self._like.dtype)
+            self._lane = None  # the slots hold other weights: start again

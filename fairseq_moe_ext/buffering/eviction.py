@@ -1,0 +1,153 @@
+"""Who is in the buffer, who leaves it, and in which order a batch's experts are computed. Plain Python over ids.
+
+A layer's call is one batch; the experts that have tokens in it are active, all known before the first is computed. One
+that is resident when its turn comes is a hit, any other a miss, which enters the buffer, and where that is full another
+expert is evicted for it. Two orders of computation:
+
+`ascending`, the paper's: one after another in rising id. An expert that is resident when the batch begins may be
+evicted by a miss with a smaller id before its turn comes, and is then a miss itself: who leaves decides this batch's
+misses. With more active experts than places the ids come round like a clock, where the expert needed last is the one
+that ran last, which is why LIFO is right there and FIFO and LRU lose nearly everything.
+
+`resident-first`: the active experts that are resident, in rising id, then the others, in rising id. A batch misses
+exactly the active experts that were not resident when it began, whatever the policy; who leaves decides the misses of
+later batches only. It can only gain: no order misses fewer in this batch.
+
+Every policy lets experts go first that are idle in this batch, since the batch is known; policies differ in whom they
+choose among the idle, and among the active where none is idle:
+
+    lifo  the last that came in (paper)
+    fifo  the first that came in
+    lru   the least recently computed
+    lfu   the least often computed, old batches counting less (see `AGEING`); equals: the least recently computed
+
+Source: "Toward Efficient Inference for Mixture of Experts", section on expert buffering, for `ascending` and `lifo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+POLICIES = ("lifo", "fifo", "lru", "lfu")
+ORDERS = ("resident-first", "ascending")
+# The pair with the fewest misses on the models that the README names.
+DEFAULT_POLICY = "lfu"
+DEFAULT_ORDER = "resident-first"
+# What a use counts for `lfu` falls by this factor with every batch, so that a new domain's experts find a place.
+AGEING = 0.95
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class Access:
+    """One active expert's turn. evicted: who left for it; None for a hit, and while places are free."""
+
+    expert: int
+    hit: bool
+    evicted: int | None = None
+
+
+class Buffer:
+    """The ids in a buffer of `size` places, through one batch after another; the weights are someone else's.
+
+    initial: who is resident at the start, in the order they came in; at most `size` ids, each once.
+
+    >>> buffer = Buffer(2, "lifo", "ascending", initial=[0, 1])
+    >>> buffer.run([0, 2])
+    [Access(expert=0, hit=True, evicted=None), Access(expert=2, hit=False, evicted=1)]
+    >>> buffer.resident
+    (0, 2)
+    """
+
+    def __init__(self, size: int, policy: str, order: str, initial: Sequence[int] = ()):
+        if size < 1:
+            raise ValueError(f"the buffer's size must be at least 1, got {size}")
+        for name, value, known in (("policy", policy, POLICIES), ("order", order, ORDERS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if len(set(initial)) != len(initial) or len(initial) > size:
+            raise ValueError(f"initial must be at most {size} different experts, got {list(initial)}")
+        self.size = size
+        self._policy = policy
+        self._ascending = order == "ascending"
+        self._turn = 0  # counts accesses
+        # the resident, each with the turn in which it came
+        self._entered = {expert: number - len(initial) for number, expert in enumerate(initial)}
+        self._used: dict[int, int] = {}  # the turn of the last use
+        self._uses: dict[int, float] = {}
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """In the order they came in."""
+        return tuple(self._entered)
+
+    def run(self, active: Iterable[int]) -> list[Access]:
+        """Take the experts that are active in the next batch, in any order; their turns, in the order to compute."""
+        active = sorted(active)
+        if not self._ascending:
+            active.sort(key=lambda expert: expert not in self._entered)
+        if self._policy == "lfu":
+            self._uses = {expert: uses * AGEING for expert, uses in self._uses.items()}
+        in_batch = set(active)
+        return [self._access(expert, in_batch) for expert in active]
+
+    def _access(self, expert: int, in_batch: set[int]) -> Access:
+        self._turn += 1
+        hit = expert in self._entered
+        evicted = None
+        if not hit:
+            if len(self._entered) == self.size:
+                evicted = max(self._entered, key=lambda resident: self._worth_evicting(resident, in_batch))
+                del self._entered[evicted]
+            self._entered[expert] = self._turn
+        self._used[expert] = self._turn
+        self._uses[expert] = self._uses.get(expert, 0.0) + 1.0
+        return Access(expert, hit, evicted)
+
+    def _worth_evicting(self, expert: int, in_batch: set[int]) -> tuple:
+        idle = expert not in in_batch
+        if self._policy == "lifo":
+            return idle, self._entered[expert]
+        if self._policy == "fifo":
+            return idle, -self._entered[expert]
+        # of experts that were never used the one that came in last has the least claim
+        unused = (-self._used.get(expert, _NEVER), self._entered[expert])
+        return (idle, *unused) if self._policy == "lru" else (idle, -self._uses.get(expert, 0.0), *unused)
+
+
+def minimum_misses(batches: Sequence[Sequence[int]], size: int, order: str, initial: Sequence[int] = ()) -> int:
+    """Belady's MIN: the fewest misses of a buffer that knows every batch to come; `batches` are active experts.
+
+    ascending: of that order, by evicting the expert whose next turn is farthest. resident-first: the fewest of any
+    order and any policy, even one that lets an expert leave as soon as it is computed: a batch costs the active
+    experts that are not resident, and after it those of `resident or active` stay that are needed soonest.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if order == "ascending":  # one expert after another, and a miss must enter
+        turns = [[expert] for batch in batches for expert in sorted(batch)]
+    else:
+        turns = [sorted(batch) for batch in batches]
+    return sum(_misses_by_foresight(turns, size, set(initial), must_enter=order == "ascending"))
+
+
+def _misses_by_foresight(turns: list[list[int]], size: int, resident: set[int], must_enter: bool) -> Iterable[int]:
+    never = len(turns)
+    upcoming: dict[int, list[int]] = {}  # expert -> the turns that want it, the next one last
+    for number in range(len(turns) - 1, -1, -1):
+        for expert in turns[number]:
+            upcoming.setdefault(expert, []).append(number)
+
+    def next_turn(expert: int) -> tuple[int, int]:
+        return (upcoming[expert][-1] if upcoming.get(expert) else never), expert
+
+    for turn in turns:
+        for expert in turn:
+            upcoming[expert].pop()
+        missing = set(turn) - resident
+        yield len(missing)
+        if must_enter and missing:
+            resident = set(sorted(resident, key=next_turn)[: size - len(missing)]) | missing
+        else:
+            resident = set(sorted(resident | missing, key=next_turn)[:size])

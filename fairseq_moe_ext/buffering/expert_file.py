@@ -1,0 +1,172 @@
+"""A layer's experts in a safetensors file: written once, one tensor at a time, and read at their offsets.
+
+Legend: H = experts held here; parts = an expert's four tensors, in the order of EXPERT_KEYS.
+The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes. Its metadata holds a fingerprint
+of what the file was made of and a CRC-32 per tensor; every read is checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.buffering.file_reading import read_at
+from fairseq_moe_ext.buffering.store import StoreError
+from fairseq_moe_ext.gating.experts import EXPERT_KEYS
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_ALIGNMENT = 64
+_METADATA = "__metadata__"
+_CHECKSUMS = "crc32"
+
+
+def open_or_build(path: Path, held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> ExpertFile:
+    """The file at `path` if it holds these experts, else after it was built anew.
+
+    held: H numbers of experts. weights: H experts' parts. fingerprint: equal for equal values of all of them.
+    StoreError where the file is not theirs and cannot be written.
+    """
+    layout = _layout(held, weights, fingerprint)
+    try:
+        found = ExpertFile(path, layout)
+        logger.info("experts are read from %s", path)
+        return found
+    except FileNotFoundError:
+        reason = None
+    except (StoreError, OSError) as error:
+        reason = str(error)
+    try:
+        _build(path, weights, layout)
+    except OSError as error:
+        stale = "" if reason is None else f" ({reason})"
+        raise StoreError(
+            f"{path}: the expert store cannot be written: {error.strerror or error}{stale}; --expert-store-dir puts it "
+            "into another folder"
+        ) from error
+    logger.info("experts were written to %s%s", path, "" if reason is None else f", built anew: {reason}")
+    return ExpertFile(path, layout)
+
+
+class ExpertFile:
+    """An open file of experts, a Source for FileStore; it can be read even when its name is gone."""
+
+    def __init__(self, path: Path, layout: dict):
+        self._path = path
+        self._file = open(path, "rb")  # noqa: SIM115  stays open with the store
+        try:
+            self._start, self._checksums = self._check(layout)
+        except (StoreError, OSError):
+            self._file.close()
+            raise
+        self._tensors = [(name, entry) for name, entry in layout.items() if name != _METADATA]
+        self._state = self._stat()
+
+    def _check(self, layout: dict) -> tuple[int, list[int]]:
+        """Where the tensors' bytes begin, and their checksums; StoreError if this is no file of that layout."""
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError("its header is cut off")
+            header = json.loads(self._file.read(length))
+            checksums = [int(crc, 16) for crc in header[_METADATA].pop(_CHECKSUMS).split()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{self._path}: not an expert store: {str(error)[:200]}") from error
+        tensors = len(layout) - 1
+        wanted = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != _METADATA)
+        if size != wanted:
+            raise StoreError(f"{self._path}: an expert store of {wanted} bytes must have them, found {size}")
+        if header != layout or len(checksums) != tensors:
+            raise StoreError(f"{self._path}: an expert store of another checkpoint or other experts")
+        return 8 + length, checksums
+
+    def dtype(self, part: int) -> torch.dtype:
+        name = self._tensors[part][1]["dtype"]
+        return next(dtype for dtype, code in _DTYPES.items() if code == name)
+
+    def fill(self, expert: int, part: int, target: Tensor) -> int:
+        number = expert * len(EXPERT_KEYS) + part
+        name, entry = self._tensors[number]
+        direct = target.dtype == self.dtype(part) and target.is_contiguous()
+        values = target if direct else torch.empty(entry["shape"], dtype=self.dtype(part))
+        first, end = entry["data_offsets"]
+        try:
+            crc = read_at(self._file.fileno(), _bytes_of(values), self._start + first)
+            changed = self._stat() != self._state
+        except (OSError, EOFError) as error:
+            reason = str(error) or "it ends"
+            raise StoreError(f"{self._path}: the expert store can no longer be read: {reason}") from error
+        if crc != self._checksums[number] or changed:
+            what = "was changed while it was in use" if changed else f"is damaged: {name} has another checksum"
+            raise StoreError(f"{self._path}: the expert store {what}; delete it, and it is built anew")
+        if not direct:
+            target.copy_(values)
+        return end - first
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+def _layout(held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> dict:
+    """The file's header but for the checksums."""
+    layout: dict = {_METADATA: {"format": "pt", "fingerprint": fingerprint}}
+    offset = 0
+    for expert, parts in zip(held, weights, strict=True):
+        for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
+            end = offset + math.prod(part.shape) * part.element_size()
+            entry = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
+            layout[f"{expert}.{key}"] = entry
+            offset = end
+    return layout
+
+
+def _build(path: Path, weights: Sequence[Sequence[Tensor]], layout: dict) -> None:
+    """Under a temporary name first; OSError where that fails, and nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = [part for parts in weights for part in parts]
+    needed, free = sum(part.nbytes for part in tensors), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes needed, {free} free")
+    checksums = [0] * len(tensors)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_header(layout, checksums))
+            for number, part in enumerate(tensors):
+                values = torch.empty(part.shape, dtype=part.dtype)
+                values.copy_(part)
+                view = _bytes_of(values)
+                checksums[number] = zlib.crc32(view)
+                file.write(view)
+            file.seek(0)
+            file.write(_header(layout, checksums))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _header(layout: dict, checksums: Sequence[int]) -> bytes:
+    """Of a length that does not depend on the checksums, with the bytes after it aligned."""
+    metadata = {**layout[_METADATA], _CHECKSUMS: " ".join(f"{crc:08x}" for crc in checksums)}
+    text = json.dumps({**layout, _METADATA: metadata}).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

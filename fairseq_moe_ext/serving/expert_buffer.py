@@ -1,0 +1,193 @@
+"""Expert buffering of a served model: which layers, how many experts, from which store.
+
+Legend: E = experts of a layer, H = experts held by this process, N = places in a layer's buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts
+from fairseq_moe_ext.buffering.expert_file import open_or_build
+from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
+from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
+from fairseq_moe_ext.gating import MOELayer, ResidentExperts
+from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
+from fairseq_moe_ext.serving.stored_tensor import StoredTensor
+from fairseq_moe_ext.trace import load_trace
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+AUTO = "auto"
+SCOPES = ("all", "encoder", "decoder")
+STORES = ("host", "disk")
+# Of the free memory what `auto` takes: the rest is for a batch's activations and a decoder's growing caches.
+AUTO_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """size: N or `auto`. policy, order: buffering/eviction.py. store_dir: None: the checkpoint itself, or beside it.
+
+    host_memory: bytes between a disk store and a GPU, None: by what is free. profile: a trace.
+    """
+
+    size: int | str
+    scope: str
+    policy: str
+    order: str
+    store: str
+    store_dir: Path | None = None
+    host_memory: int | None = None
+    profile: Path | None = None
+
+
+class ExpertBuffer:
+    """Gives one model's layers their buffered experts, and starts them.
+
+    checkpoint: set before the weights come; names the disk store's files.
+    """
+
+    def __init__(self, settings: BufferSettings):
+        self._settings = settings
+        self._layers: dict[str, BufferedExperts] = {}
+        self._rankings: dict[str, list[int]] = {}
+        self.checkpoint = Path("checkpoint.pt")
+
+    def install(self, layers: dict[str, MOELayer]) -> None:
+        """Replace experts that have no memory yet: by buffered ones, or where all of them fit by resident ones."""
+        settings = self._settings
+        for name, layer in layers.items():
+            experts = layer.experts
+            in_scope = settings.scope == "all" or name.startswith(f"{settings.scope}.")
+            fits = settings.size != AUTO and settings.size > len(experts.held)
+            if not in_scope or fits:
+                experts.to_empty(device="cpu")
+                if in_scope:
+                    logger.info(
+                        "%s: --expert-buffer-size %d is more than its %d experts: all of them are resident",
+                        name, settings.size, len(experts.held),
+                    )
+            else:
+                layer.experts = self._layers[name] = self._buffered(name, experts)
+        if not layers or not any(settings.scope in ("all", name.split(".")[0]) for name in layers):
+            logger.warning("--expert-buffer-scope %s: the model has no MoE layer there", settings.scope)
+        if settings.profile is not None:
+            self._rankings = self._read_profile(settings.profile)
+
+    def _buffered(self, name: str, experts: ResidentExperts) -> BufferedExperts:
+        _, hidden_dim, model_dim = experts.fc1_weight.shape
+        return BufferedExperts(
+            experts.num_experts,
+            model_dim,
+            hidden_dim,
+            experts.activation,
+            make_store=partial(self._make_store, name, experts.held),
+            policy=self._settings.policy,
+            order=self._settings.order,
+            held=experts.held,
+        )
+
+    def _read_profile(self, path: Path) -> dict[str, list[int]]:
+        profiled = {layer.name: layer for layer in layers_of(load_trace(path))}
+        for name, experts in self._layers.items():
+            found = profiled[name].num_experts if name in profiled else None
+            if found != experts.num_experts:
+                raise ValueError(
+                    f"--expert-profile {path}: must hold {experts.num_experts} experts' loads of {name}, found "
+                    f"{'no such layer' if found is None else found}"
+                )
+        return {name: hottest_experts(profiled[name]) for name in self._layers}
+
+    def _make_store(
+        self, name: str, held: Sequence[int], weights: list[list[Tensor]], dtype: torch.dtype
+    ) -> ExpertStore:
+        if self._settings.store == "host":
+            return HostStore(weights, dtype)
+        in_records = all(isinstance(part, StoredTensor) and part.is_contiguous() for parts in weights for part in parts)
+        if in_records and self._settings.store_dir is None:
+            return FileStore(LazyTensors(weights), dtype)
+        folder = self._settings.store_dir or self.checkpoint.parent
+        share = "" if len(held) == max(held) + 1 else f".of-{held[0]}-to-{held[-1]}"
+        file = folder / f"{self.checkpoint.stem}.{name}{share}.safetensors"
+        return FileStore(open_or_build(file, held, weights, fingerprint(weights)), dtype)
+
+    def start(self, model: nn.Module) -> None:
+        """Make and fill the slots: `model` has its weights, dtype and device."""
+        if not self._layers:
+            return
+        device = next(model.parameters()).device
+        settings = self._settings
+        if settings.store == "host" and device.type == "cpu":
+            logger.warning(
+                "--expert-store host saves nothing on a CPU: all experts lie in main memory beside the buffer; "
+                "--expert-store disk leaves them on disk"
+            )
+        experts = next(iter(self._layers.values()))
+        sizes = self._sizes(device)
+        capacities = self._host_capacities(device)
+        for name, layer in self._layers.items():
+            layer.start(sizes[name], self._rankings.get(name), capacities[name])
+        kept, total = (
+            sum(getattr(layer, count) for layer in self._layers.values()) for count in ("resident_bytes", "total_bytes")
+        )
+        logger.info(
+            "%d MoE layers have %d of %d experts in a buffer on %s (%s, %s): %.2f of %.2f GB, the rest in the %s store",
+            len(self._layers), sizes[next(iter(sizes))], len(experts.held), device, settings.policy, settings.order,
+            kept / 1e9, total / 1e9, settings.store,
+        )
+
+    def _sizes(self, device: torch.device) -> dict[str, int]:
+        """N of every layer."""
+        if self._settings.size != AUTO:
+            return dict.fromkeys(self._layers, self._settings.size)
+        free = free_bytes(device)
+        a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
+        fitting = int(AUTO_SHARE * free / a_place_each) - STAGING_SLOTS
+        sizes = {name: max(1, min(fitting, len(layer.held))) for name, layer in self._layers.items()}
+        logger.info(
+            "--expert-buffer-size auto: %d experts per layer, of %.2f GB that are free on %s",
+            max(sizes.values()), free / 1e9, device,
+        )
+        if fitting < 1:
+            logger.warning("%.2f GB of free memory are tight for a buffer of one expert per layer", free / 1e9)
+        return sizes
+
+    def _host_capacities(self, device: torch.device) -> dict[str, int | None]:
+        """How many of every layer's experts main memory holds between the disk store and a GPU."""
+        if self._settings.store == "host" or device.type == "cpu":
+            return dict.fromkeys(self._layers)
+        room = self._settings.host_memory
+        if room is None:
+            room = int(AUTO_SHARE * free_host_bytes())
+        total = sum(layer.total_bytes for layer in self._layers.values())
+        return {
+            name: max(1, min(room * len(layer.held) // total, len(layer.held))) for name, layer in self._layers.items()
+        }
+
+
+def fingerprint(weights: Sequence[Sequence[Tensor]]) -> str:
+    """Equal for equal values, by the checksums that a file has or else by the values themselves."""
+    digest = hashlib.sha256()
+    for parts in weights:
+        for part in parts:
+            digest.update(repr(_checksum(part)).encode())
+    return digest.hexdigest()
+
+
+def _checksum(part: Tensor) -> tuple:
+    checksum = part.checksum if isinstance(part, StoredTensor) else None
+    if checksum is not None:
+        return checksum
+    values = part.read() if isinstance(part, StoredTensor) else part
+    data = values.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data), part.dtype, tuple(part.shape)

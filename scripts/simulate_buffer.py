@@ -1,0 +1,120 @@
+"""How often a buffer of every size would miss, by order and eviction policy, from a recorded routing.
+
+    python scripts/simulate_buffer.py trace.npz --output DIR
+
+The trace is one that `--moe-trace` wrote. DIR gets buffer.csv (every layer, then the mean over the layers and the
+worst layer) and buffer.png (the mean as a line, the worst layer as a dashed one, Belady's MIN in black).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES  # noqa: E402
+from fairseq_moe_ext.buffering.simulation import (  # noqa: E402
+    MIN,
+    LayerLoads,
+    Outcome,
+    hottest_experts,
+    layers_of,
+    simulate_all,
+)
+from fairseq_moe_ext.trace import load_trace  # noqa: E402
+
+COLUMNS = ("layer", "size", "order", "policy", "accesses", "misses", "miss_rate", "times_min")
+COLOURS = dict(zip((*POLICIES, MIN), ("tab:blue", "tab:orange", "tab:green", "tab:red", "black"), strict=True))
+MEAN, WORST = "mean", "worst"
+
+
+def write_table(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """One row per outcome, then per size, order and policy the mean over the layers and the worst layer.
+
+    times_min: misses over those of MIN in the same order; empty where MIN has none. Means are of the layers' miss
+    rates; the misses of a mean row are the layers' together.
+    """
+    minimum = {(each.layer, each.size, each.order): each.misses for each in outcomes if each.policy == MIN}
+    groups: dict[tuple, list[Outcome]] = {}
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        table = csv.writer(opened)
+        table.writerow(COLUMNS)
+        for each in outcomes:
+            key = (each.size, each.order, each.policy)
+            groups.setdefault(key, []).append(each)
+            least = minimum[each.layer, each.size, each.order]
+            table.writerow((each.layer, *key, each.accesses, each.misses, *_rates(each.miss_rate, each.misses, least)))
+        for key, group in groups.items():
+            least = sum(minimum[each.layer, each.size, each.order] for each in group)
+            accesses, misses = sum(each.accesses for each in group), sum(each.misses for each in group)
+            rate = sum(each.miss_rate for each in group) / len(group)
+            table.writerow((MEAN, *key, accesses, misses, *_rates(rate, misses, least)))
+        for key, group in groups.items():
+            worst = max(group, key=lambda each: each.miss_rate)
+            least = minimum[worst.layer, worst.size, worst.order]
+            row = (worst.accesses, worst.misses, *_rates(worst.miss_rate, worst.misses, least))
+            table.writerow((f"{WORST}: {worst.layer}", *key, *row))
+
+
+def _rates(rate: float, misses: int, least: int) -> tuple[str, str]:
+    return f"{rate:.6f}", f"{misses / least:.4f}" if least else ""
+
+
+def draw(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """Miss rate against buffer size, one panel per order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rates: dict[tuple, list[float]] = {}
+    for each in outcomes:
+        rates.setdefault((each.order, each.policy, each.size), []).append(each.miss_rate)
+    sizes = sorted({each.size for each in outcomes})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, order in zip(figure.subplots(1, len(ORDERS), sharey=True), ORDERS, strict=True):
+        for policy, colour in COLOURS.items():
+            at_size = [rates[order, policy, size] for size in sizes]
+            panel.plot(sizes, [sum(found) / len(found) for found in at_size], color=colour, label=policy)
+            panel.plot(sizes, [max(found) for found in at_size], color=colour, linestyle="--", linewidth=0.8)
+        panel.set(title=order, xlabel="experts in the buffer")
+    figure.axes[0].set_ylabel("miss rate (dashed: worst layer)")
+    figure.axes[0].legend()
+    figure.savefig(file, dpi=120)
+
+
+def report(layers: Sequence[LayerLoads], outcomes: Sequence[Outcome]) -> None:
+    """Print the misses at a quarter of the experts."""
+    print(f"{'layer':40} {'size':>4} {'order':>14} " + " ".join(f"{policy:>7}" for policy in (*POLICIES, MIN)))
+    for layer in layers:
+        size = max(layer.num_experts // 4, 1)
+        for order in ORDERS:
+            found = {e.policy: e for e in outcomes if (e.layer, e.size, e.order) == (layer.name, size, order)}
+            misses = " ".join(f"{found[policy].misses:7}" for policy in (*POLICIES, MIN))
+            print(f"{layer.name:40} {size:4} {order:>14} {misses}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="folder for buffer.csv and buffer.png")
+    parser.add_argument("--profile", type=Path, help="another trace, whose hottest experts are resident at the start")
+    args = parser.parse_args(arguments)
+    try:
+        layers = layers_of(load_trace(args.trace))
+        profiled = layers_of(load_trace(args.profile)) if args.profile else []
+    except ValueError as error:
+        parser.error(str(error))
+    rankings = {layer.name: hottest_experts(layer) for layer in profiled}
+    outcomes = [each for layer in layers for each in simulate_all(layer, ranking=rankings.get(layer.name))]
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_table(args.output / "buffer.csv", outcomes)
+    draw(args.output / "buffer.png", outcomes)
+    report(layers, outcomes)
+
+
+if __name__ == "__main__":
+    main()

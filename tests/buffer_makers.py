@@ -1,0 +1,76 @@
+"""Buffered experts for the tests, over every kind of store, with the resident ones they must equal."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.buffering.cache import BufferedExperts
+from fairseq_moe_ext.buffering.expert_file import open_or_build
+from fairseq_moe_ext.buffering.host_tier import HostTier
+from fairseq_moe_ext.buffering.store import FileStore, HostStore, LazyTensors
+from fairseq_moe_ext.gating import ResidentExperts
+from fairseq_moe_ext.gating.experts import EXPERT_KEYS
+
+STORES = ("host", "lazy", "file", "tier")
+MODEL_DIM, HIDDEN_DIM = 6, 5
+_numbers = itertools.count()
+
+
+def resident_experts(num_experts: int, dtype=torch.float32, held=None, seed: int = 0) -> ResidentExperts:
+    torch.manual_seed(seed)
+    experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, torch.tanh, held=held)
+    return experts.to(dtype).eval()
+
+
+def make_store(kind: str, folder: Path | None, weights: list[list[Tensor]], dtype: torch.dtype, held):
+    weights = [[part.clone() for part in parts] for parts in weights]  # the store's own
+    if kind == "host":
+        return HostStore(weights, dtype)
+    if kind == "lazy":
+        return FileStore(LazyTensors(weights), dtype)
+    file = open_or_build(folder / f"{next(_numbers)}.safetensors", held, weights, "fingerprint")
+    return FileStore(file, dtype) if kind == "file" else HostTier(FileStore(file, dtype), capacity=2)
+
+
+def buffered_twin(
+    resident: ResidentExperts,
+    size: int,
+    store: str = "host",
+    folder: Path | None = None,
+    policy: str = "lfu",
+    order: str = "resident-first",
+    dtype=torch.float32,
+    ranking=None,
+) -> BufferedExperts:
+    """Started, with the resident experts' weights, in `dtype` before it takes them."""
+    held = resident.held
+
+    def make(weights, as_dtype):
+        assert len(weights) == len(held) and len(weights[0]) == len(EXPERT_KEYS)
+        return make_store(store, folder, weights, as_dtype, held)
+
+    experts = BufferedExperts(
+        resident.num_experts, MODEL_DIM, HIDDEN_DIM, resident.activation,
+        make_store=make, policy=policy, order=order, held=held,
+    )
+    experts.to(dtype).eval().load_state_dict(resident.state_dict())
+    experts.start(size, ranking)
+    return experts
+
+
+def weights_of(num_experts: int, dtype=torch.float32, seed: int = 0) -> list[list[Tensor]]:
+    """Every expert's parts."""
+    experts = resident_experts(num_experts, dtype, seed=seed)
+    return [[getattr(experts, name).detach()[expert] for name in EXPERT_KEYS] for expert in range(num_experts)]
+
+
+def assert_file_serves(file, weights: list[list[Tensor]]) -> None:
+    for expert, parts in enumerate(weights):
+        targets = [torch.empty_like(part) for part in parts]
+        assert FileStore(file, parts[0].dtype).load(expert, targets) == sum(part.nbytes for part in parts)
+        for target, part in zip(targets, parts, strict=True):
+            assert torch.equal(target, part)

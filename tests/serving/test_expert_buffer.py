@@ -1,0 +1,293 @@
+"""A served model with its experts in a buffer: the resident model's results, a report that the simulator repeats."""
+
+import json
+import logging
+import shutil
+
+import commands
+import pytest
+import torch
+from checkpoint_makers import split
+from model_makers import language_model
+from served_models import EVERY_MODEL, Loader
+
+from fairseq_moe_ext.buffering.cache import BufferedExperts
+from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
+from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of, simulate
+from fairseq_moe_ext.buffering.store import StoreError
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
+from fairseq_moe_ext.trace import load_trace
+
+STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.3")
+
+
+@pytest.fixture(scope="module")
+def loader(shared_goldens):
+    return Loader(shared_goldens)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def buffered(size, *more):
+    return "--expert-buffer-size", str(size), *map(str, more)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("size", [1, slow(2), slow(5), 7, slow(8)])
+@pytest.mark.parametrize("store", ["host", "disk", "built"])
+def test_logits_are_the_resident_ones(loader, name, size, store, tmp_path):
+    flags = ("--expert-store", "host") if store == "host" else ("--expert-store", "disk")
+    flags += ("--expert-store-dir", str(tmp_path)) if store == "built" else ()
+    found = loader.logits(name, {}, *buffered(size, *flags))
+    assert torch.equal(found, loader.logits(name, {}))
+    layers = 1 if name.startswith("mt") else 2
+    assert len(list(tmp_path.iterdir())) == (layers * (2 if name.startswith("mt") else 1) if store == "built" else 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [slow("lm_top2"), "mt_plain"])
+def test_every_policy_and_order(loader, name, policy, order):
+    flags = buffered(3, "--expert-eviction", policy, "--expert-order", order, "--expert-store", "disk")
+    assert torch.equal(loader.logits(name, {}, *flags), loader.logits(name, {}))
+
+
+@pytest.mark.parametrize(("name", "store"), [
+    ("lm_top2", "disk"), slow("lm_top2", "host"), ("mt_nllb_ws2", "host"), slow("mt_nllb_ws2", "disk"),
+])
+@pytest.mark.parametrize("how", [STATIC, ("--moe-dtype", "float16"), ("--moe-dtype", "bfloat16")])
+def test_static_gating_and_every_dtype(loader, name, store, how):
+    flags = buffered(2, "--expert-store", store)
+    assert torch.equal(loader.logits(name, {}, *how, *flags), loader.logits(name, {}, *how))
+
+
+@pytest.mark.parametrize(("store", "more"), [
+    ("disk", ("--moe-dtype", "float32")), slow("host", ("--moe-dtype", "float32")), slow("disk", ()), slow("host", ()),
+    slow("disk", ("--moe-dtype", "bfloat16")), slow("host", ("--moe-dtype", "bfloat16")),
+])
+def test_fairseqs_own_half_precision(shared_goldens, store, more):
+    """fairseq halves the model when the weights are there; --moe-dtype then takes it on from there."""
+    golden = shared_goldens / "lm_top2"
+    arguments = (golden / "data-bin", "--path", golden / "checkpoint_last.pt", *commands.LM, "--fp16", *more)
+    resident = commands.eval_lm(*arguments, "--max-tokens", "2048").by_id()
+    found = commands.eval_lm(*arguments, "--max-tokens", "2048", *buffered(3, "--expert-store", store)).by_id()
+    assert found.keys() == resident.keys()
+    assert all((found[number] == row).all() for number, row in resident.items())
+
+
+@pytest.mark.parametrize("scope", ["encoder", "decoder"])
+def test_the_scope(loader, scope):
+    model = loader.load("mt_plain", {}, *buffered(2, "--expert-buffer-scope", scope))
+    kinds = {name.split(".")[0]: type(layer.experts) for name, layer in model.moe_layers().items()}
+    assert {side for side, kind in kinds.items() if kind is BufferedExperts} == {scope}
+    flags = buffered(2, "--expert-buffer-scope", scope)
+    assert torch.equal(loader.logits("mt_plain", {}, *flags), loader.logits("mt_plain", {}))
+
+
+def test_a_scope_without_layers_is_said(loader, caplog):
+    with caplog.at_level(logging.WARNING, "fairseq_moe_ext"):
+        flags = buffered(2, "--expert-buffer-scope", "encoder")
+        assert torch.equal(loader.logits("lm_top2", {}, *flags), loader.logits("lm_top2", {}))
+    assert "--expert-buffer-scope encoder: the model has no MoE layer there" in caplog.text
+
+
+def test_more_places_than_experts(loader, caplog):
+    with caplog.at_level(logging.INFO, "fairseq_moe_ext"):
+        model = loader.load("lm_top2", {}, *buffered(9))
+    assert "--expert-buffer-size 9 is more than its 8 experts: all of them are resident" in caplog.text
+    assert not [layer for layer in model.moe_layers().values() if isinstance(layer.experts, BufferedExperts)]
+    assert torch.equal(loader.logits("lm_top2", {}, *buffered(9)), loader.logits("lm_top2", {}))
+
+
+def test_auto_takes_what_fits(loader, caplog):
+    with caplog.at_level(logging.INFO, "fairseq_moe_ext"):
+        found = loader.logits("lm_top2", {}, *buffered("auto", "--expert-store", "disk"))
+    assert "--expert-buffer-size auto: 8 experts per layer" in caplog.text  # a machine has room for these
+    assert torch.equal(found, loader.logits("lm_top2", {}))
+
+
+def test_a_host_store_on_a_cpu_names_disk(loader, caplog):
+    with caplog.at_level(logging.WARNING, "fairseq_moe_ext"):
+        loader.load("lm_top2", {}, *buffered(2))
+    assert "--expert-store host saves nothing on a CPU" in caplog.text and "--expert-store disk" in caplog.text
+
+
+class Run:
+    """One run of a command: its results, report and trace."""
+
+    def __init__(self, goldens, folder, name, *flags):
+        command, arguments = ("eval_lm", commands.LM) if name.startswith("lm") else ("generate", commands.MT)
+        files = ("--moe-report", folder / "report.json", "--moe-trace", folder / "trace.npz")
+        path = goldens / name / "checkpoint_last.pt"
+        batch = ("--batch-size", "8" if command == "eval_lm" else "36")
+        self.result = getattr(commands, command)(
+            goldens / name / "data-bin", "--path", path, *files, *arguments, *batch, *flags
+        )
+        self.report = json.loads((folder / "report.json").read_text())
+        self.layers = {layer["name"]: layer for layer in self.report["layers"]}
+        self.recorded = layers_of(load_trace(folder / "trace.npz"))
+
+
+@pytest.mark.parametrize("name", ["lm_top2", "mt_plain"])
+@pytest.mark.parametrize(("size", "policy", "order"), [
+    (2, "lfu", "resident-first"), (3, "lifo", "ascending"),
+    slow(1, "fifo", "resident-first"), slow(5, "lru", "ascending"), slow(4, "lfu", "ascending"),
+    slow(8, "lru", "resident-first"), slow(7, "lifo", "resident-first"), slow(6, "fifo", "ascending"),
+])
+def test_the_simulator_repeats_a_served_run(shared_goldens, tmp_path, name, size, policy, order):
+    pair = ("--expert-eviction", policy, "--expert-order", order)
+    run = Run(shared_goldens, tmp_path, name, *buffered(size, "--expert-store", "disk", *pair))
+    for layer in run.recorded:
+        found, wanted = run.layers[layer.name], simulate(layer, size, order, policy)
+        assert (found["hits"], found["misses"]) == (wanted.accesses - wanted.misses, wanted.misses)
+        assert found["disk_reads"] == found["misses"] and found["host_reads"] == 0
+        assert found["bytes_copied"] == found["bytes_read"]
+        assert found["seconds"]["copy"] <= found["seconds"]["experts"]
+    assert run.report["ranks"][0]["misses"] == sum(layer["misses"] for layer in run.layers.values())
+    assert run.report["ranks"][0]["hits"] == sum(layer["hits"] for layer in run.layers.values())
+    memory = run.report["memory"]
+    assert memory["expert_bytes_resident"] == memory["expert_bytes_total"] * min(size + 2, 8) // 8
+
+
+def test_a_run_from_a_profile(shared_goldens, tmp_path):
+    first = Run(shared_goldens, tmp_path, "mt_plain")
+    assert first.report["ranks"][0]["misses"] == 0 == first.report["ranks"][0]["hits"]
+    (tmp_path / "trace.npz").rename(tmp_path / "profile.npz")
+    profile = ("--expert-profile", tmp_path / "profile.npz")
+    second = Run(shared_goldens, tmp_path, "mt_plain", *buffered(3), *profile)
+    assert second.result.lines == first.result.lines
+    for layer in second.recorded:
+        wanted = simulate(layer, 3, "resident-first", "lfu", ranking=hottest_experts(layer))
+        assert second.layers[layer.name]["misses"] == wanted.misses
+        assert second.layers[layer.name]["host_reads"] == wanted.misses
+
+
+def test_a_profile_of_another_model(shared_goldens, tmp_path, loader):
+    Run(shared_goldens, tmp_path, "lm_top2")
+    words = r"--expert-profile .*trace\.npz: must hold 8 experts' loads of encoder\.layers\.1\.moe_layer, found no such"
+    with pytest.raises(ValueError, match=words):
+        loader.load("mt_plain", {}, *buffered(2, "--expert-profile", tmp_path / "trace.npz"))
+
+
+@pytest.fixture
+def copied(shared_goldens, tmp_path):
+    """A golden that a test may damage."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for file in (shared_goldens / "lm_top2").glob("checkpoint_last-*.pt"):
+        shutil.copy(file, folder)
+    return folder / "checkpoint_last-shared.pt"
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(4, 1800, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+def test_the_checkpoint_is_changed_while_serving(loader, copied):
+    model = loader.load("lm_top2", {}, *buffered(1, "--expert-store", "disk"), path=copied)
+    wanted = loader.load("lm_top2", {})(rows())[0]
+    assert torch.equal(model(rows())[0], wanted)
+    with open(copied.with_name("checkpoint_last-rank-0.pt"), "r+b") as file:
+        file.seek(60_000)
+        file.write(bytes(100))
+    with pytest.raises(CheckpointError, match="was changed while it was in use|is damaged"):
+        model(rows())
+
+
+def test_the_checkpoint_is_deleted_while_serving(loader, copied):
+    model = loader.load("lm_top2", {}, *buffered(1, "--expert-store", "disk"), path=copied)
+    shutil.rmtree(copied.parent)
+    assert torch.equal(model(rows())[0], loader.load("lm_top2", {})(rows())[0])
+
+
+def test_a_built_store_is_reused_and_belongs_to_its_checkpoint(loader, copied, tmp_path, caplog):
+    flags = buffered(1, "--expert-store", "disk", "--expert-store-dir", tmp_path / "store")
+
+    def logits():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fairseq_moe_ext"):
+            return loader.load("lm_top2", {}, *flags, path=copied)(rows())[0]
+
+    wanted = logits()
+    assert caplog.text.count("experts were written to") == 2
+    assert torch.equal(logits(), wanted)
+    assert caplog.text.count("experts are read from") == 2
+    state = commands.read_state(copied.with_name("checkpoint_last-rank-0.pt"))
+    for key in state["model"]:
+        state["model"][key] *= 1.01
+    torch.save(state, copied.with_name("checkpoint_last-rank-0.pt"))
+    other = logits()
+    assert caplog.text.count("built anew") == 2 and "another checkpoint" in caplog.text
+    assert not torch.equal(other, wanted)
+    assert torch.equal(other, loader.load("lm_top2", {}, path=copied)(rows())[0])
+
+
+def old_format(state, folder):
+    torch.save(state, folder / "X.pt", _use_new_zipfile_serialization=False)
+    return folder / "X.pt", True
+
+
+def without_checksums(state, folder):
+    torch.serialization.set_crc32_options(False)
+    torch.save(state, folder / "X.pt")
+    torch.serialization.set_crc32_options(True)
+    return folder / "X.pt", False
+
+
+def strided(state, folder):
+    model = {key: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for key, tensor in state["model"].items()}
+    torch.save({**state, "model": model}, folder / "X.pt")
+    return folder / "X.pt", True
+
+
+def one_storage(state, folder):
+    """As a model that was trained with this package is saved: all experts of a layer in one record."""
+    model = {}
+    for key, tensor in state["model"].items():
+        model[key] = torch.cat([tensor.new_zeros(1, *tensor.shape[1:]), tensor])[1:]
+    torch.save({**state, "model": model}, folder / "X.pt")
+    return folder / "X.pt", False
+
+
+def rank_files(state, folder):
+    split(state["model"], 2, folder, template=lambda tensors: {**state, "model": tensors})
+    return folder / "X.pt", False
+
+
+@pytest.mark.parametrize("layout", [old_format, without_checksums, strided, one_storage, rank_files])
+def test_every_layout_of_a_checkpoint(loader, shared_goldens, tmp_path, layout):
+    """Where the checkpoint's records can be read in place no second copy is written; else it stands beside it."""
+    state = commands.read_state(shared_goldens / "mt_plain" / "checkpoint_merged.pt")
+    path, builds = layout(state, tmp_path)
+    for flags in (buffered(2, "--expert-store", "disk"), buffered(2, "--expert-store", "host")):
+        found = loader.logits("mt_plain", {}, *flags, path=path)
+        assert torch.equal(found, loader.logits("mt_plain", {}, path=path))
+    built = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    sides = ("decoder", "encoder") if builds else ()
+    assert built == [f"X.{side}.layers.1.moe_layer.safetensors" for side in sides]
+
+
+def test_a_store_that_cannot_be_written(loader, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = buffered(2, "--expert-store", "disk", "--expert-store-dir", tmp_path / "file" / "folder")
+    with pytest.raises(StoreError, match="the expert store cannot be written: .*--expert-store-dir"):
+        loader.load("lm_top2", {}, *flags)
+
+
+def test_conditional_routing_has_its_buffer_twice_in_the_state_dict(tmp_path):
+    """CMR's layer stands under two names; tests/models/test_cmr.py makes the checkpoint's keys."""
+    resident = language_model(moe_cmr=True).eval()
+    model = language_model(seed=1, moe_cmr=True, allocate_experts=False, initialize_experts=False).eval()
+    model.expert_buffer = ExpertBuffer(BufferSettings(2, "all", "lru", "ascending", "disk", tmp_path))
+    model.expert_buffer.install(model.moe_layers())
+    model.load_state_dict(resident.state_dict())
+    model.prepare_for_inference_(commands.parse("eval_lm", "data", "--path", "x.pt", *commands.LM))
+    tokens = torch.randint(4, 37, (3, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0], resident(tokens)[0])
+    state = model.state_dict()
+    assert set(state) == set(resident.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in resident.state_dict().items())
