@@ -26,9 +26,10 @@ setup(
         "sacrebleu>=2.6",
         "fairscale>=0.4.13",  # its MOELayer is the independent baseline of benchmark and tests
         "tqdm",
+        "matplotlib>=3.11",  # scripts/simulate_buffer.py draws with it
     ],
     extras_require={
         "examples": ["Babel>=2.18"],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "Babel>=2.18"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "safetensors>=0.8", "Babel>=2.18"],
     },
 )

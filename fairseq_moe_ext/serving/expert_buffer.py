@@ -91,7 +91,7 @@ class ExpertBuffer:
             model_dim,
             hidden_dim,
             experts.activation,
-            make_store=partial(self._make_store, name, experts.held),
+            make_store=partial(self._make_store, name, experts),
             policy=self._settings.policy,
             order=self._settings.order,
             held=experts.held,
@@ -109,7 +109,7 @@ class ExpertBuffer:
         return {name: hottest_experts(profiled[name]) for name in self._layers}
 
     def _make_store(
-        self, name: str, held: Sequence[int], weights: list[list[Tensor]], dtype: torch.dtype
+        self, name: str, experts: ResidentExperts, weights: list[list[Tensor]], dtype: torch.dtype
     ) -> ExpertStore:
         if self._settings.store == "host":
             return HostStore(weights, dtype)
@@ -117,9 +117,10 @@ class ExpertBuffer:
         if in_records and self._settings.store_dir is None:
             return FileStore(LazyTensors(weights), dtype)
         folder = self._settings.store_dir or self.checkpoint.parent
-        share = "" if len(held) == max(held) + 1 else f".of-{held[0]}-to-{held[-1]}"
+        # ranks that hold other experts must not build over each other's files
+        share = "" if len(experts.held) == experts.num_experts else f".{zlib.crc32(repr(experts.held).encode()):08x}"
         file = folder / f"{self.checkpoint.stem}.{name}{share}.safetensors"
-        return FileStore(open_or_build(file, held, weights, fingerprint(weights)), dtype)
+        return FileStore(open_or_build(file, experts.held, weights, fingerprint(weights)), dtype)
 
     def start(self, model: nn.Module) -> None:
         """Make and fill the slots: `model` has its weights, dtype and device."""

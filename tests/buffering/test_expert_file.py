@@ -9,6 +9,9 @@ import pytest
 import safetensors
 import torch
 from buffer_makers import assert_file_serves, weights_of
+from cases import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fairseq_moe_ext.buffering.expert_file import ExpertFile, open_or_build
 from fairseq_moe_ext.buffering.store import FileStore, StoreError
@@ -163,6 +166,22 @@ def test_damaged_values_are_never_served(built, dtype):
     flip_last_byte(built)
     with pytest.raises(StoreError, match="was changed while it was in use"):
         read_all(file, weights_of(2))
+
+
+@examples(200)
+@given(st.integers(0, 10_000), st.integers(1, 255), st.booleans())
+def test_no_single_damaged_byte_is_served(tmp_path_factory, place, change, opened_before):
+    """Wherever it is: the right values, or an error."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.unlink(missing_ok=True)
+    file = open_or_build(path, HELD, weights_of(2), "one")
+    data = bytearray(path.read_bytes())
+    place %= len(data)
+    overwrite(path, bytes([data[place] ^ change]), place)
+    try:
+        assert_file_serves(file if opened_before else open_or_build(path, HELD, weights_of(2), "one"), weights_of(2))
+    except StoreError as error:
+        assert "is damaged" in str(error) or "was changed" in str(error)
 
 
 def test_cut_off_while_serving(built):

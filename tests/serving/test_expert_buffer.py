@@ -15,6 +15,7 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of, simulate
 from fairseq_moe_ext.buffering.store import StoreError
+from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 from fairseq_moe_ext.trace import load_trace
@@ -275,6 +276,30 @@ def test_a_store_that_cannot_be_written(loader, tmp_path):
     flags = buffered(2, "--expert-store", "disk", "--expert-store-dir", tmp_path / "file" / "folder")
     with pytest.raises(StoreError, match="the expert store cannot be written: .*--expert-store-dir"):
         loader.load("lm_top2", {}, *flags)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_that_share_a_folder_have_files_of_their_own(tmp_path, size):
+    """Each with its share of one layer's experts, and one process with all of them."""
+    torch.manual_seed(0)
+    state = ResidentExperts(4, 6, 5).state_dict()
+    name = "decoder.layers.1.moe_layer"
+    for _ in range(2):
+        for held in ((0, 1), (2, 3), (0, 3), (0, 1, 2, 3)):
+            with torch.device("meta"):
+                layer = MOELayer(Top2Gate(6, 4), ResidentExperts(4, 6, 5, held=held))
+            layer.gate.to_empty(device="cpu")
+            buffer = ExpertBuffer(BufferSettings(size, "all", "lru", "ascending", "disk", tmp_path))
+            buffer.install({name: layer})
+            resident = ResidentExperts(4, 6, 5, held=held)
+            for experts in (layer.experts, resident):
+                experts.eval().load_state_dict(state)
+            buffer.start(layer)
+            rows, counts = torch.randn(2 * len(held), 6), [2] * len(held)
+            with torch.no_grad():
+                assert torch.equal(layer.experts(rows, counts), resident(rows, counts))
+        assert len(list(tmp_path.iterdir())) == 4
+        assert len({file.stat().st_ino for file in tmp_path.iterdir()}) == 4
 
 
 def test_conditional_routing_has_its_buffer_twice_in_the_state_dict(tmp_path):
