@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,26 @@ PHASES = ("encoder", "prefill", "decode")
 
 @dataclass(frozen=True)
 class PhaseTrace:
-    """One phase of a trace: names of L layers, load (steps, L, E) unsigned, batch (steps,) int64, rising."""
+    """One phase of a trace: names of L layers, load (steps, L, E) unsigned, batch (steps,) int64, rising.
+
+    ValueError where these do not fit together.
+    """
 
     names: tuple[str, ...]
     load: np.ndarray
     batch: np.ndarray
+
+    def __post_init__(self):
+        expected = (*self.batch.shape, len(self.names))
+        if not self.names or self.load.ndim != 3 or self.load.shape[:2] != expected or self.load.dtype.kind != "u":
+            raise ValueError(
+                f"load must be unsigned (steps, layers, experts) for {len(self.names)} layers and batch "
+                f"{self.batch.shape}, got {self.load.dtype} {self.load.shape}"
+            )
+
+    def take(self, steps: np.ndarray) -> PhaseTrace:
+        """These steps only; `steps`: their numbers, or which ones (steps,) bool."""
+        return PhaseTrace(self.names, self.load[steps], self.batch[steps])
 
 
 class TraceRecorder:
@@ -97,3 +113,57 @@ def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:
     if not phases:
         raise ValueError(f"{path}: not a routing trace: none of the phases {', '.join(PHASES)} is in it")
     return phases
+
+
+def merge_traces(traces: Sequence[dict[str, PhaseTrace]]) -> dict[str, PhaseTrace]:
+    """One trace of those that several ranks recorded, as one rank would have recorded it.
+
+    Steps are ordered by batch; within a batch they keep their rank's order. ValueError where a batch was recorded by
+    two ranks, or where they recorded different layers or numbers of experts.
+    """
+    phases = {}
+    for phase in PHASES:
+        parts = [trace[phase] for trace in traces if phase in trace]
+        if not parts:
+            continue
+        for part in parts[1:]:
+            if part.names != parts[0].names or part.load.shape[2] != parts[0].load.shape[2]:
+                raise ValueError(
+                    f"traces to merge must be of one model; their {phase} phases have {_describe(parts[0])} "
+                    f"and {_describe(part)}"
+                )
+        numbers, ranks = np.unique(np.concatenate([np.unique(part.batch) for part in parts]), return_counts=True)
+        if (ranks > 1).any():
+            raise ValueError(
+                f"traces to merge must not share a batch; {ranks.max()} of them hold batch "
+                f"{numbers[ranks.argmax()]} of the {phase} phase"
+            )
+        batch = np.concatenate([part.batch for part in parts])
+        merged = PhaseTrace(parts[0].names, np.concatenate([part.load for part in parts]), batch)
+        phases[phase] = merged.take(np.argsort(batch, kind="stable"))
+    return phases
+
+
+def _describe(part: PhaseTrace) -> str:
+    return f"{part.load.shape[2]} experts in {', '.join(part.names)}"
+
+
+def slice_trace(trace: dict[str, PhaseTrace], first: int, last: int) -> dict[str, PhaseTrace]:
+    """The batches numbered from `first` to before `last`; a phase without any of them is left out."""
+    phases = {phase: part.take((part.batch >= first) & (part.batch < last)) for phase, part in trace.items()}
+    return {phase: part for phase, part in phases.items() if len(part.batch)}
+
+
+def halve_trace(trace: dict[str, PhaseTrace]) -> tuple[dict[str, PhaseTrace], dict[str, PhaseTrace]]:
+    """The first and the second half of each phase's batches; of an odd number the first half has one more.
+
+    ValueError where a phase has fewer than two batches.
+    """
+    first, second = {}, {}
+    for phase, part in trace.items():
+        batches = np.unique(part.batch)
+        if len(batches) < 2:
+            raise ValueError(f"a trace to split must have at least 2 batches, got {len(batches)} in its {phase} phase")
+        fits = part.batch < batches[(len(batches) + 1) // 2]
+        first[phase], second[phase] = part.take(fits), part.take(~fits)
+    return first, second
