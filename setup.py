@@ -25,6 +25,8 @@ setup(
         "hydra-core>=1.3,<1.4",
         "sacrebleu>=2.6",
         "fairscale>=0.4.13",  # its MOELayer is the independent baseline of benchmark and tests
+        "scipy>=1.17",  # the integer programme that bounds a placement
+        "matplotlib>=3.11",  # scripts/balance_experts.py --plot
         "tqdm",
     ],
     extras_require={
