@@ -37,6 +37,10 @@ def problems(draw, most_experts=9, most_batches=6):
 
 
 HOT = np.array([[900, 1, 0, 0, 2], [800, 0, 1, 0, 0]])
+# best alone on a rank, where 7 experts on 3 ranks let none hold fewer than 2
+LONER = np.concatenate([np.full((6, 1), 6), 1 - np.eye(6, dtype=np.int64)], axis=1)
+# even as they lie, though greedy puts the two together that are busy at once
+TURNS = np.array([[9, 1, 9, 1], [1, 9, 1, 9]])
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,6 +51,8 @@ HOT = np.array([[900, 1, 0, 0, 2], [800, 0, 1, 0, 0]])
 @example((HOT, Demand(5, time_limit=0.2)))  # R = E
 @example((HOT, Demand(7, 2, time_limit=0.2)))  # R > E
 @example((HOT, Demand(4, 15, time_limit=0.2)))  # every expert on every rank
+@example((LONER, Demand(3, time_limit=0.2)))
+@example((TURNS, Demand(2, time_limit=0.2)))
 def test_every_method_obeys_the_rules_and_is_no_worse_than_upstreams(problem):
     loads, demand = problem
     experts, world_size = loads.shape[1], demand.world_size
@@ -63,6 +69,10 @@ def test_every_method_obeys_the_rules_and_is_no_worse_than_upstreams(problem):
         if demand.experts_per_rank is None:
             assert max(held) - min(held) <= 1
         assert min(held) >= 1 and max(held) <= (demand.experts_per_rank or max(held))
+    rules = rules_for(count_copies(loads, world_size, demand.replicas), world_size, demand.experts_per_rank)
+    for name, method in (("greedy", greedy), ("anti-correlation", anti_correlation)):
+        own = slot_balance(rules.split(loads), method(loads, rules), rules)
+        assert values[name].avg_max_load <= own.avg_max_load + SLACK
     for name, value in values.items():
         assert value.avg_max_load >= solution.bound - SLACK
         assert value.avg_max_load >= values["exact"].avg_max_load - SLACK
@@ -81,6 +91,7 @@ def all_placements(rules):
 
 @settings(max_examples=25, deadline=None)
 @given(problems(most_experts=5, most_batches=4))
+@example((LONER, Demand(3)))
 def test_exact_is_the_best_of_all_placements(problem):
     loads, demand = problem
     copies = count_copies(loads, demand.world_size, demand.replicas)
@@ -200,10 +211,33 @@ def test_batches_in_groups_bound_from_below(monkeypatch):
     assert slot_balance(rules.split(loads), grouped.ranks, rules).avg_max_load >= best - 1e-5
 
 
+def test_greedy_gives_way_to_upstreams_where_that_is_more_even():
+    rules = rules_for(np.ones(4, dtype=np.int64), 2)
+    assert slot_balance(rules.split(TURNS), greedy(TURNS, rules), rules).avg_max_load == pytest.approx(0.9)
+    assert solve(TURNS, Demand(2)).methods["greedy"] == contiguous(4, 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_always_find_a_rank_without_a_sibling(seed):
+    random = np.random.default_rng(seed)
+    for _ in range(50):
+        loads = random.integers(0, 100, size=(3, int(random.integers(2, 7))))
+        world_size = int(random.integers(2, 7))
+        copies = random.integers(1, world_size + 1, size=loads.shape[1])
+        if copies.sum() < world_size:
+            continue
+        rules = rules_for(copies, world_size)
+        for method in (greedy, anti_correlation):
+            ranks = method(loads, rules)
+            held = np.bincount(ranks, minlength=world_size)
+            assert len({*zip(rules.experts, ranks, strict=True)}) == len(ranks)
+            assert held.min() >= rules.least and held.max() <= rules.most
+
+
 def test_copies_go_where_they_lower_the_largest_load_per_copy():
-    loads = np.array([[60, 30, 10]])
+    loads = np.array([[60, 40, 10]])
     assert [count_copies(loads, 3, replicas).tolist() for replicas in range(7)] == [
-        [1, 1, 1], [2, 1, 1], [3, 1, 1], [3, 2, 1], [3, 3, 1], [3, 3, 2], [3, 3, 3],
+        [1, 1, 1], [2, 1, 1], [2, 2, 1], [3, 2, 1], [3, 3, 1], [3, 3, 2], [3, 3, 3],
     ]
     with pytest.raises(ValueError, match="replicas must be 0 to 6.*3 experts on every one of 3 ranks, got 7"):
         count_copies(loads, 3, 7)
