@@ -25,8 +25,9 @@ setup(
         "hydra-core>=1.3,<1.4",
         "sacrebleu>=2.6",
         "fairscale>=0.4.13",  # its MOELayer is the independent baseline of benchmark and tests
+        "scipy>=1.17",  # the integer programme that bounds a placement
         "tqdm",
-        "matplotlib>=3.11",  # scripts/simulate_buffer.py draws with it
+        "matplotlib>=3.11",  # the scripts' plots
     ],
     extras_require={
         "examples": ["Babel>=2.18"],

@@ -22,17 +22,21 @@ PHASES = ("encoder", "prefill", "decode")
 
 @dataclass(frozen=True)
 class PhaseTrace:
-    """One phase of a trace: names of L layers, load (steps, L, E) unsigned, batch (steps,) int64, rising."""
+    """One phase of a trace: names of L layers, load (steps, L, E) unsigned, batch (steps,) int64, rising.
+
+    ValueError where these do not fit together.
+    """
 
     names: tuple[str, ...]
     load: np.ndarray
     batch: np.ndarray
 
     def __post_init__(self):
-        if self.load.ndim != 3 or self.load.shape[:2] != (*self.batch.shape, len(self.names)):
+        expected = (*self.batch.shape, len(self.names))
+        if not self.names or self.load.ndim != 3 or self.load.shape[:2] != expected or self.load.dtype.kind != "u":
             raise ValueError(
-                f"load must be (steps, layers, experts) for {len(self.names)} layers and batch {self.batch.shape}, "
-                f"got {self.load.shape}"
+                f"load must be unsigned (steps, layers, experts) for {len(self.names)} layers and batch "
+                f"{self.batch.shape}, got {self.load.dtype} {self.load.shape}"
             )
 
     def take(self, steps: np.ndarray) -> PhaseTrace:

@@ -60,6 +60,13 @@ def test_buffering_knows_the_experts_and_traces_alone(file):
     assert not [name for name in names if not f"{name}.".startswith((*(f"{each}." for each in known),))]
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "balancing"], ids=name_of)
+def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch(file):
+    names = imports(file)
+    assert rooms_in(names) <= {"balancing", "trace"}
+    assert "torch" not in {name.split(".")[0] for name in names}
+
+
 def test_the_packages_own_file_imports_nothing():
     assert imports(ROOT / PACKAGE / "__init__.py") <= {"__future__"}
 
@@ -76,6 +83,7 @@ def test_the_reader_of_imports_sees_them():
     (f"{PACKAGE}.gating", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving")),
     (f"{PACKAGE}.buffering.cache", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.serving")),
     (f"{PACKAGE}.buffering.simulation", ("torch", "fairseq", "matplotlib")),
+    (f"{PACKAGE}.balancing.plot", ("torch", "fairseq", "matplotlib", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),
     (f"{PACKAGE}.trace", ("torch", "fairseq", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),
 ])
 def test_in_a_fresh_process(module, unknown):

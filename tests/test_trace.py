@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from fairseq_moe_ext.trace import PHASES, PhaseTrace, TraceRecorder, load_trace, save_trace
+from fairseq_moe_ext.trace import (
+    PHASES,
+    PhaseTrace,
+    TraceRecorder,
+    halve_trace,
+    load_trace,
+    merge_traces,
+    save_trace,
+    slice_trace,
+)
 
 
 def record():
@@ -104,6 +113,14 @@ def without_the_batches(tmp_path):
     return (tmp_path / "part.npz").read_bytes()
 
 
+def of_another_shape(tmp_path):
+    """Two names, one layer's load."""
+    with open(tmp_path / "shape.npz", "wb") as file:
+        load = np.zeros((1, 1, 1), dtype=np.uint8)
+        np.savez(file, decode_names=np.array(["a", "b"]), decode_load=load, decode_batch=np.zeros(1, dtype=np.int64))
+    return (tmp_path / "shape.npz").read_bytes()
+
+
 def one_array(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     return (tmp_path / "array.npy").read_bytes()
@@ -120,9 +137,12 @@ def another_archive(tmp_path):
 
 
 @pytest.mark.parametrize("make", [
-    lambda path: b"", lambda path: b"S-0\tnot a trace\n", truncated, damaged, without_the_batches, one_array, pickled,
-    another_archive,
-], ids=["empty", "text", "truncated", "damaged", "without the batches", "one array", "pickled", "another archive"])
+    lambda path: b"", lambda path: b"S-0\tnot a trace\n", truncated, damaged, without_the_batches,
+    of_another_shape, one_array, pickled, another_archive,
+], ids=[
+    "empty", "text", "truncated", "damaged", "without the batches", "of another shape", "one array", "pickled",
+    "another archive",
+])
 def test_a_bad_file_is_named(make, tmp_path):
     path = tmp_path / "bad.npz"
     path.write_bytes(make(tmp_path))
@@ -133,3 +153,69 @@ def test_a_bad_file_is_named(make, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.npz: not a routing trace"):
         load_trace(tmp_path / "none.npz")
+
+
+def record_batches(batches, layers=("decoder.layers.1.moe_layer",), experts=3):
+    """One encoder step per batch, and as many decode steps as the batch's number plus one; loads tell both."""
+    recorder = TraceRecorder()
+    for batch in batches:
+        recorder.begin_step("encoder", batch)
+        recorder.add("encoder.layers.0.moe_layer", [batch] * experts)
+        for step in range(batch + 1):
+            recorder.begin_step("decode", batch)
+            for layer in layers:
+                recorder.add(layer, [100 * batch, step, *[1] * (experts - 2)])
+    return recorder.trace()
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for phase in expected:
+        assert found[phase].names == expected[phase].names
+        assert found[phase].load.dtype == expected[phase].load.dtype
+        assert found[phase].batch.dtype == expected[phase].batch.dtype
+        assert found[phase].load.tolist() == expected[phase].load.tolist()
+        assert found[phase].batch.tolist() == expected[phase].batch.tolist()
+
+
+@pytest.mark.parametrize("shards", [
+    [range(7)],
+    [range(0, 7, 2), range(1, 7, 2)],
+    [range(4, 7), range(0, 4)],
+    [[6], range(0, 6, 3), [1, 4], [2, 5], []],  # a rank without a batch
+])
+def test_the_ranks_traces_merge_into_the_one_ranks(shards):
+    assert_same(merge_traces([record_batches(shard) for shard in shards]), record_batches(range(7)))
+
+
+def test_traces_of_two_models_do_not_merge():
+    ours = record_batches([0])
+    with pytest.raises(ValueError, match="of one model.*3 experts in decoder.layers.1.*3 experts in decoder.layers.2"):
+        merge_traces([ours, record_batches([1], layers=("decoder.layers.2.moe_layer",))])
+    with pytest.raises(ValueError, match="of one model.*3 experts in encoder.*4 experts in encoder"):
+        merge_traces([ours, record_batches([1], experts=4)])
+
+
+def test_a_batch_belongs_to_one_rank():
+    with pytest.raises(ValueError, match="must not share a batch; 2 of them hold batch 1 of the encoder phase"):
+        merge_traces([record_batches([0, 1]), record_batches([1, 2])])
+
+
+def test_a_slice_holds_the_batches_from_first_to_before_last():
+    assert_same(slice_trace(record_batches(range(7)), 2, 5), record_batches(range(2, 5)))
+    assert slice_trace(record_batches(range(7)), 7, 9) == {}
+
+
+@pytest.mark.parametrize("batches, first", [(2, 1), (5, 3), (6, 3)])
+def test_halves_by_batches_not_by_steps(batches, first):
+    fits, tests = halve_trace(record_batches(range(10, 10 + batches)))
+    for phase in ("encoder", "decode"):
+        assert sorted({*fits[phase].batch.tolist()}) == list(range(10, 10 + first))
+        assert sorted({*tests[phase].batch.tolist()}) == list(range(10 + first, 10 + batches))
+    merged = merge_traces([tests, fits])
+    assert_same(merged, record_batches(range(10, 10 + batches)))
+
+
+def test_one_batch_does_not_split():
+    with pytest.raises(ValueError, match="at least 2 batches, got 1 in its encoder phase"):
+        halve_trace(record_batches([3]))
