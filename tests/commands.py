@@ -141,15 +141,16 @@ def load(command: str, *arguments: str | Path, overrides: dict | None = None):
 
 
 def command_line(
-    command: str, *arguments: str | Path, user_dir: Path | None = USER_DIR, ranks: int | None = None
+    command: str, *arguments: str | Path, user_dir: Path | None = USER_DIR, ranks: int | None = None, script=False
 ) -> list[str]:
-    """`fairseq-<command>` as a process of its own is started, by torchrun where `ranks` says how many."""
-    parts = ["-m", f"fairseq_cli.{command.replace('-', '_')}", *map(str, arguments)]
+    """`fairseq-<command>` as a process of its own is started: by torchrun where `ranks` is a number, or its script."""
+    parts = [sys.executable, "-m", f"fairseq_cli.{command.replace('-', '_')}"]
     if ranks is not None:
-        parts = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *parts]
-    if user_dir is not None:
-        parts += ["--user-dir", str(user_dir)]
-    return [sys.executable, *parts]
+        parts[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if script:
+        parts = [str(Path(sys.executable).parent / f"fairseq-{command}")]
+    parts += map(str, arguments)
+    return parts if user_dir is None else [*parts, "--user-dir", str(user_dir)]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -105,6 +105,11 @@ class BufferedExperts(nn.Module):
         """Of the slots."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
+    @property
+    def resident_experts(self) -> list[int]:
+        """The numbers of the experts in the buffer."""
+        return [self.held[index] for index in self._buffer.resident]
+
     def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
         """Make the slots of a buffer with `size` places, at most H, and fill it.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.routing import Routing
@@ -67,3 +67,21 @@ def combine(outputs: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
     row_weights = weights.reshape(-1).index_select(0, plan.assignments)  # (N,)
     result = outputs.new_zeros(plan.num_tokens, outputs.size(1))
     return result.index_add(0, plan.token_ids, outputs * row_weights.unsqueeze(1))
+
+
+def run_by_expert(experts: nn.Module, rows: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, ...]:
+    """Run every expert once on its rows of all sources.
+
+    rows: per source (n, D) in expert order; counts: per source H rows per expert -> per source its outputs (n, D).
+    """
+    if len(rows) == 1:
+        return (experts(rows[0], counts[0]),)
+    lengths = torch.tensor(counts)  # (sources, H)
+    starts = (lengths.view(-1).cumsum(0) - lengths.view(-1)).view_as(lengths)
+    by_expert, starts = lengths.t().reshape(-1), starts.t().reshape(-1)
+    shift = starts - (by_expert.cumsum(0) - by_expert)
+    joined = torch.cat(rows)
+    order = torch.repeat_interleave(shift, by_expert) + torch.arange(joined.size(0))
+    order = order.to(joined.device)
+    outputs = experts(joined.index_select(0, order), lengths.sum(0).tolist())
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).split(lengths.sum(1).tolist())

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.dispatch import run_by_expert
 
 IDLE = -1  # stands for a layer's number where a rank is in none
 
@@ -112,6 +113,10 @@ class LayerExchange:
         ranks = torch.repeat_interleave(torch.arange(len(held)), held)
         self._round: Round | None = None
         self._place = torch.stack((ranks, torch.arange(len(ranks)) - (held.cumsum(0) - held)[ranks]))  # (2, P)
+
+    @property
+    def rank(self) -> int:
+        return self._exchange.rank
 
     def begin(self, counts: Tensor) -> None:
         """Send the sizes, `counts` (P,) int64 rows per copy, while the caller sorts its rows; `run` ends the round."""
@@ -261,24 +266,6 @@ class _Arrivals:
     layer: LayerExchange | None
     counts: list[int]
     num_bytes: int
-
-
-def run_by_expert(experts: nn.Module, rows: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, ...]:
-    """Run every expert once on its rows of all sources.
-
-    rows: per source (n, D) in expert order; counts: per source H rows per expert -> per source its outputs (n, D).
-    """
-    if len(rows) == 1:
-        return (experts(rows[0], counts[0]),)
-    lengths = torch.tensor(counts)  # (sources, H)
-    starts = (lengths.view(-1).cumsum(0) - lengths.view(-1)).view_as(lengths)
-    by_expert, starts = lengths.t().reshape(-1), starts.t().reshape(-1)
-    shift = starts - (by_expert.cumsum(0) - by_expert)
-    joined = torch.cat(rows)
-    order = torch.repeat_interleave(shift, by_expert) + torch.arange(joined.size(0))
-    order = order.to(joined.device)
-    outputs = experts(joined.index_select(0, order), lengths.sum(0).tolist())
-    return torch.empty_like(outputs).index_copy_(0, order, outputs).split(lengths.sum(1).tolist())
 
 
 def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:

@@ -178,6 +178,11 @@ class ResidentExperts(nn.Module):
         """Of the weights in fast memory."""
         return self.total_bytes
 
+    @property
+    def resident_experts(self) -> list[int]:
+        """The numbers of the experts in fast memory."""
+        return list(self.held)
+
     def announce(self, tokens_per_expert: Sequence[int]) -> None:
         """The H counts of the next call, as soon as they are known; nothing to do where all experts are resident."""
 

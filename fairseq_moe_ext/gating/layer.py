@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fairseq_moe_ext.gating.capacity import Capacity, Limited
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
 from fairseq_moe_ext.gating.routing import Gate, Routing
@@ -25,6 +26,7 @@ from fairseq_moe_ext.gating.static import (
 from fairseq_moe_ext.gating.statistics import gate_loss, routing_metadata
 
 GATINGS = ("dynamic", "static")
+CAPACITY_PHASES = ("all", "prefill")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LayerCall:
 
     assignments: routed by the gate; dropped: those that found no slot; load: E tokens per expert that ran;
     seconds: time per part on the host; bytes_exchanged: of rows sent to other ranks (as many come back).
+    Under capacity-aware inference rerouted: assignments that run on another expert than the gate chose; load_before: E
+    tokens per expert as the gate chose; overflowing: the numerator of the paper's dropped fraction.
     """
 
     assignments: int
@@ -59,6 +63,9 @@ class LayerCall:
     load: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_exchanged: int = 0
+    rerouted: int = 0
+    load_before: list[int] = field(default_factory=list)
+    overflowing: float = 0.0
 
 
 class MOELayer(nn.Module):
@@ -91,6 +98,10 @@ class MOELayer(nn.Module):
         self.serving = False
         self.observer: Callable[[LayerCall], None] | None = None
         self.exchange: LayerExchange | None = None  # under several ranks, where `experts` are those held here
+        self.capacity: Capacity | None = None  # of capacity-aware inference
+        self.capacity_phases = "all"
+        self.prefer_resident = False  # overflow goes to the experts first that are in a buffer
+        self.decoding = False  # whether this call is a decode step
         self._last: tuple[Routing, Routing] | None = None  # before and after the capacity
 
     def prepare_for_serving(self, seed: int, observer: Callable[[LayerCall], None] | None = None) -> None:
@@ -100,6 +111,8 @@ class MOELayer(nn.Module):
         """
         self.serving = True
         self.gate.seed(seed)
+        if self.capacity is not None:
+            self.capacity.seed(seed)
         self.observer = observer
         self._last = None
 
@@ -123,7 +136,7 @@ class MOELayer(nn.Module):
         """
         if self.gating == "dynamic":
             tokens = x.reshape(-1, x.size(2))
-            result = self._dynamic(tokens, None if padding_mask is None else padding_mask.reshape(-1))
+            result = self._dynamic(tokens, None if padding_mask is None else padding_mask.reshape(-1), x.size(0))
             return result.view_as(x)
         if self.static.count_padding:
             padding_mask = None
@@ -136,12 +149,17 @@ class MOELayer(nn.Module):
         result = self._static(tokens, None if padding_mask is None else padding_mask.reshape(-1), counted)
         return result.view_as(x)[:rows]
 
-    def _dynamic(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """tokens (T, D), padding_mask (T,) -> (T, D); every kept assignment runs."""
+    def _dynamic(self, tokens: Tensor, padding_mask: Tensor | None, rows: int) -> Tensor:
+        """tokens (T, D) of `rows` sentences, padding_mask (T,) -> (T, D); every kept assignment runs."""
         clock = _Clock(self.observer is not None)
         routing = self.gate(tokens, padding_mask)
         weights = self.gate.combine_weights(routing, tokens.dtype)
         clock.lap("gate")
+        wanted, limited = routing, None
+        if self.capacity is not None and not (self.decoding and self.capacity_phases == "prefill"):
+            limited = self._limit(routing, weights, rows)
+            routing, weights = limited.routing, limited.weights
+            clock.lap("capacity")
         if self.exchange is None:
             plan = plan_dispatch(routing)
             load = plan.tokens_per_expert
@@ -160,10 +178,36 @@ class MOELayer(nn.Module):
         outputs = self._mask_outputs(outputs)
         result = combine(outputs, plan, weights)
         clock.lap("combine")
-        self._record(routing, routing)
+        self._record(wanted, routing)
         if self.observer is not None:
-            self.observer(LayerCall(sum(load), 0, load, clock.seconds, clock.bytes_exchanged))
+            call = LayerCall(sum(load), 0, load, clock.seconds, clock.bytes_exchanged)
+            if limited is not None:
+                call.load_before = torch.bincount(
+                    wanted.expert_ids[wanted.kept], minlength=wanted.num_experts
+                ).tolist()
+                call.assignments = sum(call.load_before)
+                call.dropped = call.assignments - sum(load)
+                call.rerouted, call.overflowing = int(limited.rerouted.sum()), float(limited.overflowing)
+            self.observer(call)
         return result
+
+    def _limit(self, routing: Routing, weights: Tensor, rows: int) -> Limited:
+        """The routing of `rows` sentences under the capacity, which counts a rank's own tokens.
+
+        On one process the sentences are dealt out to the virtual ranks in order.
+        """
+        num_tokens, num_ranks = routing.expert_ids.size(0), self.capacity.num_ranks
+        if self.exchange is None:
+            sentences = torch.arange(num_tokens, device=weights.device) // max(num_tokens // max(rows, 1), 1)
+            ranks = sentences * num_ranks // max(rows, 1)
+        else:
+            ranks = torch.full((num_tokens,), self.exchange.rank, device=weights.device)
+        preferred = None
+        if self.prefer_resident:
+            preferred = torch.zeros(routing.num_experts, dtype=torch.bool)
+            preferred[self.experts.resident_experts] = True
+            preferred = preferred.to(weights.device)
+        return self.capacity.apply(routing, weights, ranks, preferred)
 
     def _static(self, tokens: Tensor, padding_mask: Tensor | None, counted: int) -> Tensor:
         """tokens (T, D), padding_mask (T,) -> (T, D); `counted` tokens set the capacity."""

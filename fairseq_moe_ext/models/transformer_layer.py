@@ -126,6 +126,17 @@ class MoETransformerDecoderLayer(_MoEFeedForward, transformer_layer.TransformerD
         super().__init__(cfg, no_encoder_attn)
         self._install(cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.max_target_positions)
 
-    def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        x,
+        encoder_out=None,
+        encoder_padding_mask=None,
+        incremental_state=None,
+        *args,
+        self_attn_padding_mask=None,
+        **kwargs,
+    ):
         self._padding_mask = self_attn_padding_mask
-        return super().forward(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)
+        self.moe_layer.decoding = incremental_state is not None
+        known = {"self_attn_padding_mask": self_attn_padding_mask, **kwargs}
+        return super().forward(x, encoder_out, encoder_padding_mask, incremental_state, *args, **known)

@@ -1,42 +1,79 @@
-"""Each rank's share of a model's experts, before the weights come: by a placement, else in rising number."""
+"""Each rank's share of a model's experts, before the weights come, and the capacity that depends on it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
+from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.ranks import Ranks
 
 
-def share_experts(
-    model: ServedModel, ranks: Ranks | None, placement: Placement | None, buffer: ExpertBuffer | None
-) -> None:
-    """Leave this rank the experts that lie on it, in `buffer` if there is one, and connect the layers with other ranks.
+@dataclass(frozen=True)
+class CapacitySettings:
+    """Capacity-aware inference as the user wants it served.
+
+    phases: one of CAPACITY_PHASES. virtual_ranks: as how many ranks one process counts its capacity.
+    prefer_resident: overflow goes to the experts first that are in a buffer.
+    """
+
+    rules: CapacityRules
+    phases: str = "all"
+    virtual_ranks: int = 1
+    prefer_resident: bool = False
+
+
+def place_experts(
+    model: ServedModel, placement: Placement | None, num_ranks: int
+) -> dict[str, Sequence[Sequence[int]]]:
+    """Per layer the ranks of every expert: by a placement, else in rising number.
 
     ValueError where the placement is of another model or number of ranks, or where ranks outnumber the experts.
     """
+    num_experts = {name: layer.experts.num_experts for name, layer in model.moe_layers().items()}
+    if placement is None:
+        return {name: contiguous(count, num_ranks) for name, count in num_experts.items()}
+    try:
+        placement.check_fits(num_ranks, num_experts)
+    except ValueError as error:
+        raise ValueError(f"--expert-placement: {error}") from error
+    return dict(placement.layers)
+
+
+def share_experts(
+    model: ServedModel,
+    ranks: Ranks | None,
+    places: Mapping[str, Sequence[Sequence[int]]],
+    buffer: ExpertBuffer | None = None,
+) -> None:
+    """Leave this rank the experts that lie on it, in `buffer` if there is one, and connect the layers with other ranks.
+
+    places: per layer the ranks of every expert.
+    """
     layers = model.moe_layers()
-    num_experts = {name: layer.experts.num_experts for name, layer in layers.items()}
-    if placement is not None:
-        try:
-            placement.check_fits(1 if ranks is None else ranks.world_size, num_experts)
-        except ValueError as error:
-            raise ValueError(f"--expert-placement: {error}") from error
     copies = {}
     for name, layer in layers.items() if ranks is not None else ():
-        if placement is None:
-            ranks_of_experts = contiguous(num_experts[name], ranks.world_size)
-        else:
-            ranks_of_experts = placement.layers[name]
-        copies[name] = ExpertCopies(ranks_of_experts, ranks.rank, ranks.world_size)
+        copies[name] = ExpertCopies(places[name], ranks.rank, ranks.world_size)
         with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
             layer.experts = layer.experts.share(copies[name].held[ranks.rank])
     if buffer is not None:
         buffer.install(layers)
     for name, each in copies.items():
         layers[name].exchange = ranks.exchange.register(layers[name].experts, each)
+
+
+def limit_experts(
+    model: ServedModel, settings: CapacitySettings, places: Mapping[str, Sequence[Sequence[int]]], num_ranks: int
+) -> None:
+    """Give every MoE layer its capacity; of an expert's copies the first says which rank is its own."""
+    for name, layer in model.moe_layers().items():
+        layer.capacity = Capacity(settings.rules, [ranks[0] for ranks in places[name]], num_ranks)
+        layer.capacity_phases = settings.phases
+        layer.prefer_resident = settings.prefer_resident

@@ -144,8 +144,10 @@ class Report:
                 "name": layer.name,
                 "assignments": layer.assignments,
                 "dropped": layer.dropped,
+                "rerouted": layer.rerouted,
                 "active_experts_mean": layer.active_experts_mean,
                 "load": layer.load,
+                **_before_the_capacity(layer),
                 **({"load_per_rank": layer.load_per_rank} if layer.load_per_rank else {}),
                 "bytes_exchanged": layer.bytes_exchanged,
                 **{name: value for name, value in asdict(layer.buffer).items() if name != "seconds"},
@@ -174,13 +176,27 @@ class Report:
         if layers:
             active = sum(layer.active_experts_mean for layer in layers) / len(layers)
             parts.append(f"{active:.1f} of {len(layers[0].load)} experts active in a pass")
-        dropped, assignments = (sum(getattr(layer, name) for layer in layers) for name in ("dropped", "assignments"))
+        dropped, rerouted, assignments = (
+            sum(getattr(layer, name) for layer in layers) for name in ("dropped", "rerouted", "assignments")
+        )
         parts.append(f"{dropped:,} of {assignments:,} assignments dropped")
+        if rerouted:
+            parts.append(f"{rerouted:,} rerouted")
         buffer = self.buffer()
         if buffer.hits + buffer.misses:
             share = buffer.misses / (buffer.hits + buffer.misses)
             parts.append(f"{share:.1%} of experts missed in the buffer, {buffer.bytes_copied / 1e9:,.2f} GB copied")
         return "served: " + "; ".join(parts)
+
+
+def _before_the_capacity(layer: LayerTotals) -> dict:
+    """Capacity-aware inference's figures; nothing where there was no capacity."""
+    if not layer.load_before:
+        return {}
+    return {
+        "load_before": layer.load_before,
+        "dropped_fraction": layer.overflowing / layer.assignments if layer.assignments else 0.0,
+    }
 
 
 def peak_resident_bytes() -> int:

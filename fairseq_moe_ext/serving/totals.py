@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from fairseq_moe_ext.gating.experts import BufferCall
 from fairseq_moe_ext.gating.layer import LayerCall
 
+_COUNTS = ("calls", "assignments", "dropped", "rerouted", "active_experts", "bytes_exchanged")
+
 
 @dataclass
 class PassTotals:
@@ -26,7 +28,7 @@ class PassTotals:
 
 @dataclass
 class LayerTotals:
-    """Sums over the calls of one MoE layer; load has E entries, load_per_rank R or none on one rank."""
+    """Sums over the calls of one MoE layer (see LayerCall); load_per_rank has R entries, or none on one rank."""
 
     name: str
     calls: int = 0
@@ -38,6 +40,9 @@ class LayerTotals:
     bytes_exchanged: int = 0
     load_per_rank: list[int] = field(default_factory=list)
     buffer: BufferCall = BufferCall()
+    rerouted: int = 0
+    load_before: list[int] = field(default_factory=list)
+    overflowing: float = 0.0
 
     def add(self, call: LayerCall) -> None:
         self.add_totals(
@@ -50,15 +55,18 @@ class LayerTotals:
                 load=call.load,
                 seconds=call.seconds,
                 bytes_exchanged=call.bytes_exchanged,
+                rerouted=call.rerouted,
+                load_before=call.load_before,
+                overflowing=call.overflowing,
             )
         )
 
     def add_totals(self, other: LayerTotals) -> None:
         """Add what the same layer did in other calls, or on another rank."""
-        for name in ("calls", "assignments", "dropped", "active_experts", "bytes_exchanged", "buffer"):
+        for name in (*_COUNTS, "overflowing", "buffer"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.load = _sums(self.load, other.load)
-        self.load_per_rank = _sums(self.load_per_rank, other.load_per_rank)
+        for name in ("load", "load_before", "load_per_rank"):
+            setattr(self, name, _sums(getattr(self, name), getattr(other, name)))
         for part, seconds in other.seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 

@@ -12,12 +12,13 @@ from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
+from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
-class MoEFlags(BufferFlags):
+class MoEFlags(CapacityFlags, BufferFlags):
     """How a Mixture-of-Experts checkpoint is served."""
 
     moe_gating: ChoiceEnum(GATINGS) = field(
@@ -52,7 +53,7 @@ def check_flags(flags: Any) -> None:
         raise ValueError(f"--moe-eval-capacity-token-fraction must be a finite number, got {fraction}")
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
-        _check_placement(placement)
+        _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())
     report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
     if report is not None and trace is not None and Path(report).resolve() == Path(trace).resolve():
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
@@ -61,15 +62,16 @@ def check_flags(flags: Any) -> None:
         if path is not None:
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
     check_buffer_flags(flags)
+    check_capacity_flags(flags)
 
 
-def _check_placement(path: str) -> None:
+def _check_placement(path: str, ranks: int) -> None:
     try:
         found = load_placement(path).world_size
     except ValueError as error:
         raise ValueError(f"--expert-placement {error}") from error
-    if found != world_size():
-        raise ValueError(f"--expert-placement {path} must be for the ranks that serve, {world_size()}, got {found}")
+    if found != ranks:
+        raise ValueError(f"--expert-placement {path} must be for the ranks that serve, {ranks}, got {found}")
 
 
 def _check_writable(flag: str, path: Path) -> None:

@@ -19,7 +19,7 @@ from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageMode
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.expert_share import share_experts
+from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
@@ -29,6 +29,7 @@ from fairseq_moe_ext.serving.generator import (
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
+from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
@@ -83,12 +84,7 @@ class ServingTask:
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
         check_fields(args, has_encoder)
         model = self.served_model_class.build_model(self._with_flags(args), self)
-        placement = self._flags().expert_placement
-        settings = buffer_settings(self._flags())
-        model.expert_buffer = None if settings is None else ExpertBuffer(settings)
-        share_experts(
-            model, self.ranks, None if placement is None else load_placement(placement), model.expert_buffer
-        )
+        self._distribute(model)
         dtype = self._flags().moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -97,6 +93,20 @@ class ServingTask:
             self.observer.has_model = True
             model.observer = self.observer
         return model
+
+    def _distribute(self, model) -> None:
+        """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the flags say."""
+        flags = self._flags()
+        settings, capacity = buffer_settings(flags), capacity_settings(flags)
+        num_ranks = 1 if self.ranks is None else self.ranks.world_size
+        if capacity is not None and self.ranks is None:
+            num_ranks = capacity.virtual_ranks
+        placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
+        places = place_experts(model, placement, num_ranks)
+        model.expert_buffer = None if settings is None else ExpertBuffer(settings)
+        share_experts(model, self.ranks, places, model.expert_buffer)
+        if capacity is not None:
+            limit_experts(model, capacity, places, num_ranks)
 
     def _with_flags(self, args: Any) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""

@@ -1,156 +1,48 @@
 """fairseq's own commands under several ranks: one complete result, equal to one rank's, and one report of all.
 
-What one rank finds is computed in this process. Figures: upstream's own, tests' shared/goldens.
+What one rank finds is computed in this process. Figures: upstream's own, from ../shared/goldens.
 """
 
-import json
 import math
-import re
-from dataclasses import dataclass
 
 import commands
 import numpy as np
 import pytest
-import torch
+from rank_commands import (
+    AS_UPSTREAM,
+    LM_LAYERS,
+    MT_LAYERS,
+    UPSTREAM,
+    Told,
+    arguments_of,
+    assert_report_of_all_ranks,
+    assert_same_lines,
+    assert_same_trace,
+    assert_translated_once,
+    assignments_that_leave,
+    loss_of,
+    shuffled,
+    telling,
+    upstreams_order,
+)
 
 from fairseq_moe_ext.balancing.placement import Placement, contiguous, experts_of_rank, save_placement
-from fairseq_moe_ext.trace import load_trace
 
 STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction")
-# as upstream's README.moe.md has them
-UPSTREAM = {"world_size": 2, "replication_count": 1, "moe_eval_capacity_token_fraction": 0.05}
-UPSTREAM |= {"use_moe_pad_mask": False, "pass_tokens_transformer_layer": False}
-AS_UPSTREAM = ("--is-moe", "--distributed-world-size", "2", "--model-overrides", repr(UPSTREAM))
-LM_LAYERS = ("decoder.layers.1.moe_layer", "decoder.layers.3.moe_layer")
-MT_LAYERS = ("encoder.layers.1.moe_layer", "decoder.layers.1.moe_layer")
-PLAIN, NLLB = commands.MT, (*commands.NLLB, "-t", "de")
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a run wrote with --moe-report and --moe-trace."""
-
-    report: dict
-    trace: dict
-
-    @classmethod
-    def read(cls, folder):
-        return cls(json.loads((folder / "report.json").read_text()), load_trace(folder / "trace.npz"))
-
-    def layers(self) -> dict[str, dict]:
-        return {layer["name"]: layer for layer in self.report["layers"]}
-
-
-def telling(folder) -> tuple:
-    return ("--moe-report", folder / "report.json", "--moe-trace", folder / "trace.npz")
-
-
-def arguments_of(goldens, name: str, *flags) -> tuple:
-    return (goldens / name / "data-bin", "--path", goldens / name / "checkpoint_last.pt", *flags)
+# --- language models
 
 
 def eval_lm(goldens, *flags, ranks=2, rows: int = 8, **how):
-    flags = (*commands.LM, "--batch-size", rows, *flags)
-    return commands.run("eval-lm", *arguments_of(goldens, "lm_top2_ws2", *flags), ranks=ranks, **how)
-
-
-def loss_of(done) -> tuple[str, str]:
-    """(loss, perplexity) of the one line that says so; nothing else is printed, nothing is said twice."""
-    ((loss, perplexity),) = re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", done.stderr)
-    assert done.stdout == ""
-    assert done.stderr.count("served: ") == done.stderr.count("loading model(s)") == 1
-    return loss, perplexity
-
-
-def assert_same_lines(output: str, wanted: commands.Generation, subset: str = "test") -> None:
-    """Every line in one rank's order, ids and texts equal, scores to 1e-5."""
-    found = commands.Generation(output.splitlines())
-    assert [line.split("\t")[0] for line in found.lines] == [line.split("\t")[0] for line in wanted.lines]
-    assert sum(line.startswith(f"Generate {subset} with beam") for line in found.lines) == 1
-    assert found.of_kind("S") == wanted.of_kind("S") and found.of_kind("T") == wanted.of_kind("T")
-    assert found.hypotheses() == wanted.hypotheses() and len(found.hypotheses()) == 100
-    assert [fields[1] for _, fields in found.of_kind("D")] == [fields[1] for _, fields in wanted.of_kind("D")]
-    np.testing.assert_allclose(found.scores(), wanted.scores(), rtol=0, atol=1e-5)
-    for (_, ours), (_, theirs) in zip(found.of_kind("P"), wanted.of_kind("P"), strict=True):
-        scores = [np.array(fields[0].split(), float) for fields in (ours, theirs)]
-        np.testing.assert_allclose(*scores, rtol=0, atol=1.1e-4)  # printed to 4 places
-
-
-def assert_translated_once(done, sentences: int = 100) -> None:
-    assert re.findall(r"Translated (\d+) sentences", done.stderr) == [str(sentences)]
-    assert done.stderr.count("served: ") == done.stderr.count("loading model(s)") == 1
-
-
-def assert_same_trace(found: Told, wanted: Told) -> None:
-    assert found.trace.keys() == wanted.trace.keys()
-    for phase, recorded in wanted.trace.items():
-        assert found.trace[phase].names == recorded.names
-        assert found.trace[phase].load.tolist() == recorded.load.tolist()
-        assert found.trace[phase].batch.tolist() == recorded.batch.tolist()
-
-
-def assert_report_of_all_ranks(found: Told, one: Told, placement: dict, ranks: int, model_dim: int) -> None:
-    """Under dynamic gating: what one rank did, in parts; the bytes are those of the assignments that leave."""
-    report = found.report
-    assert report["world_size"] == ranks and [each["rank"] for each in report["ranks"]] == list(range(ranks))
-    for totals in {"encoder", "decoder"} & set(one.report):
-        for name in {"tokens", "steps"} & set(one.report[totals]):
-            assert report[totals][name] == one.report[totals][name]
-    assert report.get("generation") == one.report.get("generation")
-    for name, layer in found.layers().items():
-        alone = one.layers()[name]
-        for figure in ("load", "assignments", "dropped", "active_experts_mean"):
-            assert layer[figure] == pytest.approx(alone[figure])
-        held = [experts_of_rank(placement[name], rank) for rank in range(ranks)]
-        assert layer["load_per_rank"] == [sum(layer["load"][expert] for expert in share) for share in held]
-        assert layer["bytes_exchanged"] == assignments_that_leave(one, name, held) * model_dim * 4
-        assert {"sizes", "exchange", "experts"} <= set(layer["seconds"])
-        assert min(layer["seconds"].values()) > 0
-    assert sum(each["bytes_exchanged"] for each in report["ranks"]) == sum(
-        layer["bytes_exchanged"] for layer in report["layers"]
-    )
-    assert sum(each["load_share"] for each in report["ranks"]) == pytest.approx(1)
-    total = one.report["memory"]["expert_bytes_total"]
-    assert report["memory"]["expert_bytes_total"] == report["memory"]["expert_bytes_resident"] == total
-    num_layers, num_experts = len(placement), len(next(iter(placement.values())))
-    for each in report["ranks"]:
-        share = sum(len(experts_of_rank(layer, each["rank"])) for layer in placement.values())
-        assert each["expert_bytes"] == total // (num_layers * num_experts) * share
-    # rank 0 reads its own experts and what all ranks share, no more
-    others = sum(each["expert_bytes"] for each in report["ranks"][1:])
-    assert report["loading"]["bytes"] == one.report["loading"]["bytes"] - others
-
-
-def assignments_that_leave(one: Told, name: str, held: list[tuple[int, ...]]) -> int:
-    """Of the trace of one rank, when batch i is rank i % R's."""
-    number = 0
-    for phase in one.trace.values():
-        if name in phase.names:
-            loads = phase.load[:, phase.names.index(name)].astype(int)
-            for load, batch in zip(loads, phase.batch, strict=True):
-                number += load.sum() - load[list(held[batch % len(held)])].sum()
-    return int(number)
-
-
-def upstreams_order(layers, ranks: int, num_experts: int = 8) -> dict:
-    return {name: contiguous(num_experts, ranks) for name in layers}
-
-
-def shuffled(layers, ranks: int, num_experts: int = 8) -> dict:
-    generator = torch.Generator().manual_seed(ranks)
-    orders = {name: torch.randperm(num_experts, generator=generator).tolist() for name in layers}
-    return {name: tuple((number % ranks,) for number in order) for name, order in orders.items()}
-
-
-# --- language models
+    arguments = arguments_of(goldens, "lm_top2_ws2", "--batch-size", rows, *flags)
+    return commands.run("eval-lm", *arguments, ranks=ranks, **how)
 
 
 @pytest.fixture(scope="module")
 def one_lm(shared_goldens, tmp_path_factory):
     """(loss, what was told) of one rank."""
     folder = tmp_path_factory.mktemp("one")
-    flags = (*commands.LM, "--batch-size", 8, *telling(folder))
-    return commands.eval_lm(*arguments_of(shared_goldens, "lm_top2_ws2", *flags)).loss, Told.read(folder)
+    arguments = arguments_of(shared_goldens, "lm_top2_ws2", "--batch-size", 8, *telling(folder))
+    return commands.eval_lm(*arguments).loss, Told.read(folder)
 
 
 def test_eval_lm_on_two_ranks(shared_goldens, tmp_path, one_lm):
@@ -181,18 +73,20 @@ def test_eval_lm_on_three_ranks_with_shuffled_experts(shared_goldens, tmp_path, 
 def test_static_gating_on_two_ranks_equals_upstreams(
     shared_goldens, tmp_path, fraction, slots, perplexity, by_torchrun
 ):
-    total = tokens = 0
-    for rank in (0, 1):
+    scores: dict[int, np.ndarray] = {}
+    for rank in (0, 1):  # upstream's second rank scores a batch of the first's again, to have as many
         file = shared_goldens / "lm_top2_ws2" / "golden" / f"eval_ws2_b2_cap{fraction}.rank{rank}.npz"
         with np.load(file) as arrays:
-            for batch in range(int(arrays["n_batches"])):
-                scores = arrays[f"b{batch}/scores"][arrays[f"b{batch}/target"] != 1]
-                total, tokens = total + scores.sum(dtype=np.float64), tokens + len(scores)
+            for batch in (f"b{number}" for number in range(int(arrays["n_batches"]))):
+                rows = zip(arrays[f"{batch}/scores"], arrays[f"{batch}/target"], strict=True)
+                ids = arrays[f"{batch}/id"].tolist()
+                scores |= {number: row[target != 1] for number, (row, target) in zip(ids, rows, strict=True)}
+    recorded = np.concatenate(list(scores.values()))
+    assert len(recorded) == 15035
     flags, ranks = ((*STATIC, fraction), 2) if by_torchrun else ((*STATIC[:2], *AS_UPSTREAM), None)
     done = eval_lm(shared_goldens, *flags, *telling(tmp_path), ranks=ranks, rows=2)
     loss, found = loss_of(done)
-    assert tokens == 15035
-    assert float(loss) == pytest.approx(-total / tokens / math.log(2), abs=1e-4)
+    assert float(loss) == pytest.approx(-recorded.mean(dtype=np.float64) / math.log(2), abs=1e-4)
     assert found == perplexity
     report = Told.read(tmp_path).report
     assert (report["world_size"], report["gating"]) == (2, "static")
@@ -208,13 +102,16 @@ def test_static_gating_sends_more_at_the_same_checkpoint(one_lm):
 
 
 @pytest.mark.slow
-def test_shards_that_the_user_asked_for_on_two_ranks(shared_goldens):
+def test_shards_that_the_user_asked_for_on_two_ranks(shared_goldens, tmp_path):
     parts = ("--num-shards", "2", "--shard-id", "1")
-    flags = (*commands.LM, "--batch-size", 8, *parts)
-    wanted = commands.eval_lm(*arguments_of(shared_goldens, "lm_top2_ws2", *flags))
-    loss, _ = loss_of(eval_lm(shared_goldens, *parts))
+    one, two = (tmp_path / name for name in ("one", "two"))
+    one.mkdir(), two.mkdir()
+    arguments = arguments_of(shared_goldens, "lm_top2_ws2", "--batch-size", 8, *parts, *telling(one))
+    wanted = commands.eval_lm(*arguments)
+    loss, _ = loss_of(eval_lm(shared_goldens, *parts, *telling(two)))
     assert float(loss) == pytest.approx(wanted.loss, abs=6e-5)
-    assert abs(wanted.loss - 7.4446) > 1e-3  # a part's is another
+    assert_same_trace(Told.read(two), Told.read(one))
+    assert 0 < Told.read(two).report["decoder"]["tokens"] < 15035
 
 
 @pytest.mark.slow
@@ -223,3 +120,108 @@ def test_bfloat16_on_two_ranks(shared_goldens, tmp_path):
     loss, _ = loss_of(eval_lm(shared_goldens, "--moe-dtype", "bfloat16", *telling(tmp_path)))
     assert float(loss) == pytest.approx(7.4446, abs=0.01)
     assert Told.read(tmp_path).report["dtype"] == "bfloat16"
+
+
+# --- translation models
+
+
+def generate(goldens, name: str, *flags, ranks=2, rows: int = 36, **how):
+    arguments = arguments_of(goldens, name, "--batch-size", rows, *flags)
+    return commands.run("generate", *arguments, ranks=ranks, **how)
+
+
+def generated_alone(goldens, name: str, *flags, rows: int = 36, overrides=None) -> commands.Generation:
+    return commands.generate(*arguments_of(goldens, name, "--batch-size", rows, *flags), overrides=overrides)
+
+
+def test_generate_on_four_ranks(shared_goldens, tmp_path):
+    """Nine batches; a report and a trace as of one rank; beam 5."""
+    one, four = (tmp_path / name for name in ("one", "four"))
+    one.mkdir(), four.mkdir()
+    flags = ("--beam", "5")
+    wanted = generated_alone(shared_goldens, "mt_plain", *flags, *telling(one), rows=12)
+    done = generate(shared_goldens, "mt_plain", *flags, *telling(four), ranks=4, rows=12)
+    assert_same_lines(done.stdout, wanted)
+    assert_translated_once(done)
+    assert_same_trace(Told.read(four), Told.read(one))
+    placement = upstreams_order(MT_LAYERS, 4)
+    assert_report_of_all_ranks(Told.read(four), Told.read(one), placement, ranks=4, model_dim=64)
+    assert sorted(file.name for file in four.iterdir()) == ["report.json", "trace.npz"]
+
+
+def test_upstreams_command_as_written_starts_two_ranks_and_writes_one_file(shared_goldens, tmp_path):
+    wanted = generated_alone(shared_goldens, "mt_nllb_ws2", overrides=UPSTREAM)
+    arguments = (*AS_UPSTREAM, "--results-path", tmp_path / "results", *telling(tmp_path))
+    done = generate(shared_goldens, "mt_nllb_ws2", *arguments, ranks=None)
+    assert done.stdout == ""
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["generate-test.txt"]
+    assert_same_lines((tmp_path / "results" / "generate-test.txt").read_text(encoding="utf-8"), wanted)
+    assert_translated_once(done)
+    told = Told.read(tmp_path)
+    assert told.report["world_size"] == 2
+    assert all(rank["tokens"] > 500 for rank in told.report["ranks"])  # each has worked
+
+
+def test_more_ranks_than_batches(shared_goldens):
+    """One batch of 96 sentences and one of 4 for three ranks; beam 1."""
+    wanted = generated_alone(shared_goldens, "mt_plain", "--beam", 1, rows=100)
+    done = generate(shared_goldens, "mt_plain", "--beam", 1, ranks=3, rows=100)
+    assert_same_lines(done.stdout, wanted)
+    assert_translated_once(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ranks", "flags"),
+    [
+        ("mt_nllb_ws2", 4, ("--batch-size", 8)),
+        ("mt_nllb_ws2", 2, ("--score-reference",)),
+        ("mt_plain", 3, ("--score-reference", "--batch-size", 100)),
+        ("mt_plain", 2, ("--prefix-size", 2)),
+        ("mt_plain", 2, (*STATIC, 1.0)),
+        ("mt_nllb_ws2", 3, (*STATIC, 1.0, "--batch-size", 17)),
+        ("mt_plain", 1, ()),
+        ("mt_plain", 2, ("--nbest", 2, "--distributed-world-size", 2)),
+    ],
+)
+def test_generate_equals_one_ranks(shared_goldens, name, ranks, flags):
+    alone = flags[:2] if "--distributed-world-size" in flags else flags
+    wanted = generated_alone(shared_goldens, name, *alone, overrides=commands.NLLB_OVERRIDES)
+    overrides = ("--model-overrides", repr(commands.NLLB_OVERRIDES))
+    done = generate(shared_goldens, name, *flags, *overrides, ranks=ranks)
+    assert_same_lines(done.stdout, wanted)
+    assert_translated_once(done)
+
+
+@pytest.mark.slow
+def test_a_placement_with_replicas_on_more_ranks_than_some_experts_need(shared_goldens, tmp_path):
+    """Expert 0 on every rank, the others shuffled: less travels than by the same placement without replicas."""
+    told = []
+    for replicas in (False, True):
+        layers = shuffled(MT_LAYERS, 3)
+        if replicas:
+            layers = {name: ((0, 1, 2), *layer[1:]) for name, layer in layers.items()}
+        folder = tmp_path / str(replicas)
+        folder.mkdir()
+        save_placement(folder / "placement.json", Placement(3, layers))
+        flags = ("--expert-placement", folder / "placement.json", *telling(folder))
+        done = generate(shared_goldens, "mt_plain", *flags, ranks=3, rows=12)
+        assert_same_lines(done.stdout, generated_alone(shared_goldens, "mt_plain", rows=12))
+        told.append(Told.read(folder))
+    assert_same_trace(*told)
+    memory = told[1].report["memory"]
+    assert memory["expert_bytes_resident"] == memory["expert_bytes_total"] * 10 // 8
+    for name in MT_LAYERS:
+        before, after = (each.layers()[name] for each in told)
+        assert sum(after["load_per_rank"]) == sum(before["load_per_rank"]) == sum(before["load"])
+    assert sum(layer["bytes_exchanged"] for layer in told[1].report["layers"]) != sum(
+        layer["bytes_exchanged"] for layer in told[0].report["layers"]
+    )
+
+
+@pytest.mark.slow
+def test_fairseqs_own_scripts_start_ranks_too(shared_goldens):
+    arguments = arguments_of(shared_goldens, "lm_top2_ws2", "--batch-size", 8, "--distributed-world-size", 2)
+    done = commands.run("eval-lm", *arguments, script=True)
+    assert loss_of(done) == ("7.4446", "174.20")
+    assert "2 ranks serve" in done.stderr

@@ -1,0 +1,258 @@
+"""Ranks that vanish, bad files and wrong placements: all ranks end, one message says why, no result looks complete."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import commands
+import pytest
+from rank_commands import LM_LAYERS, MT_LAYERS, arguments_of, upstreams_order
+
+from fairseq_moe_ext.balancing.placement import Placement, save_placement
+
+PATIENCE = 30  # seconds in which all others must have ended
+START = 120  # seconds until the first translation, on a slow machine
+# one sentence after another, each for long: time to be killed in
+LONG = ("--batch-size", "1", "--beam", "40", "--model-overrides", repr(commands.NLLB_OVERRIDES))
+
+
+# --- a rank vanishes
+
+
+class Started:
+    """Processes that translate into one file, what they say in one file each; none is left behind."""
+
+    def __init__(self, goldens: Path, folder: Path, *flags):
+        self.folder = folder
+        self.arguments = arguments_of(goldens, "mt_nllb_ws2", *LONG, "--results-path", folder / "results", *flags)
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, ranks: int | None = None, **environment: str) -> None:
+        with open(self.folder / f"{len(self.processes)}.err", "w", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                commands.command_line("generate", *self.arguments, ranks=ranks),
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=commands.environment(**environment),
+            )
+        self.processes.append(process)
+
+    def start_by_hand(self, ranks: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        for rank in range(ranks):
+            self.start(RANK=str(rank), **meeting)
+
+    def wait_for_a_translation(self) -> None:
+        deadline = time.monotonic() + START
+        while "\nH-" not in self.results():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes), [
+                self.said(number)[-3000:] for number in range(len(self.processes))
+            ]
+            time.sleep(0.1)
+
+    def results(self) -> str:
+        file = self.folder / "results" / "generate-test.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def said(self, number: int) -> str:
+        return (self.folder / f"{number}.err").read_text(encoding="utf-8")
+
+    def all_end(self, but: int | None = None) -> list[int]:
+        """Their exit codes, which must come in time."""
+        deadline = time.monotonic() + PATIENCE
+        others = [process for number, process in enumerate(self.processes) if number != but]
+        return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in others]
+
+    def kill(self) -> None:
+        """Those that a failed test has left."""
+        left = [child for process in self.processes for child in children_of(process.pid)]
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for child in left:
+            _kill_if_there(child)
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def rank_of(pid: int) -> int | None:
+    """What the environment of a process says, None where it is no rank."""
+    try:
+        found = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:
+        return None
+    return None if found is None else int(found.group(1))
+
+
+def _kill_if_there(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture
+def started(shared_goldens, tmp_path):
+    started = Started(shared_goldens, tmp_path)
+    yield started
+    started.kill()
+
+
+def assert_incomplete(started: Started) -> None:
+    results = started.results()
+    assert "\nH-" in results and "Generate test" not in results
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_those_that_were_started_by_hand(started, victim):
+    started.start_by_hand(3)
+    started.wait_for_a_translation()
+    started.processes[victim].kill()
+    assert all(code not in (0, -signal.SIGKILL) for code in started.all_end(but=victim))
+    for rank in {0, 1, 2} - {victim}:
+        assert f"rank {rank} of 3 ends: rank {victim} of 3 vanished" in started.said(rank).splitlines()[-1]
+        assert "Traceback" not in started.said(rank)
+    assert "Translated" not in started.said(0)
+    assert_incomplete(started)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_torchrun(started, victim):
+    started.start(ranks=2)
+    started.wait_for_a_translation()
+    pids = {rank_of(child): child for child in children_of(started.processes[0].pid)}
+    os.kill(pids[victim], signal.SIGKILL)
+    (code,) = started.all_end()
+    assert code not in (0, -signal.SIGKILL)
+    said = started.said(0)
+    assert re.search(rf"rank +: {victim} \(local_rank: {victim}\)\s+exitcode +: -9 \(pid: {pids[victim]}\)", said)
+    assert "Translated" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    assert_incomplete(started)
+
+
+# --- a bad file
+
+
+def copied(goldens: Path, name: str, folder: Path) -> tuple[Path, Path]:
+    """(its second rank file, its path as --path has it)."""
+    for file in (goldens / name).glob("checkpoint_last-*.pt"):
+        shutil.copy(file, folder)
+    return folder / "checkpoint_last-rank-1.pt", folder / "checkpoint_last.pt"
+
+
+def generate(goldens, *flags, ranks=2, name: str = "mt_nllb_ws2", command: str = "generate"):
+    """A run that must fail, and soon; its one error line."""
+    start = time.monotonic()
+    arguments = arguments_of(goldens, name, "--batch-size", 36, *flags)
+    done = commands.run(command, *arguments, ranks=ranks, check=False)
+    assert done.returncode != 0
+    assert time.monotonic() - start < START
+    assert done.stdout == "" and "Translated" not in done.stderr
+    return done.stderr
+
+
+def error_line(said: str, *words: str) -> str:
+    """The one line of all that was said that holds every word; tracebacks and torchrun's summary do not."""
+    (line,) = [line for line in said.splitlines() if all(word in line for word in words)]
+    return line
+
+
+def test_a_damaged_rank_file_that_one_rank_reads_ends_all(shared_goldens, tmp_path):
+    file, path = copied(shared_goldens, "mt_nllb_ws2", tmp_path)
+    weight = commands.read_state(file)["model"]["decoder.layers.1.moe_layer.experts.2.fc1.weight"].numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    place = bytes(content).index(weight) + len(weight) // 2
+    content[place] ^= 1
+    file.write_bytes(content)
+    said = generate(shared_goldens, "--path", path, "--results-path", tmp_path / "results")
+    assert "rank 1 of 2 failed:" in said and "rank 0 of 2 failed:" not in said
+    error_line(said, "CheckpointError", "checkpoint_last-rank-1.pt", "is damaged")
+    assert not list((tmp_path / "results").glob("*")) or not (
+        tmp_path / "results" / "generate-test.txt"
+    ).read_text(encoding="utf-8")
+
+
+def test_a_missing_rank_file(shared_goldens, tmp_path):
+    file, path = copied(shared_goldens, "mt_nllb_ws2", tmp_path)
+    file.unlink()
+    said = generate(shared_goldens, "--path", path)
+    error_line(said, "CheckpointError", str(path.parent), "1 rank files with 4 experts each", "8 experts")
+
+
+# --- what several ranks cannot do
+
+
+def refused(goldens, *flags, ranks=2, **how) -> str:
+    """What was said by ranks that have not begun to load."""
+    said = generate(goldens, *flags, ranks=ranks, **how)
+    assert "ranks serve" not in said
+    return said
+
+
+def test_interactive_under_torchrun(shared_goldens):
+    said = refused(shared_goldens, command="interactive")
+    error_line(said, "error: interactive is served by one process, got 2 ranks: start it without torchrun")
+    assert "Traceback (most recent call last)" not in said.split("torch.distributed.elastic")[0]
+
+
+def test_a_world_size_that_is_not_torchruns(shared_goldens):
+    said = refused(shared_goldens, "--distributed-world-size", 4)
+    error_line(said, "error: argument --distributed-world-size: ", "that torchrun started, 2, got 4")
+
+
+GOOD = upstreams_order(MT_LAYERS, 2)
+SHORT = {**GOOD, MT_LAYERS[1]: GOOD[MT_LAYERS[1]][:7]}
+FOREIGN = {**GOOD, LM_LAYERS[1]: GOOD[MT_LAYERS[0]]}
+HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        (Placement(3, upstreams_order(MT_LAYERS, 3)), ("must be for the ranks that serve, 2, got 3",)),
+        (Placement(2, SHORT), ("must place the 8 experts of decoder.layers.1.moe_layer, got 7",)),
+        pytest.param(
+            Placement(2, FOREIGN),
+            ("it has decoder.layers.3.moe_layer, which the model lacks",),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Placement(2, {MT_LAYERS[0]: GOOD[MT_LAYERS[0]]}),
+            ("must name the model's 2 MoE layers; it lacks decoder.layers.1.moe_layer",),
+            marks=pytest.mark.slow,
+        ),
+        (HOLE, ("placement.json", "expert 1 must lie on at least one rank, got none")),
+        pytest.param("{", ("placement.json: not a placement file",), marks=pytest.mark.slow),
+    ],
+    ids=["ranks", "experts", "foreign layer", "missing layer", "an expert nowhere", "no JSON"],
+)
+def test_a_placement_that_does_not_fit(shared_goldens, tmp_path, placement, words):
+    file = tmp_path / "placement.json"
+    if isinstance(placement, Placement):
+        save_placement(file, placement)
+    else:
+        file.write_text(placement if isinstance(placement, str) else json.dumps(placement), encoding="utf-8")
+    said = generate(shared_goldens, "--expert-placement", file, name="mt_plain")
+    error_line(said, "ValueError: --expert-placement", *words)
+    assert said.count("Traceback (most recent call last)") <= 2  # rank 0's, and torchrun's own
+
+
+@pytest.mark.slow
+def test_more_ranks_than_experts_need_replicas(shared_goldens):
+    said = generate(shared_goldens, ranks=9, name="mt_plain")
+    error_line(said, "ValueError: ", "must not outnumber the experts", "9 ranks, 8 experts")
