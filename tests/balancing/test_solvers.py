@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fairseq_moe_ext.balancing.exact import exact, lower_bounds, slot_balance
-from fairseq_moe_ext.balancing.load import shares
+from fairseq_moe_ext.balancing.load import layer_load, shares
 from fairseq_moe_ext.balancing.local_search import local_search
 from fairseq_moe_ext.balancing.placement import contiguous, experts_of_rank
 from fairseq_moe_ext.balancing.replicas import count_copies
 from fairseq_moe_ext.balancing.rules import rules_for
 from fairseq_moe_ext.balancing.solve import METHODS, Demand, evenness, solve
 from fairseq_moe_ext.balancing.solvers import anti_correlation, correlations, greedy
+from fairseq_moe_ext.trace import halve_trace, load_trace
 
 SLACK = 1e-9  # sums in another order
 
@@ -257,6 +259,23 @@ def test_copies_go_where_they_lower_the_largest_load_per_copy():
 def test_what_cannot_be_is_refused(demand, message):
     with pytest.raises(ValueError, match=message):
         solve(HOT, Demand(**demand))
+
+
+@pytest.mark.slow
+def test_local_search_comes_within_5_percent_of_the_bound_on_a_recorded_trace():
+    """128 experts on 8 ranks.
+
+    fairseq-eval-lm recorded the trace at batch size 8, of a language model that the recipe of
+    examples/language_modeling trained with --moe-expert-count 128.
+    """
+    trace = load_trace(Path(__file__).with_name("lm_128_experts.npz"))["prefill"]
+    rules = rules_for(np.ones(128, dtype=np.int64), 8)
+    assert len(trace.names) == 2
+    for name in trace.names:
+        loads = layer_load(halve_trace({"prefill": trace})[0]["prefill"], name)
+        ranks = local_search(greedy(loads, rules), loads, rules)
+        value = slot_balance(rules.split(loads), ranks, rules).avg_max_load
+        assert value <= 1.05 * exact(loads, rules, 1, [ranks]).bound
 
 
 @pytest.mark.slow
