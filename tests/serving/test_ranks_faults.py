@@ -182,9 +182,8 @@ def test_a_damaged_rank_file_that_one_rank_reads_ends_all(shared_goldens, tmp_pa
     said = generate(shared_goldens, "--path", path, "--results-path", tmp_path / "results")
     assert "rank 1 of 2 failed:" in said and "rank 0 of 2 failed:" not in said
     error_line(said, "CheckpointError", "checkpoint_last-rank-1.pt", "is damaged")
-    assert not list((tmp_path / "results").glob("*")) or not (
-        tmp_path / "results" / "generate-test.txt"
-    ).read_text(encoding="utf-8")
+    results = tmp_path / "results" / "generate-test.txt"
+    assert not results.is_file() or "Generate test" not in results.read_text(encoding="utf-8")
 
 
 def test_a_missing_rank_file(shared_goldens, tmp_path):
@@ -207,7 +206,7 @@ def refused(goldens, *flags, ranks=2, **how) -> str:
 def test_interactive_under_torchrun(shared_goldens):
     said = refused(shared_goldens, command="interactive")
     error_line(said, "error: interactive is served by one process, got 2 ranks: start it without torchrun")
-    assert "Traceback (most recent call last)" not in said.split("torch.distributed.elastic")[0]
+    assert said.count("Traceback (most recent call last)") == 1  # torchrun's own
 
 
 def test_a_world_size_that_is_not_torchruns(shared_goldens):
@@ -249,7 +248,7 @@ def test_a_placement_that_does_not_fit(shared_goldens, tmp_path, placement, word
         file.write_text(placement if isinstance(placement, str) else json.dumps(placement), encoding="utf-8")
     said = generate(shared_goldens, "--expert-placement", file, name="mt_plain")
     error_line(said, "ValueError: --expert-placement", *words)
-    assert said.count("Traceback (most recent call last)") <= 2  # rank 0's, and torchrun's own
+    assert re.findall(r"^rank \d of 2 failed:", said, flags=re.MULTILINE) == ["rank 0 of 2 failed:"]
 
 
 @pytest.mark.slow
