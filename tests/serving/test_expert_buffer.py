@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_makers import split
 from model_makers import language_model
-from served_models import EVERY_MODEL, Loader
+from served_models import EVERY_MODEL, Loader, logits
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
@@ -173,57 +173,9 @@ def test_a_profile_of_another_model(shared_goldens, tmp_path, loader):
         loader.load("mt_plain", {}, *buffered(2, "--expert-profile", tmp_path / "trace.npz"))
 
 
-@pytest.fixture
-def copied(shared_goldens, tmp_path):
-    """A golden that a test may damage."""
-    folder = tmp_path / "copied"
-    folder.mkdir()
-    for file in (shared_goldens / "lm_top2").glob("checkpoint_last-*.pt"):
-        shutil.copy(file, folder)
-    return folder / "checkpoint_last-shared.pt"
-
-
-def rows() -> torch.Tensor:
-    return torch.randint(4, 1800, (2, 20), generator=torch.Generator().manual_seed(3))
-
-
-def test_the_checkpoint_is_changed_while_serving(loader, copied):
-    model = loader.load("lm_top2", {}, *buffered(1, "--expert-store", "disk"), path=copied)
-    wanted = loader.load("lm_top2", {})(rows())[0]
-    assert torch.equal(model(rows())[0], wanted)
-    with open(copied.with_name("checkpoint_last-rank-0.pt"), "r+b") as file:
-        file.seek(60_000)
-        file.write(bytes(100))
-    with pytest.raises(CheckpointError, match="was changed while it was in use|is damaged"):
-        model(rows())
-
-
-def test_the_checkpoint_is_deleted_while_serving(loader, copied):
-    model = loader.load("lm_top2", {}, *buffered(1, "--expert-store", "disk"), path=copied)
-    shutil.rmtree(copied.parent)
-    assert torch.equal(model(rows())[0], loader.load("lm_top2", {})(rows())[0])
-
-
-def test_a_built_store_is_reused_and_belongs_to_its_checkpoint(loader, copied, tmp_path, caplog):
-    flags = buffered(1, "--expert-store", "disk", "--expert-store-dir", tmp_path / "store")
-
-    def logits():
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "fairseq_moe_ext"):
-            return loader.load("lm_top2", {}, *flags, path=copied)(rows())[0]
-
-    wanted = logits()
-    assert caplog.text.count("experts were written to") == 2
-    assert torch.equal(logits(), wanted)
-    assert caplog.text.count("experts are read from") == 2
-    state = commands.read_state(copied.with_name("checkpoint_last-rank-0.pt"))
-    for key in state["model"]:
-        state["model"][key] *= 1.01
-    torch.save(state, copied.with_name("checkpoint_last-rank-0.pt"))
-    other = logits()
-    assert caplog.text.count("built anew") == 2 and "another checkpoint" in caplog.text
-    assert not torch.equal(other, wanted)
-    assert torch.equal(other, loader.load("lm_top2", {}, path=copied)(rows())[0])
+def as_it_is(state, folder):
+    torch.save(state, folder / "X.pt")
+    return folder / "X.pt", False
 
 
 def old_format(state, folder):
@@ -245,7 +197,7 @@ def strided(state, folder):
 
 
 def one_storage(state, folder):
-    """As a model that was trained with this package is saved: all experts of a layer in one record."""
+    """As a model that was trained with this package is saved: an expert is a part of a record."""
     model = {}
     for key, tensor in state["model"].items():
         model[key] = torch.cat([tensor.new_zeros(1, *tensor.shape[1:]), tensor])[1:]
@@ -256,6 +208,66 @@ def one_storage(state, folder):
 def rank_files(state, folder):
     split(state["model"], 2, folder, template=lambda tensors: {**state, "model": tensors})
     return folder / "X.pt", False
+
+
+@pytest.fixture
+def copied(shared_goldens, tmp_path):
+    """A golden that a test may damage."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for file in (shared_goldens / "lm_top2").glob("checkpoint_last-*.pt"):
+        shutil.copy(file, folder)
+    return folder / "checkpoint_last-shared.pt"
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(4, 1800, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("layout", [as_it_is, one_storage, without_checksums])
+def test_the_checkpoint_is_changed_while_serving(loader, shared_goldens, tmp_path, layout):
+    """Written over in place, in every expert of a layer."""
+    state = commands.read_state(shared_goldens / "mt_plain" / "checkpoint_merged.pt")
+    path, _ = layout(state, tmp_path)
+    model = loader.load("mt_plain", {}, *buffered(1, "--expert-store", "disk"), path=path)
+    wanted = loader.logits("mt_plain", {}, path=path)
+    assert torch.equal(logits(model), wanted)
+    content = path.read_bytes()
+    with open(path, "r+b") as file:
+        for expert in range(8):
+            weight = state["model"][f"decoder.layers.1.moe_layer.experts.{expert}.fc1.weight"]
+            file.seek(content.index(weight.numpy().tobytes()))
+            file.write(bytes(100))
+    with pytest.raises(CheckpointError, match="was changed while it was in use|is damaged"):
+        logits(model)
+
+
+def test_the_checkpoint_is_deleted_while_serving(loader, copied):
+    model = loader.load("lm_top2", {}, *buffered(1, "--expert-store", "disk"), path=copied)
+    shutil.rmtree(copied.parent)
+    assert torch.equal(model(rows())[0], loader.load("lm_top2", {})(rows())[0])
+
+
+def test_a_built_store_is_reused_and_belongs_to_its_checkpoint(loader, copied, tmp_path, caplog):
+    flags = buffered(1, "--expert-store", "disk", "--expert-store-dir", tmp_path / "store")
+
+    def served():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fairseq_moe_ext"):
+            return loader.load("lm_top2", {}, *flags, path=copied)(rows())[0]
+
+    wanted = served()
+    assert caplog.text.count("experts were written to") == 2
+    assert torch.equal(served(), wanted)
+    assert caplog.text.count("experts are read from") == 2
+    state = commands.read_state(copied.with_name("checkpoint_last-rank-0.pt"))
+    for key in state["model"]:
+        state["model"][key] *= 1.01
+    torch.save(state, copied.with_name("checkpoint_last-rank-0.pt"))
+    other = served()
+    assert caplog.text.count("built anew") == 2 and "another checkpoint" in caplog.text
+    assert not torch.equal(other, wanted)
+    assert torch.equal(other, loader.load("lm_top2", {}, path=copied)(rows())[0])
 
 
 @pytest.mark.parametrize("layout", [old_format, without_checksums, strided, one_storage, rank_files])
