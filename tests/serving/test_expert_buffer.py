@@ -29,7 +29,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("name", EVERY_MODEL)
-@pytest.mark.parametrize("size", [1, slow(2), slow(5), 7, slow(8)])
+@pytest.mark.parametrize("size", [1, *map(slow, (2, 5, 7, 8))])
 @pytest.mark.parametrize("store", ["host", "disk", "built"])
 def test_logits_are_the_resident_ones(loader, name, size, store, tmp_path):
     flags = ("--expert-store", "host") if store == "host" else ("--expert-store", "disk")
@@ -57,10 +57,9 @@ def test_static_gating_and_every_dtype(loader, name, store, how):
     assert torch.equal(loader.logits(name, {}, *how, *flags), loader.logits(name, {}, *how))
 
 
-@pytest.mark.parametrize(("store", "more"), [
-    ("disk", ("--moe-dtype", "float32")), slow("host", ("--moe-dtype", "float32")), slow("disk", ()), slow("host", ()),
-    slow("disk", ("--moe-dtype", "bfloat16")), slow("host", ("--moe-dtype", "bfloat16")),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--moe-dtype", "float32"), ("--moe-dtype", "bfloat16")])
+@pytest.mark.parametrize("store", ["host", "disk"])
 def test_fairseqs_own_half_precision(shared_goldens, store, more):
     """fairseq halves the model when the weights are there; --moe-dtype then takes it on from there."""
     golden = shared_goldens / "lm_top2"
