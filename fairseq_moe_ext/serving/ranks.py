@@ -36,6 +36,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def local_ranks() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
 @functools.cache  # fairseq may ask for its parser twice
 def tell_errors_once(rank: int, size: int) -> None:
     """From here on errors that all ranks meet are told by rank 0 alone, any other by its rank."""
