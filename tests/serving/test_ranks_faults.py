@@ -235,7 +235,9 @@ HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
             ("must name the model's 2 MoE layers; it lacks decoder.layers.1.moe_layer",),
             marks=pytest.mark.slow,
         ),
-        (HOLE, ("placement.json", "expert 1 must lie on at least one rank, got none")),
+        pytest.param(
+            HOLE, ("placement.json", "expert 1 must lie on at least one rank, got none"), marks=pytest.mark.slow
+        ),
         pytest.param("{", ("placement.json: not a placement file",), marks=pytest.mark.slow),
     ],
     ids=["ranks", "experts", "foreign layer", "missing layer", "an expert nowhere", "no JSON"],
