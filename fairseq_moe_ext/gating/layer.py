@@ -112,7 +112,7 @@ class MOELayer(nn.Module):
         self.serving = True
         self.gate.seed(seed)
         if self.capacity is not None:
-            self.capacity.seed(seed)
+            self.capacity.seed(seed + 500_000)  # other numbers than the gate draws
         self.observer = observer
         self._last = None
 
