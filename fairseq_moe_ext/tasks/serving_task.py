@@ -99,10 +99,11 @@ class ServingTask:
         flags = self._flags()
         settings, capacity = buffer_settings(flags), capacity_settings(flags)
         num_ranks = 1 if self.ranks is None else self.ranks.world_size
-        if capacity is not None and self.ranks is None:
+        virtual = capacity is not None and self.ranks is None
+        if virtual:
             num_ranks = capacity.virtual_ranks
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
-        places = place_experts(model, placement, num_ranks)
+        places = place_experts(model, placement, num_ranks, virtual)
         model.expert_buffer = None if settings is None else ExpertBuffer(settings)
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
