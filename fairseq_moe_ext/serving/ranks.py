@@ -49,6 +49,7 @@ def tell_errors_once(rank: int, size: int) -> None:
     def tell(kind, error, traceback):
         if rank > 0:
             time.sleep(DEFERENCE)  # whoever starts the ranks ends them all when the first has ended
+        sys.stderr = sys.__stderr__  # torch.distributed's own hook keeps what is written while it runs
         print(f"rank {rank} of {size} failed:", file=sys.stderr)
         hook(kind, error, traceback)
         sys.stderr.flush()
@@ -85,9 +86,9 @@ class Ranks:
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
         logger.info("%d ranks serve, %s between them", size, dist.get_backend())
 
-    def turn(self, position: int) -> Turn:
-        """The turn of the batch at `position` among those that this rank iterates over: all on rank 0, else its own."""
-        return Turn(self, position if self.rank == 0 else position * self.world_size + self.rank)
+    def turn(self, position: int, of_all: bool) -> Turn:
+        """The turn of the batch at `position` among all batches, or among this rank's own."""
+        return Turn(self, position if of_all else position * self.world_size + self.rank)
 
     def drain(self) -> None:
         """Compute for the others until every rank is done with its own batches."""
