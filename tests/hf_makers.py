@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
+from fairseq.data import Dictionary, indexed_dataset
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -57,7 +64,10 @@ def write_tokenizer(folder: Path, pieces: int = PIECES, languages: tuple[str, ..
     (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
     tokens = {"additional_special_tokens": list(languages), "mask_token": "<mask>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "NllbTokenizer"}))
+    rows = dict(enumerate(("<s>", "<pad>", "</s>", "<unk>"))) | dict(enumerate((*languages, "<mask>"), pieces + 1))
+    added = {row: {"content": token, "special": True} for row, token in rows.items()}
+    config = {"tokenizer_class": "NllbTokenizer", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return pieces + 1 + len(languages) + 1
 
 
@@ -78,6 +88,10 @@ def random_tensors(config: dict, seed: int = 0) -> Iterator[tuple[str, torch.Ten
             values = values * torch.linspace(0.2, 1.5, len(values)).unsqueeze(1)
         elif len(tensor.shape) == 2:
             values = values / tensor.shape[1] ** 0.5
+        if tensor.rows:
+            end = values[2]
+        elif tensor.hf[0] == "model.decoder.layer_norm.bias":
+            values += 2 * end  # so that some sentences end by themselves
         yield tensor.hf[0], values
 
 
@@ -103,7 +117,52 @@ def write_model(
     return tensors
 
 
+def write_hollow_model(folder: Path, config: dict) -> None:
+    """A model of any size whose weights are all zeros in one file without blocks."""
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, offset = {}, 0
+    for tensor in named_tensors(NllbConfig.from_hf(config, "config")):
+        end = offset + 4 * math.prod(tensor.shape)
+        header[tensor.hf[0]] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+
 def write_dictionary(file: Path, words: list[str]) -> Path:
     """A fairseq dict.txt."""
     file.write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
     return file
+
+
+def write_sentences(folder: Path, spm: Path, dictionary: Path, texts: dict[str, list[str]]) -> Path:
+    """A data folder's test set as fairseq-preprocess leaves it: texts by language, encoded by the pieces of `spm`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, words = SentencePieceProcessor(model_file=str(spm)), Dictionary.load(str(dictionary))
+    pair = "-".join(texts)
+    for language, lines in texts.items():
+        builder = indexed_dataset.make_builder(str(folder / f"test.{pair}.{language}.bin"), "mmap", len(words))
+        for line in lines:
+            pieces = " ".join(model.encode(line, out_type=str))
+            builder.add_item(words.encode_line(pieces, add_if_not_exist=False))
+        builder.finalize(str(folder / f"test.{pair}.{language}.idx"))
+    return folder
+
+
+def transformers_environment(folder: Path) -> dict[str, str]:
+    """The environment of processes that have transformers 4.57.6, which is put into `folder`; skips without it."""
+    target = folder / "transformers-4.57.6"
+    if not target.is_dir():
+        partial = folder / "transformers.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        root = Path(__file__).resolve().parents[1]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--target", partial, "-c", root / "constraints.txt"]
+        done = subprocess.run([*command, "transformers==4.57.6"], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"transformers 4.57.6 cannot be installed here: {done.stderr.strip()[-300:]}")
+        partial.rename(target)
+    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

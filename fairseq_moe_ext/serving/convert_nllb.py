@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.hf_folder import HfFolder
+from fairseq_moe_ext.serving.hf_folder import HfFolder, values
 from fairseq_moe_ext.serving.hf_vocabulary import (
     FairseqVocabulary,
     fairseq_vocabulary,
@@ -30,7 +30,6 @@ from fairseq_moe_ext.serving.nllb_config import NllbConfig
 from fairseq_moe_ext.serving.nllb_names import COMPUTED, NamedTensor, named_tensors
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION, TASKS_OPTION
 from fairseq_moe_ext.serving.record_writer import RecordWriter
-from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -77,10 +76,11 @@ def convert_nllb(
     with tqdm(total=total, desc=f"converting {folder}", unit="B", unit_scale=True) as bar:
         for shard in source.shards:
             if not writer.is_done(shard.name):
-                with source.open(shard) as opened:
-                    for key, tensor in opened.items():
-                        if key in tensors:
-                            _write(writer, tensors[key], tensor, shapes[tensors[key].fairseq][0], order)
+                for key, tensor in source.read(shard).items():
+                    if key in tensors:
+                        named = tensors[key]
+                        chosen = order if named.rows else None
+                        writer.write(named.fairseq[0], _pieces(values(tensor), shapes[named.fairseq][0], chosen))
                 writer.finish(shard.name)
             bar.update(shard.stat().st_size)
     files = [file, *_write_vocabulary(file, vocabulary)]
@@ -167,20 +167,12 @@ def _fingerprint(source: HfFolder, shapes: Mapping, vocabulary: FairseqVocabular
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _write(
-    writer: RecordWriter, named: NamedTensor, tensor: Tensor, dtype: torch.dtype, order: Tensor | None
-) -> None:
-    order = order if named.rows else None
-    values = tensor.read() if isinstance(tensor, StoredTensor) else tensor
-    writer.write(named.fairseq[0], pieces(values, dtype, order))
-
-
-def pieces(values: Tensor, dtype: torch.dtype, order: Tensor | None = None) -> Iterator[Tensor]:
-    """`values[order]` in `dtype`, some rows at a time; order: (V,) int64, or None: as they are."""
-    step = max(1, _PIECE // max(1, values[0].numel() * dtype.itemsize)) if values.dim() > 1 else len(values)
-    for start in range(0, len(values), step):
+def _pieces(tensor: Tensor, dtype: torch.dtype, order: Tensor | None) -> Iterator[Tensor]:
+    """`tensor[order]` in `dtype`, some rows at a time; order: (V,) int64, or None: as they are."""
+    step = max(1, _PIECE // max(1, tensor[0].numel() * dtype.itemsize)) if tensor.dim() > 1 else len(tensor)
+    for start in range(0, len(tensor), step):
         part = slice(start, start + step)
-        yield values[part if order is None else order[part]].to(dtype)
+        yield tensor[part if order is None else order[part]].to(dtype)
 
 
 def _write_vocabulary(file: Path, vocabulary: FairseqVocabulary) -> Sequence[Path]:

@@ -7,24 +7,22 @@ which tensor lies in which. Pickles are read by PyTorch's safe loader only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
 from fairseq_moe_ext.serving.safe_loader import load_safely
+from fairseq_moe_ext.serving.safetensors_file import FileTensor, read_safetensors
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LFS_POINTER = b"version https://git-lfs"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class HfFolder:
@@ -66,21 +64,17 @@ class HfFolder:
         """Tensor -> (its shard, dtype, shape); reads no weights, but every file's head and length."""
         found: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
         for shard in self.shards:
-            with self.open(shard) as tensors:
-                for key, tensor in tensors.items():
-                    if self._index and self._index.get(key) != shard.name:
-                        raise CheckpointError(
-                            f"{shard}: the index must know its tensor {key}, got {self._index.get(key)}"
-                        )
-                    found[key] = (shard, tensor.dtype, tuple(tensor.shape))
+            for key, tensor in self.read(shard).items():
+                if self._index and self._index.get(key) != shard.name:
+                    raise CheckpointError(f"{shard}: the index must know its tensor {key}, got {self._index.get(key)}")
+                found[key] = (shard, tensor.dtype, tuple(tensor.shape))
         absent = sorted(set(self._index) - set(found))
         if absent:
             raise CheckpointError(f"{self.path / self._index[absent[0]]}: the index says that it holds {absent[0]}")
         return found
 
-    @contextmanager
-    def open(self, shard: Path) -> Iterator[Mapping[str, Tensor]]:
-        """One shard's tensors, which are read when they are used and valid in this context."""
+    def read(self, shard: Path) -> Mapping[str, Tensor | FileTensor]:
+        """One shard's tensors, most of them unread: `values` gives an ordinary tensor."""
         try:
             with open(shard, "rb") as file:
                 head = file.read(len(_LFS_POINTER))
@@ -88,20 +82,12 @@ class HfFolder:
             raise CheckpointError(f"{shard}: {error.strerror}") from error
         if head == _LFS_POINTER:
             raise CheckpointError(f"{shard}: incomplete download: a Git LFS pointer in place of the weights")
-        if shard.suffix != ".safetensors":
-            yield _read_bin(shard, head)
-            return
-        try:
-            with safe_open(shard, framework="pt") as file:
-                yield {key: _tensor(file, shard, key) for key in file.keys()}  # noqa: SIM118  no mapping
-        except SafetensorError as error:
-            raise CheckpointError(f"{shard}: truncated or damaged: {one_line(error)}") from error
+        return read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard, head)
 
 
-def _tensor(file: Any, shard: Path, key: str) -> Tensor:
-    if file.get_slice(key).get_dtype() not in _DTYPES:
-        raise CheckpointError(f"{shard}: {key} must be of floats, got {file.get_slice(key).get_dtype()}")
-    return file.get_tensor(key)  # a view of the mapped file
+def values(tensor: Tensor | FileTensor) -> Tensor:
+    """The tensor, read where it was not."""
+    return tensor.read() if isinstance(tensor, StoredTensor | FileTensor) else tensor
 
 
 def _read_bin(shard: Path, head: bytes) -> dict[str, Tensor]:

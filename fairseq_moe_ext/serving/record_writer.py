@@ -140,7 +140,8 @@ class RecordWriter:
         os.replace(temporary, self._journal)
 
     def _no_space(self, error: Exception) -> CheckpointError:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        # torch's own writer has a RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or f"is the disk full? {one_line(error)}"
         return CheckpointError(f"{self.target}: it cannot be written: {reason}")
 
 
