@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.nllb_tokens import ALL_EXTRA_TOKENS, mending
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+_LANGUAGE_TOKEN = re.compile(r"__.+__|\[.+\]")
 PATIENCE = 3.0  # seconds before a bar appears
 
 
@@ -109,9 +112,20 @@ def _check_vocabulary(model: nn.Module, state: ModelState) -> None:
     """The commonest misfit, said in its own words."""
     for name, parameter in model.named_parameters():
         if name in EMBEDDINGS and name in state and parameter.dim() == 2 and state[name].dim() == 2:
-            if state[name].size(0) != parameter.size(0):
+            wanted, given = state[name].size(0), parameter.size(0)
+            if wanted != given:
+                off = f"{abs(wanted - given)} too {'few' if given < wanted else 'many'}"
                 raise CheckpointError(
                     f"{state.loading.path}: the dictionary must have as many entries as the checkpoint's {name} has "
-                    f"rows, {state[name].size(0)}, got {parameter.size(0)}: the data's dict.*.txt and the language "
-                    "flags must be those of the training"
+                    f"rows, {wanted}, got {given}, {off}: {_mending(model, wanted, given)}the data's dict.*.txt and "
+                    "the language flags must be those of the training"
                 )
+
+
+def _mending(model: nn.Module, wanted: int, given: int) -> str:
+    """Of a multilingual model: which options of NLLB's would make the numbers equal."""
+    symbols = getattr(getattr(getattr(model, "encoder", None), "dictionary", None), "symbols", ())
+    if not any(_LANGUAGE_TOKEN.fullmatch(symbol) for symbol in symbols):
+        return ""
+    advice = mending(wanted, given, [symbol for symbol in symbols if symbol in ALL_EXTRA_TOKENS])
+    return f"{advice}; otherwise " if advice else ""

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import ast
+from argparse import ArgumentTypeError
+
+from fairseq.data.multilingual.multilingual_utils import LangTokStyle
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
+from fairseq_moe_ext.serving.nllb_tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens
 from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 
+def _dictionary_specs(text: str) -> dict[str, str]:
+    try:
+        specs = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        specs = None
+    if not isinstance(specs, dict):
+        raise ArgumentTypeError(f"must be a dictionary as \"{{'mono_dae': ''}}\", got {text!r}")
+    return specs
+
+
 @register_task("moe_translation_multi_simple_epoch")
 class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpochTask):
-    """Multilingual translation: training, `fairseq-generate`, `fairseq-interactive`."""
+    """Multilingual translation: training, `fairseq-generate`, `fairseq-interactive`.
+
+    extra_tokens: what NLLB's options added to the dictionary beyond dict.txt and the language tokens.
+    """
 
     served_model_class = MoETransformerModel
+
+    def __init__(self, args, langs, dicts, training):
+        self.extra_tokens = extra_tokens(
+            getattr(args, "add_data_source_prefix_tags", False),
+            getattr(args, "add_ssl_task_tokens", False),
+            getattr(args, "finetune_dict_specs", None) or (),
+            args.extra_data or (),
+            args.lang_tok_style == LangTokStyle.mbart.value,
+        )
+        for dictionary in dicts.values():
+            for token in self.extra_tokens:
+                if token not in dictionary:
+                    dictionary.add_symbol(token)
+        super().__init__(args, langs, dicts, training)
 
     @staticmethod
     def add_args(parser):
         TranslationMultiSimpleEpochTask.add_args(parser)
+        parser.add_argument(
+            TAGS_OPTION, action="store_true", help="add NLLB's tags of mined and back-translated data to the dictionary"
+        )
+        parser.add_argument(
+            TASKS_OPTION, action="store_true", help="add NLLB's tokens of self-supervised tasks to the dictionary"
+        )
+        parser.add_argument(
+            SPECS_OPTION,
+            type=_dictionary_specs,
+            help="the self-supervised tasks whose tokens the dictionary has, as \"{'mono_dae': '', 'mono_lm': ''}\"",
+        )
         gen_parser_from_dataclass(parser, MoEFlags())
         prepare_parser(parser)
 

@@ -1,0 +1,185 @@
+"""NLLB from Hugging Face's layout to one checkpoint that fairseq serves, shard by shard.
+
+No more than one shard lies in memory. What is written is read at its records' offsets, so it is a disk store as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.hf_folder import HfFolder, values
+from fairseq_moe_ext.serving.hf_vocabulary import (
+    FairseqVocabulary,
+    fairseq_vocabulary,
+    hf_rows,
+    read_dictionary,
+    read_vocabulary,
+)
+from fairseq_moe_ext.serving.nllb_config import NllbConfig
+from fairseq_moe_ext.serving.nllb_names import COMPUTED, NamedTensor, named_tensors
+from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION, TASKS_OPTION
+from fairseq_moe_ext.serving.record_writer import RecordWriter
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+_PIECE = 1 << 26  # bytes of a tensor that are converted at a time
+_VERSION = 3.0  # of fairseq's encoder and decoder, which they keep as a tensor
+_VERSIONS = ("encoder.version", "decoder.version")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """files: checkpoint, dictionary, languages. task_flags: what the task needs for this vocabulary."""
+
+    files: list[Path]
+    config: NllbConfig
+    task_flags: str
+
+
+def convert_nllb(
+    folder: str, target: str, dictionary: str | None = None, dtype: torch.dtype | None = None, force: bool = False
+) -> Converted:
+    """Write the model in `folder` as the checkpoint `target`, X.pt, with X.dict.txt and X.langs.txt beside it.
+
+    dictionary: the training's dict.txt, whose order the embeddings' rows take; without it the SentencePiece model's
+    order. dtype: of all weights; None: as they are. CheckpointError where the folder or the dictionary is wrong, where
+    `target` exists and force is not given, or where it cannot be written. A broken-off run goes on where it was.
+    """
+    source, file = HfFolder(Path(folder)), _target(target, force)
+    config = NllbConfig.from_hf(source.config, str(source.path / "config.json"))
+    if config.is_dense:
+        logger.info("%s: a dense model without experts, converted as the dense model that it is", folder)
+    found = source.shapes()
+    tensors = match_tensors(named_tensors(config), found, folder)
+    vocabulary, rows = _vocabulary(source.path, config, dictionary)
+    shapes = {
+        tensor.fairseq: (dtype or found[next(name for name in tensor.hf if name in found)][1], tensor.shape)
+        for tensor in dict.fromkeys(tensors.values())
+    }
+    shapes |= {(name,): (torch.float32, (1,)) for name in _VERSIONS}
+    writer = RecordWriter(file, _state(config, vocabulary), shapes, _fingerprint(source, shapes, vocabulary))
+    for name in _VERSIONS:
+        writer.write(name, [torch.tensor([_VERSION])])
+    order = None if rows == list(range(len(rows))) else torch.tensor(rows)
+    total = sum(shard.stat().st_size for shard in source.shards)
+    with tqdm(total=total, desc=f"converting {folder}", unit="B", unit_scale=True) as bar:
+        for shard in source.shards:
+            if not writer.is_done(shard.name):
+                for key, tensor in source.read(shard).items():
+                    if key in tensors:
+                        named = tensors[key]
+                        chosen = order if named.rows else None
+                        writer.write(named.fairseq[0], _pieces(values(tensor), shapes[named.fairseq][0], chosen))
+                writer.finish(shard.name)
+            bar.update(shard.stat().st_size)
+    files = [file, *_write_vocabulary(file, vocabulary)]
+    writer.complete()
+    return Converted(files, config, task_flags(vocabulary))
+
+
+def match_tensors(named: Iterator[NamedTensor], found: Mapping[str, Any], folder: str) -> dict[str, NamedTensor]:
+    """Key in the folder -> its tensor; CheckpointError where one is missing, unknown or of another shape.
+
+    found: key -> (shard, dtype, shape).
+    """
+    tensors: dict[str, NamedTensor] = {}
+    missing = []
+    for tensor in named:
+        there = [name for name in tensor.hf if name in found]
+        tensors |= dict.fromkeys(there, tensor)
+        missing += [] if there else [tensor.hf[0]]
+        for name in there:
+            if found[name][2] != tensor.shape:
+                raise CheckpointError(
+                    f"{found[name][0]}: {name} must be {tensor.shape} by config.json, got {found[name][2]}"
+                )
+    unknown = sorted(set(found) - set(tensors) - set(COMPUTED))
+    for keys, what in ((missing, "are missing"), (unknown, "are not NLLB's")):
+        if keys:
+            raise CheckpointError(f"{folder}: {len(keys)} tensors {what}, the first is {keys[0]}")
+    return tensors
+
+
+def task_flags(vocabulary: FairseqVocabulary) -> str:
+    return f"--encoder-langtok src --decoder-langtok {vocabulary.options}".strip()
+
+
+def _vocabulary(
+    folder: Path, config: NllbConfig, dictionary: str | None
+) -> tuple[FairseqVocabulary, list[int]]:
+    """fairseq's vocabulary, and for each of its entries the row in the folder's embeddings."""
+    theirs = read_vocabulary(folder)
+    words = theirs.pieces if dictionary is None else read_dictionary(Path(dictionary))
+    try:
+        ours = fairseq_vocabulary(words, theirs.languages, config.vocabulary)
+        return ours, hf_rows(theirs, ours.names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{dictionary or folder}: {error}") from error
+
+
+def _target(target: str, force: bool) -> Path:
+    file = Path(target)
+    if file.suffix != ".pt" or not file.parent.is_dir():
+        raise CheckpointError(f"{target}: the new checkpoint must be named X.pt in an existing folder")
+    if file.exists() and not force:
+        raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
+    return file
+
+
+def _state(config: NllbConfig, vocabulary: FairseqVocabulary) -> dict[str, Any]:
+    """All of the checkpoint but the model."""
+    options = vocabulary.options
+    task = {
+        "task": "translation_multi_simple_epoch",
+        "langs": vocabulary.languages,
+        "encoder_langtok": "src",
+        "decoder_langtok": True,
+        "add_data_source_prefix_tags": TAGS_OPTION in options,
+        "add_ssl_task_tokens": TASKS_OPTION in options,
+    }
+    args = Namespace(**{**vars(config.to_fairseq()), **task})
+    return {
+        "args": args,
+        "cfg": None,
+        "criterion": None,
+        "optimizer_history": [
+            {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
+        ],
+        "task_state": {},
+        "extra_state": {},
+    }
+
+
+def _fingerprint(source: HfFolder, shapes: Mapping, vocabulary: FairseqVocabulary) -> str:
+    files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in source.shards]
+    content = repr((files, sorted(source.config.items()), list(shapes.items()), vocabulary))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _pieces(tensor: Tensor, dtype: torch.dtype, order: Tensor | None) -> Iterator[Tensor]:
+    """`tensor[order]` in `dtype`, some rows at a time; order: (V,) int64, or None: as they are."""
+    step = max(1, _PIECE // max(1, tensor[0].numel() * dtype.itemsize)) if tensor.dim() > 1 else len(tensor)
+    for start in range(0, len(tensor), step):
+        part = slice(start, start + step)
+        yield tensor[part if order is None else order[part]].to(dtype)
+
+
+def _write_vocabulary(file: Path, vocabulary: FairseqVocabulary) -> Sequence[Path]:
+    words = "".join(f"{word} 1\n" for word in vocabulary.words)
+    texts = {"dict": words, "langs": "".join(f"{code}\n" for code in vocabulary.languages)}
+    files = []
+    for kind, text in texts.items():
+        files.append(file.with_name(f"{file.stem}.{kind}.txt"))
+        files[-1].write_text(text, encoding="utf-8")
+    return files

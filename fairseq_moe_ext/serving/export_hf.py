@@ -1,0 +1,166 @@
+"""A served translation checkpoint in Hugging Face's layout: config.json and safetensors shards with their index.
+
+One shard at a time lies in memory. The folder gets its name when everything is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.hf_vocabulary import (
+    TOKENIZER_FILES,
+    fairseq_vocabulary,
+    hf_rows,
+    read_dictionary,
+    read_vocabulary,
+)
+from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig, Side
+from fairseq_moe_ext.serving.nllb_names import NamedTensor, named_tensors
+from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
+from fairseq_moe_ext.serving.stored_tensor import StoredTensor
+
+SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+# what fairseq keeps and Hugging Face computes
+_COMPUTED = tuple(f"{side}.{name}" for side in SIDES for name in ("version", "embed_positions._float_tensor"))
+
+
+def export_hf(
+    checkpoint: str,
+    folder: str,
+    dictionary: str | None = None,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write the checkpoint as the new folder `folder`; returns its files.
+
+    tokenizer: a folder whose tokenizer files are copied and name the rows, with `dictionary`, the checkpoint's
+    dict.txt; without it the rows keep fairseq's order. dtype: of all weights; None: as they are. CheckpointError where
+    the model is not of NLLB's kind, a tensor has no place in that layout, or the folder is there already.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
+    state = read_checkpoint(checkpoint)
+    model = state["model"]
+    config = _config(checkpoint, state)
+    named = list(named_tensors(config))
+    _check_complete(checkpoint, model, named)
+    order = _order(config, dictionary, tokenizer)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, partial / name)
+        dtypes = {model[tensor.fairseq[0]].dtype if dtype is None else dtype for tensor in named}
+        torch_dtype = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+        _write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": torch_dtype})
+        _write_shards(partial, model, named, order, dtype, shard_bytes)
+        partial.rename(target)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{target}: it cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sorted(target.iterdir())
+
+
+def _config(checkpoint: str, state: dict[str, Any]) -> NllbConfig:
+    cfg, model = state.get("cfg"), state["model"]
+    args = state.get("args") or (cfg.get("model") if hasattr(cfg, "get") else None)
+    args = Namespace(**args) if hasattr(args, "keys") else args
+    embeddings = model.get("encoder.embed_tokens.weight")
+    if args is None or embeddings is None:
+        raise CheckpointError(f"{checkpoint}: it must be a translation model with its arguments")
+    sides = {}
+    for side in SIDES:
+        numbers = moe_layer_numbers(model, side)
+        sizes = (getattr(args, f"{side}_{name}") for name in ("layers", "ffn_embed_dim", "attention_heads"))
+        sides[side] = Side(*sizes, freq=numbers[0] + 1 if numbers else 0)
+    try:
+        return NllbConfig.from_fairseq(args, sides, embeddings.size(0), expert_count(model))
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+
+
+def _check_complete(checkpoint: str, model: dict[str, Tensor], named: list[NamedTensor]) -> None:
+    known = {name for tensor in named for name in tensor.fairseq}
+    for keys, what in (
+        ([tensor.fairseq[0] for tensor in named if tensor.fairseq[0] not in model], "are missing"),
+        ([key for key in model if key not in known and key not in _COMPUTED], "have no place in Hugging Face's layout"),
+    ):
+        if keys:
+            raise CheckpointError(f"{checkpoint}: {len(keys)} tensors {what}, the first is {keys[0]}")
+
+
+def _order(config: NllbConfig, dictionary: str | None, tokenizer: str | None) -> Tensor | None:
+    """For each row of Hugging Face's embeddings fairseq's; None: the same."""
+    if tokenizer is None:
+        return None
+    theirs = read_vocabulary(Path(tokenizer))
+    words = theirs.pieces if dictionary is None else read_dictionary(Path(dictionary))
+    try:
+        ours = fairseq_vocabulary(words, theirs.languages, config.vocabulary)
+        return torch.tensor(hf_rows(theirs, ours.names)).argsort()
+    except CheckpointError as error:
+        raise CheckpointError(f"{dictionary or tokenizer}: {error}") from error
+
+
+def _write_shards(
+    folder: Path,
+    model: dict[str, Tensor],
+    named: list[NamedTensor],
+    order: Tensor | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> None:
+    sizes = {}
+    for tensor in named:
+        values = model[tensor.fairseq[0]]
+        sizes[tensor] = values.numel() * (dtype or values.dtype).itemsize
+    shards = list(_shards(sizes, shard_bytes))
+    weight_map = {}
+    with tqdm(total=sum(sizes.values()), desc=f"writing {folder.stem}", unit="B", unit_scale=True) as bar:
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {}
+            for tensor in shard:
+                values = model[tensor.fairseq[0]]
+                values = values.read() if isinstance(values, StoredTensor) else values.clone()
+                values = values[order] if tensor.rows and order is not None else values
+                tensors[tensor.hf[0]] = values.to(dtype or values.dtype).contiguous()
+                bar.update(sizes[tensor])
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _shards(sizes: dict[NamedTensor, int], shard_bytes: int) -> Iterator[list[NamedTensor]]:
+    shard: list[NamedTensor] = []
+    filled = 0
+    for tensor, size in sizes.items():
+        if shard and filled + size > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += size
+    yield shard
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""A model folder in Hugging Face's layout: its configuration, and its weights shard by shard.
+
+The weights are `model.safetensors` or `pytorch_model.bin`, or several files with an index (`*.index.json`) that says
+which tensor lies in which. Pickles are read by PyTorch's safe loader only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.loading import Loading
+from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
+from fairseq_moe_ext.serving.safe_loader import load_safely
+from fairseq_moe_ext.serving.safetensors_file import FileTensor, read_safetensors
+from fairseq_moe_ext.serving.stored_tensor import StoredTensor
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class HfFolder:
+    """config: config.json's content. shards: the weights' files, in the order of their names.
+
+    CheckpointError where a file is missing, cut off, or no such file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: not a folder in Hugging Face's layout")
+        self.config = read_json(path / "config.json")
+        self.shards, self._index = self._find()
+
+    def _find(self) -> tuple[list[Path], dict[str, str]]:
+        for name in WEIGHTS:
+            index, whole = self.path / f"{name}.index.json", self.path / name
+            if index.is_file():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                    raise CheckpointError(f"{index}: it must have a weight_map from tensors to files")
+                files = sorted(set(weight_map.values()))
+                if any(Path(file).name != file for file in files):
+                    raise CheckpointError(f"{index}: its files must lie beside it")
+                missing = [file for file in files if not (self.path / file).is_file()]
+                if missing:
+                    shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+                    raise CheckpointError(
+                        f"{self.path}: incomplete download: {index.name} names {len(files)} files, "
+                        f"{len(missing)} are not there: {shown}"
+                    )
+                return [self.path / file for file in files], weight_map
+            if whole.is_file():
+                return [whole], {}
+        raise CheckpointError(f"{self.path}: no weights: neither {' nor '.join(WEIGHTS)}, whole or with an index")
+
+    def shapes(self) -> dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]:
+        """Tensor -> (its shard, dtype, shape); reads no weights, but every file's head and length."""
+        found: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
+        for shard in self.shards:
+            for key, tensor in self.read(shard).items():
+                if self._index and self._index.get(key) != shard.name:
+                    raise CheckpointError(f"{shard}: the index must know its tensor {key}, got {self._index.get(key)}")
+                found[key] = (shard, tensor.dtype, tuple(tensor.shape))
+        absent = sorted(set(self._index) - set(found))
+        if absent:
+            raise CheckpointError(f"{self.path / self._index[absent[0]]}: the index says that it holds {absent[0]}")
+        return found
+
+    def read(self, shard: Path) -> Mapping[str, Tensor | FileTensor]:
+        """One shard's tensors, most of them unread: `values` gives an ordinary tensor."""
+        try:
+            with open(shard, "rb") as file:
+                head = file.read(len(_LFS_POINTER))
+        except OSError as error:
+            raise CheckpointError(f"{shard}: {error.strerror}") from error
+        if head == _LFS_POINTER:
+            raise CheckpointError(f"{shard}: incomplete download: a Git LFS pointer in place of the weights")
+        return read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard, head)
+
+
+def values(tensor: Tensor | FileTensor) -> Tensor:
+    """The tensor, read where it was not."""
+    return tensor.read() if isinstance(tensor, StoredTensor | FileTensor) else tensor
+
+
+def _read_bin(shard: Path, head: bytes) -> dict[str, Tensor]:
+    is_archive = head.startswith(MAGIC)
+    records = RecordFile(shard, Loading(str(shard))) if is_archive else None
+    state = load_safely(shard, "meta" if is_archive else "cpu")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{shard}: it must map names to tensors")
+    return state if records is None else {key: StoredTensor(tensor, records) for key, tensor in state.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; CheckpointError where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: it must hold a JSON object, got {type(content).__name__}")
+    return content

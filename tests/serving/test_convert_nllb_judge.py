@@ -1,0 +1,164 @@
+"""A converted NLLB model against transformers 4.57.6, an implementation that shares no code with this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import hf_makers
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_moe_ext.serving.convert_nllb import convert_nllb
+from fairseq_moe_ext.serving.export_hf import export_hf
+from fairseq_moe_ext.serving.hf_vocabulary import hf_rows, read_vocabulary
+from fairseq_moe_ext.trace import load_trace
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = ("eng_Latn", "deu_Latn")
+BEAM, MAX_LEN = 4, 14
+SOURCES = (
+    "the quick brown fox jumps over the dog",
+    "we sell swiss francs",
+    "ten days",
+    "the lazy dog of september and four foxes",
+    "quick days over the brown sell",
+    "fox",
+    "four lazy francs jump quick",
+    "september",
+)
+TARGETS = (
+    "der schnelle hund springt",
+    "faulen fuchs",
+    "den faulen braune hund ueber",
+    "fuchs",
+    "springt schnelle",
+    "der fuchs springt ueber den faulen hund",
+    "ueber",
+    "braune den hund der fuchs",
+)
+
+
+def ask(folder: Path, work: Path, environment: dict[str, str]) -> list[dict]:
+    questions = {"source": SOURCES, "target": TARGETS, "source_language": PAIR[0], "target_language": PAIR[1]}
+    (work / "questions.json").write_text(json.dumps({**questions, "beam": BEAM, "max_len": MAX_LEN}))
+    files = [folder, work / "questions.json", work / "answers.json"]
+    command = [sys.executable, str(ROOT / "tests" / "hf_judge.py"), *map(str, files)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((work / "answers.json").read_text())
+
+
+class Served:
+    """A converted model, its data, and fairseq-generate over them."""
+
+    def __init__(self, folder: Path, work: Path, words: list[str] | None = None):
+        words = hf_makers.write_dictionary(work / "dict.txt", words or hf_makers.pieces_of(folder)[::-1])
+        done = convert_nllb(str(folder), str(work / "model.pt"), str(words))
+        texts = dict(zip(PAIR, (SOURCES, TARGETS), strict=True))
+        self.data = hf_makers.write_sentences(work / "data", folder / "sentencepiece.bpe.model", words, texts)
+        self.work, self.checkpoint, self.words = work, done.files[0], words
+        self.flags = ("--task", "moe_translation_multi_simple_epoch", "-s", PAIR[0], "-t", PAIR[1])
+        self.flags += ("--lang-pairs", "-".join(PAIR), "--fixed-dictionary", done.files[1])
+        self.flags += ("--lang-dict", done.files[2], *done.task_flags.split(), "--path", done.files[0], "--cpu")
+        self.flags += ("--num-workers", "0", "--beam", BEAM, "--max-len-b", MAX_LEN, "--max-len-a", "0")
+
+    def generate(self, *more):
+        return commands.generate(self.data, *self.flags, *more)
+
+
+OTHER = {"encoder_sparse_step": 1, "decoder_sparse_step": 4, "moe_token_dropout": 0.0, "scale_embedding": False}
+OTHER |= {"normalize_router_prob_before_dropping": True}
+
+
+@pytest.fixture(scope="module", params=[{}, OTHER], ids=["as NLLB-200", "other fields"])
+def both(request, tmp_path_factory):
+    """(what transformers says, the served model, its folder)"""
+    environment = hf_makers.transformers_environment(make_build())
+    work = tmp_path_factory.mktemp("judge")
+    hf_makers.write_model(work / "hf", **request.param)
+    return ask(work / "hf", work, environment), Served(work / "hf", work), work / "hf"
+
+
+def make_build() -> Path:
+    (ROOT / "build").mkdir(exist_ok=True)
+    return ROOT / "build"
+
+
+def test_teacher_forced_log_probabilities_and_experts_are_transformers(both, tmp_path):
+    answers, served, _ = both
+    trace_file = tmp_path / "trace.npz"
+    found = served.generate("--score-reference", "--batch-size", "1", "--moe-trace", trace_file)
+    assert len(found.batches) == len(SOURCES)
+    phases = load_trace(trace_file)
+    used = 0
+    for number, batch in enumerate(found.batches):
+        answer = answers[batch.ids[0]]
+        np.testing.assert_allclose(batch.scores[0], answer["scores"], atol=1e-4)
+        for phase, side in (("encoder", "encoder"), ("prefill", "decoder")):
+            recorded = phases[phase]
+            for layer, name in enumerate(recorded.names):
+                theirs = answer["experts"][f"model.{name.removesuffix('moe_layer')}ffn.router"]
+                load = np.bincount([expert for token in theirs for expert in token], minlength=8)
+                assert name.startswith(side)
+                np.testing.assert_array_equal(recorded.load[recorded.batch == number][:, layer].sum(axis=0), load)
+                used += len(set(load[load > 0])) > 1
+    assert used > len(SOURCES)  # uneven: an expert had more tokens than another
+    print("largest difference of a log-probability:", max(
+        np.abs(batch.scores[0] - answers[batch.ids[0]]["scores"]).max() for batch in found.batches
+    ))
+
+
+def test_beam_search_gives_transformers_token_ids(both):
+    answers, served, folder = both
+    found = served.generate("--batch-size", "3")
+    words = Dictionary.load(str(served.words))
+    languages = read_vocabulary(folder).languages
+    names = [*words.symbols, *(f"__{code}__" for code in languages), "<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>"]
+    rows = dict(zip(names, hf_rows(read_vocabulary(folder), names), strict=True))
+    hypotheses = dict(found.hypotheses())
+    ended = 0
+    for number, answer in enumerate(answers):
+        _, language, *tokens, last = answer["beam"]
+        assert (language, last) == (rows["__deu_Latn__"], 2)
+        assert [rows[token] for token in hypotheses[number].split() if token != "__deu_Latn__"] == [
+            token for token in tokens if token != language
+        ]
+        ended += len(tokens) < MAX_LEN - 1
+    assert 0 < ended
+
+
+def test_there_and_back_gives_the_same_answers(both, tmp_path):
+    answers, served, folder = both
+    export_hf(str(served.checkpoint), str(tmp_path / "back"), str(served.words), str(folder))
+    again = ask(tmp_path / "back", tmp_path, hf_makers.transformers_environment(make_build()))
+    for theirs, ours in zip(again, answers, strict=True):
+        np.testing.assert_allclose(theirs.pop("scores"), ours["scores"], atol=1e-5)
+        assert theirs == {name: ours[name] for name in theirs}  # experts, beams, ids
+
+
+def test_a_dense_model_is_served_as_transformers_computes_it(tmp_path):
+    environment = hf_makers.transformers_environment(make_build())
+    hf_makers.write_model(tmp_path / "hf", hf_makers.DENSE)
+    answers = ask(tmp_path / "hf", tmp_path, environment)
+    found = Served(tmp_path / "hf", tmp_path).generate("--score-reference", "--batch-size", "3")
+    for batch in found.batches:
+        for number, row in zip(batch.ids, batch.scores, strict=True):
+            np.testing.assert_allclose(row, answers[number]["scores"], atol=1e-4)
+
+
+def test_half_precision_is_near(both, tmp_path):
+    answers, served, folder = both
+    done = convert_nllb(str(folder), str(tmp_path / "half.pt"), str(served.words), torch.float16)
+    flags = [done.files[0] if flag == served.checkpoint else flag for flag in served.flags]
+    found = commands.generate(served.data, *flags, "--score-reference", "--batch-size", "3")
+    rows = {number: row for batch in found.batches for number, row in zip(batch.ids, batch.scores, strict=True)}
+    for number, answer in enumerate(answers):
+        np.testing.assert_allclose(rows[number], answer["scores"], atol=0.05)
