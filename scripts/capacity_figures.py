@@ -97,7 +97,7 @@ class Study:
             ]
             times = sum(row.metric == "score" for row in best)
             lines.append(f"- {overflow}: `score` is the best metric at {times} of {len(best)} gammas")
-        for other in ("expand", "reroute"):
+        for other in dict.fromkeys(row.overflow for row in self.rows if row.overflow != "drop"):
             pairs = [(row, self.row("drop", row.metric, row.gamma)) for row in self.rows if row.overflow == other]
             held = f"{sum(row.goodness() >= drop.goodness() for row, drop in pairs)} of {len(pairs)}"
             lines.append(f"- at equal gamma and metric {other} is at least as good as drop in {held} pairs")

@@ -243,6 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("ranks", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not min(args.gammas) > 0:
+        parser.error(f"--gammas must be above 0, got {min(args.gammas):g}")
     models = find_models(args, parser)
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)  # fairseq's lines would tear the progress bar
