@@ -90,3 +90,14 @@ def test_a_decoded_tokens_score_is_its_teacher_forced_one(served, pad_mask):
             logits = model(source, torch.tensor([source.size(1)]), previous)[0]
         wanted = logits.log_softmax(-1).gather(2, target[..., None]).flatten() / math.log(2)
         np.testing.assert_allclose([float(score) for score in scores_of_tokens.split()], wanted.numpy(), atol=2e-4)
+
+
+def test_the_converted_file_is_the_disk_store_as_it_is(served):
+    arguments, merged, _ = served
+    before = sorted(merged.parent.iterdir())
+    resident = commands.generate(*arguments, "--path", merged).lines
+    buffered = commands.generate(
+        *arguments, "--path", merged, "--expert-buffer-size", "2", "--expert-store", "disk"
+    ).lines
+    assert buffered == resident
+    assert sorted(merged.parent.iterdir()) == before
