@@ -26,11 +26,13 @@ setup(
         "sacrebleu>=2.6",
         "fairscale>=0.4.13",  # its MOELayer is the independent baseline of benchmark and tests
         "scipy>=1.17",  # the integer programme that bounds a placement
+        "safetensors>=0.8",  # Hugging Face's layout
+        "sentencepiece>=0.2.1",  # NLLB's pieces
         "tqdm",
         "matplotlib>=3.11",  # the scripts' plots
     ],
     extras_require={
         "examples": ["Babel>=2.18"],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "safetensors>=0.8", "Babel>=2.18"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "Babel>=2.18"],
     },
 )

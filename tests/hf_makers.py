@@ -91,7 +91,7 @@ def random_tensors(config: dict, seed: int = 0) -> Iterator[tuple[str, torch.Ten
         if tensor.rows:
             end = values[2]
         elif tensor.hf[0] == "model.decoder.layer_norm.bias":
-            values += 2 * end  # so that some sentences end by themselves
+            values += 3 * end  # so that some sentences end by themselves
         yield tensor.hf[0], values
 
 

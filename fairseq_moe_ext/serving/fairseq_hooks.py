@@ -75,6 +75,7 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
         if state.get("cfg") is not None:
             state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
         state = checkpoint_utils._upgrade_state_dict(state)
+        state["args"] = None  # fairseq would take them for the configuration, as they were before what is set below
         model_cfg = state["cfg"].model
     except Exception as error:  # fairseq takes the content for granted
         raise CheckpointError(

@@ -256,6 +256,7 @@ class TestFaults:
         hf_makers.write_hollow_model(tmp_path / "hf", config)
         self.fails(tmp_path / "hf", tmp_path, "x.pt: it cannot be written: No space left on device: .* bytes needed")
 
+    @pytest.mark.slow
     def test_a_write_that_fails(self, made, tmp_path):
         """The file may grow to 100,000 bytes."""
         command = f"ulimit -f 97; exec {sys.executable} {SCRIPT} {made[0]} --output {tmp_path / 'x.pt'}"

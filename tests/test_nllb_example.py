@@ -1,0 +1,23 @@
+"""examples/nllb/run.sh from nothing to scores, on the tiny model that it makes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_run_sh(tmp_path):
+    environment = {**os.environ, "WORK": str(tmp_path), "PYTHON_BIN": str(Path(sys.executable).parent)}
+    command = ["bash", str(ROOT / "examples" / "nllb" / "run.sh")]
+    for _ in range(2):  # finished parts are reused
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "chrF++ and spBLEU of eng_Latn to deu_Latn:" in done.stdout
+        assert "S-1\t__eng_Latn__ We need two tickets to Berlin." in done.stdout
+    hypotheses = (tmp_path / "nllb" / "hypotheses.deu_Latn").read_text(encoding="utf-8").splitlines()
+    assert len(hypotheses) == 4 and not any("__" in line for line in hypotheses)
