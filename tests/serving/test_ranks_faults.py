@@ -117,7 +117,8 @@ def assert_incomplete(started: Started) -> None:
     assert "\nH-" in results and "Generate test" not in results
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_that_is_killed_ends_those_that_were_started_by_hand(started, victim):
     started.start_by_hand(3)
     started.wait_for_a_translation()
@@ -186,6 +187,7 @@ def test_a_damaged_rank_file_that_one_rank_reads_ends_all(shared_goldens, tmp_pa
     assert not results.is_file() or "Generate test" not in results.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_missing_rank_file(shared_goldens, tmp_path):
     file, path = copied(shared_goldens, "mt_nllb_ws2", tmp_path)
     file.unlink()
@@ -209,6 +211,7 @@ def test_interactive_under_torchrun(shared_goldens):
     assert said.count("Traceback (most recent call last)") == 1  # torchrun's own
 
 
+@pytest.mark.slow
 def test_a_world_size_that_is_not_torchruns(shared_goldens):
     said = refused(shared_goldens, "--distributed-world-size", 4)
     error_line(said, "error: argument --distributed-world-size: ", "that torchrun started, 2, got 4")
@@ -223,7 +226,11 @@ HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
 @pytest.mark.parametrize(
     ("placement", "words"),
     [
-        (Placement(3, upstreams_order(MT_LAYERS, 3)), ("must be for the ranks that serve, 2, got 3",)),
+        pytest.param(
+            Placement(3, upstreams_order(MT_LAYERS, 3)),
+            ("must be for the ranks that serve, 2, got 3",),
+            marks=pytest.mark.slow,
+        ),
         (Placement(2, SHORT), ("must place the 8 experts of decoder.layers.1.moe_layer, got 7",)),
         pytest.param(
             Placement(2, FOREIGN),
