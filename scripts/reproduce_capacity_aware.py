@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subset", default="test", help="--gen-subset (test)")
     parser.add_argument("--batch-size", type=int, help="sentences or blocks of all ranks together (64; LM: 8)")
     parser.add_argument("--ranks", type=int, default=4, help="R (4)")
-    parser.add_argument("--gammas", type=float, nargs="+", default=[2.0, 1.5, 1.0, 0.5], metavar="G")
+    gammas = [2.0, 1.5, 1.0, 0.5]
+    parser.add_argument("--gammas", type=float, nargs="+", default=gammas, metavar="G", help="2.0 1.5 1.0 0.5")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "capacity_aware", help="folder")
     args = parser.parse_args(arguments)
     for name in ("ranks", "batch_size"):

@@ -156,7 +156,7 @@ def cases(draw, metrics=WITHOUT_RANDOM):
         num_tokens,
         num_experts,
         num_choices,
-        draw(st.sampled_from((0.1, 1.0, 5.0))),
+        draw(st.sampled_from((0.0, 0.1, 1.0, 5.0))),  # 0: all probabilities are equal
         draw(st.sampled_from((0.0, 0.4, 1.0))),
         draw(st.integers(0, 10_000)),
         draw(st.sampled_from(("all", "random"))),  # random: a token's second choice may not be kept
