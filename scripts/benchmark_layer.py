@@ -2,11 +2,13 @@
 """Time one MoE layer: dynamic and static gating, fairscale's layer, and the floor of the machine, in one process.
 
     python scripts/benchmark_layer.py --tokens 1024 --experts 64 --capacity-fraction 1.0 --output layer.json
+    python scripts/benchmark_layer.py --experts 128 --model-dim 512 --hidden-dim 2048 --capacity-factor 1.0
 
 The floor is `dense` (the same arithmetic without routing: two linear products and the activation over T * K rows) plus
 `weights` (one read of the active experts' weights); on a GPU the larger of the two. All are measured in turn, round
 after round, and outputs are checked equal before the clock starts: static against fairscale's, and dynamic against
-static at a capacity fraction of 1, where nothing drops.
+static at a capacity fraction of 1, where nothing drops. With --capacity-factor the dynamic layer under every overflow
+rule takes static's and fairscale's place: as a whole (`drop`) and the rule alone (`drop: rule`), what it costs.
 
 Legend: T = tokens, E = experts, K = choices, D = model dim, F = hidden dim.
 """
@@ -32,6 +34,7 @@ from torch import Tensor  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate  # noqa: E402
+from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
 from fairseq_moe_ext.gating.dispatch import plan_dispatch  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_capacity  # noqa: E402
@@ -131,6 +134,24 @@ def implementations(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]
     return found
 
 
+def capacities(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+    """The layer without a capacity and under each overflow rule, and the rules alone, by name."""
+    dynamic, _ = build_layers(args)
+    x = torch.randn(args.tokens, 1, args.model_dim, device=args.device).to(getattr(torch, args.dtype))
+    routing = dynamic.gate(x[:, 0])
+    weights = dynamic.gate.combine_weights(routing, x.dtype)
+    ranks = torch.zeros(args.tokens, dtype=torch.int64, device=args.device)
+    found = {"dynamic": lambda: dynamic(x)}
+    for overflow in OVERFLOWS:
+        layer = MOELayer(dynamic.gate, dynamic.experts).eval()
+        rules = CapacityRules(args.capacity_factor, overflow, args.drop_metric)
+        layer.capacity = capacity = Capacity(rules, [0] * args.experts, 1)
+        layer.prepare_for_serving(args.seed)
+        found[overflow] = lambda layer=layer: layer(x)
+        found[f"{overflow}: rule"] = lambda capacity=capacity: capacity.apply(routing, weights, ranks).weights
+    return found
+
+
 def measure(found: dict[str, Callable[[], Tensor]], seconds: float, device: str) -> dict[str, list[float]]:
     """Milliseconds per call, all in turn, at least 5 rounds and then as many as `seconds` allow."""
     times: dict[str, list[float]] = {name: [] for name in found}
@@ -177,6 +198,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-dim", type=int, default=1024, help="F")
     parser.add_argument("--top-k", type=int, default=2, choices=(1, 2), help="K")
     parser.add_argument("--capacity-fraction", type=float, default=1.0, help="static gating's slots per expert / T")
+    parser.add_argument("--capacity-factor", type=float, metavar="G", help="time overflow rules at this gamma")
+    parser.add_argument("--drop-metric", default="score", choices=DROP_METRICS, help="who stays")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -187,6 +210,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("tokens", "experts", "model_dim", "hidden_dim", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.capacity_factor is not None and not args.capacity_factor > 0:
+        parser.error(f"--capacity-factor must be above 0, got {args.capacity_factor}")
     if args.output is not None and not args.output.resolve().parent.is_dir():
         parser.error(f"--output must name a file in an existing folder, got {args.output}")
     return args
@@ -196,7 +221,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    found = implementations(args)
+    found = implementations(args) if args.capacity_factor is None else capacities(args)
     times = measure(found, args.seconds, args.device)
     results = [
         {
@@ -208,15 +233,19 @@ def main() -> None:
         for name, call in found.items()
     ]
     median = {result["implementation"]: result["median_ms"] for result in results}
-    floor = median["dense"] + median["weights"] if args.device == "cpu" else max(median["dense"], median["weights"])
-    print(f"{'':<12}{'median ms':>12}{'spread ms':>12}{'x floor':>10}{'x dynamic':>11}{'peak MB':>10}")
+    parts = [median[name] for name in ("dense", "weights") if name in median]
+    floor = (sum(parts) if args.device == "cpu" else max(parts)) if parts else None
+    print(f"{'':<14}{'median ms':>12}{'spread ms':>12}{'x floor':>10}{'x dynamic':>11}{'peak MB':>10}")
     for result in results:
         name, value = result["implementation"], result["median_ms"]
+        times_floor = f"{value / floor:.2f}" if floor else ""
         print(
-            f"{name:<12}{value:>12.2f}{result['spread_ms']:>12.2f}{value / floor:>10.2f}"
-            f"{value / median['dynamic']:>11.2f}{result['peak_bytes'] / 1e6:>10.1f}"
+            f"{name:<14}{value:>12.2f}{result['spread_ms']:>12.2f}{times_floor:>10}"
+            f"{value / median['dynamic']:>11.4f}{result['peak_bytes'] / 1e6:>10.1f}"
         )
-    print(f"floor (dense + weights): {floor:.2f} ms; {len(times['dynamic'])} rounds, {args.threads} thread(s)")
+    if floor:
+        print(f"floor (dense + weights): {floor:.2f} ms")
+    print(f"{len(times['dynamic'])} rounds, {args.threads} thread(s)")
     if args.output is not None:
         temporary = Path(f"{args.output}.tmp")
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -2,8 +2,12 @@
 
     python scripts/simulate_buffer.py trace.npz --output DIR
 
-The trace is one that `--moe-trace` wrote. DIR gets buffer.csv (every layer, then the mean over the layers and the
-worst layer) and buffer.png (the mean as a line, the worst layer as a dashed one, Belady's MIN in black).
+    python scripts/simulate_buffer.py trace.npz --output DIR --world-size 4 --expert-placement placement.json
+
+The trace is one that `--moe-trace` wrote; with `--world-size` every rank has a buffer for the experts that it holds,
+contiguous ones without a placement, and the sizes are those up to the fewest experts of a rank. DIR gets buffer.csv
+(every layer, then the mean over the layers and the worst layer) and buffer.png (the mean as a line, the worst layer as
+a dashed one, Belady's MIN in black).
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fairseq_moe_ext.balancing.placement import contiguous, load_placement  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES  # noqa: E402
+from fairseq_moe_ext.buffering.rounds import loads_of_ranks  # noqa: E402
 from fairseq_moe_ext.buffering.simulation import (  # noqa: E402
     MIN,
     LayerLoads,
@@ -97,19 +104,39 @@ def report(layers: Sequence[LayerLoads], outcomes: Sequence[Outcome]) -> None:
             print(f"{layer.name:40} {size:4} {order:>14} {misses}")
 
 
+def on_ranks(args: argparse.Namespace, layers: Sequence[LayerLoads]) -> list[LayerLoads]:
+    """Every layer as each rank sees it, named by both."""
+    num_experts = {layer.name: layer.num_experts for layer in layers}
+    if args.profile:
+        raise ValueError("--profile must go without --world-size")
+    if args.expert_placement:
+        placement = load_placement(args.expert_placement)
+        placement.check_fits(args.world_size, num_experts)
+        places = placement.layers
+    else:
+        places = {name: contiguous(count, args.world_size) for name, count in num_experts.items()}
+    found = loads_of_ranks(load_trace(args.trace), places, args.world_size)
+    return [replace(layer, name=f"{layer.name}, rank {rank}") for rank, each in found.items() for layer in each]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for buffer.csv and buffer.png")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that share the experts and the batches")
+    parser.add_argument("--expert-placement", type=Path, help="which rank holds which expert (.json)")
     parser.add_argument("--profile", type=Path, help="another trace, whose hottest experts are resident at the start")
     args = parser.parse_args(arguments)
     try:
         layers = layers_of(load_trace(args.trace))
         profiled = layers_of(load_trace(args.profile)) if args.profile else []
+        if args.world_size != 1 or args.expert_placement:
+            layers, profiled = on_ranks(args, layers), []
     except ValueError as error:
         parser.error(str(error))
     rankings = {layer.name: hottest_experts(layer) for layer in profiled}
-    outcomes = [each for layer in layers for each in simulate_all(layer, ranking=rankings.get(layer.name))]
+    sizes = range(1, min(layer.num_experts for layer in layers) + 1)
+    outcomes = [each for layer in layers for each in simulate_all(layer, sizes, rankings.get(layer.name))]
     args.output.mkdir(parents=True, exist_ok=True)
     write_table(args.output / "buffer.csv", outcomes)
     draw(args.output / "buffer.png", outcomes)

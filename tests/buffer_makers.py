@@ -62,6 +62,11 @@ def buffered_twin(
     return experts
 
 
+def buffered(size, *more) -> tuple[str, ...]:
+    """A command's flags."""
+    return "--expert-buffer-size", str(size), *map(str, more)
+
+
 def weights_of(num_experts: int, dtype=torch.float32, seed: int = 0) -> list[list[Tensor]]:
     """Every expert's parts."""
     experts = resident_experts(num_experts, dtype, seed=seed)

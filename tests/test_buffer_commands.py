@@ -26,8 +26,10 @@ def results(done) -> list[str]:
     return done.stdout.splitlines() + [line for line in done.stderr.splitlines() if "Loss (base 2)" in line]
 
 
-@pytest.mark.parametrize("command", SETS)
-@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize(("command", "buffer"), [
+    ("eval-lm", "one"), ("generate", "papers"),
+    pytest.param("eval-lm", "papers", marks=pytest.mark.slow), pytest.param("generate", "one", marks=pytest.mark.slow),
+])
 def test_a_buffer_changes_no_line(shared_goldens, tmp_path, command, buffer):
     report = ("--moe-report", tmp_path / "report.json")
     done = run(shared_goldens, command, *BUFFERS[buffer], *report)
@@ -41,14 +43,15 @@ def test_a_buffer_changes_no_line(shared_goldens, tmp_path, command, buffer):
 
 @pytest.mark.parametrize("flags, words", [
     (("--expert-buffer-size", "0"), "--expert-buffer-size must be a whole number of at least 1, or auto, got '0'"),
-    (("--expert-buffer-size", "2", "--expert-store", "disk", "--expert-store-dir", __file__ + "/x"),
-     "the expert store cannot be written"),
+    pytest.param(("--expert-buffer-size", "2", "--expert-store", "disk", "--expert-store-dir", __file__ + "/x"),
+                 "the expert store cannot be written", marks=pytest.mark.slow),
 ])
 def test_errors_a_user_sees(shared_goldens, flags, words):
     done = run(shared_goldens, "eval-lm", *flags, check=False)
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_interactive(shared_goldens):
     golden = shared_goldens / "mt_plain"
     arguments = [part for part in commands.MT if part not in ("--gen-subset", "test", "--scoring", "sacrebleu")]

@@ -11,7 +11,7 @@ that ran last, which is why LIFO is right there and FIFO and LRU lose nearly eve
 
 `resident-first`: the active experts that are resident, in rising id, then the others, in rising id. A batch misses
 exactly the active experts that were not resident when it began, whatever the policy; who leaves decides the misses of
-later batches only. It can only gain: no order misses fewer in this batch.
+later batches only. No order misses fewer in this batch.
 
 Every policy lets experts go first that are idle in this batch, since the batch is known; policies differ in whom they
 choose among the idle, and among the active where none is idle:
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 POLICIES = ("lifo", "fifo", "lru", "lfu")
 ORDERS = ("resident-first", "ascending")
-# The pair with the fewest misses on the models that the README names.
+# The pair with the fewest misses over all sizes of the models that the README names.
 DEFAULT_POLICY = "lfu"
 DEFAULT_ORDER = "resident-first"
 # What a use counts for `lfu` falls by this factor with every batch, so that a new domain's experts find a place.

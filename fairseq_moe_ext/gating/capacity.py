@@ -180,15 +180,23 @@ class _Batch:
     def _choose_again(
         self, expert_ids: Tensor, overflow: Tensor, barred: Tensor, preferred: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The best experts that are not barred (T, E) for a token's overflowing assignments -> ids, and which moved."""
-        scores = self._routing.probabilities.float()
-        if preferred is not None:
-            scores = scores + 2 * preferred
-        scores = scores.masked_fill(barred, -1.0)
-        best = scores.topk(expert_ids.size(1), dim=1)  # (T, K)
+        """The best experts that are not barred (T, E) for a token's overflowing assignments -> ids, and which moved.
+
+        Of equals the lowest number is the best, which topk would not promise.
+        """
+        scores = self._routing.probabilities.masked_fill(barred, -1.0)
+        values, indices = [], []
+        for _ in range(expert_ids.size(1)):
+            value, index = scores.max(dim=1, keepdim=True)  # (T, 1)
+            if preferred is not None:
+                found = scores.masked_fill(~preferred, -1.0).max(dim=1, keepdim=True)
+                index = torch.where(found.values >= 0, found.indices, index)
+            scores = scores.scatter(1, index, -1.0)
+            values.append(value)
+            indices.append(index)
         number = (overflow.cumsum(dim=1) - 1).clamp_min(0)  # the first takes the best, the second the next
-        moved = overflow & (best.values.gather(1, number) >= 0)
-        return torch.where(moved, best.indices.gather(1, number), expert_ids), moved
+        moved = overflow & (torch.cat(values, dim=1).gather(1, number) >= 0)
+        return torch.where(moved, torch.cat(indices, dim=1).gather(1, number), expert_ids), moved
 
     def _groups(self, expert_ids: Tensor) -> Tensor:
         """(T, K) int64 numbers of the groups that the assignments count for."""

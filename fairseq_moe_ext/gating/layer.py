@@ -112,7 +112,7 @@ class MOELayer(nn.Module):
         self.serving = True
         self.gate.seed(seed)
         if self.capacity is not None:
-            self.capacity.seed(seed)
+            self.capacity.seed(seed + 500_000)  # other numbers than the gate draws
         self.observer = observer
         self._last = None
 
@@ -181,6 +181,8 @@ class MOELayer(nn.Module):
         self._record(wanted, routing)
         if self.observer is not None:
             call = LayerCall(sum(load), 0, load, clock.seconds, clock.bytes_exchanged)
+            if self.capacity is not None:
+                call.load_before = load
             if limited is not None:
                 call.load_before = torch.bincount(
                     wanted.expert_ids[wanted.kept], minlength=wanted.num_experts

@@ -11,6 +11,7 @@ import torch
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
+from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -32,10 +33,25 @@ class ServedModel:
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """fairseq's, with a served checkpoint's state checked, timed and its errors named."""
-        if self.expert_buffer is not None and isinstance(state_dict, ModelState):
-            self.expert_buffer.checkpoint = Path(state_dict.loading.path)
+        if isinstance(state_dict, ModelState):
+            if self.expert_buffer is not None:
+                self.expert_buffer.checkpoint = Path(state_dict.loading.path)
+            for key in self._experts_of_other_ranks(state_dict):
+                del state_dict[key]
         with loading_into(self, state_dict) as self.loading:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+    def _experts_of_other_ranks(self, state: ModelState) -> list[str]:
+        layers = self.moe_layers()
+        held = {f"{name}.experts.": set(layer.experts.held) for name, layer in layers.items()}
+        matches = [match for match in map(EXPERT_KEY.match, state) if match and match.group(1) in held]
+        # a number that no layer has is for loading to complain of
+        return [
+            match.string
+            for match in matches
+            if int(match.group(2)) not in held[match.group(1)]
+            and int(match.group(2)) < layers[match.group(1).removesuffix(".experts.")].experts.num_experts
+        ]
 
     def prepare_for_inference_(self, cfg):
         """fairseq's entry point once the weights are loaded and moved."""

@@ -50,6 +50,14 @@ WITHOUT_EFFECT = frozenset(
         "moe_report",
         "moe_trace",
         "moe_dtype",
+        "moe_capacity_factor",  # these and below: how a checkpoint was once served, or not
+        "moe_overflow",
+        "moe_drop_metric",
+        "moe_capacity_scope",
+        "moe_capacity_phases",
+        "moe_renormalize_after_drop",
+        "moe_virtual_ranks",
+        "moe_reroute_prefer",
     }
 )
 

@@ -22,6 +22,7 @@ from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
+from fairseq_moe_ext.serving.ranks import local_ranks
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 from fairseq_moe_ext.trace import load_trace
 
@@ -151,7 +152,7 @@ class ExpertBuffer:
         """N of every layer."""
         if self._settings.size != AUTO:
             return dict.fromkeys(self._layers, self._settings.size)
-        free = free_bytes(device)
+        free = free_bytes(device) // (1 if device.type == "cuda" else local_ranks())
         a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
         fitting = int(AUTO_SHARE * free / a_place_each) - STAGING_SLOTS
         sizes = {name: max(1, min(fitting, len(layer.held))) for name, layer in self._layers.items()}
@@ -169,7 +170,7 @@ class ExpertBuffer:
             return dict.fromkeys(self._layers)
         room = self._settings.host_memory
         if room is None:
-            room = int(AUTO_SHARE * free_host_bytes())
+            room = int(AUTO_SHARE * free_host_bytes()) // local_ranks()
         total = sum(layer.total_bytes for layer in self._layers.values())
         return {
             name: max(1, min(room * len(layer.held) // total, len(layer.held))) for name, layer in self._layers.items()

@@ -31,14 +31,20 @@ class CapacitySettings:
 
 
 def place_experts(
-    model: ServedModel, placement: Placement | None, num_ranks: int
+    model: ServedModel, placement: Placement | None, num_ranks: int, virtual: bool = False
 ) -> dict[str, Sequence[Sequence[int]]]:
     """Per layer the ranks of every expert: by a placement, else in rising number.
 
-    ValueError where the placement is of another model or number of ranks, or where ranks outnumber the experts.
+    virtual: one process counts as so many ranks. ValueError where the placement is of another model or number of ranks,
+    or where ranks outnumber the experts.
     """
     num_experts = {name: layer.experts.num_experts for name, layer in model.moe_layers().items()}
     if placement is None:
+        if virtual and num_ranks > min(num_experts.values()):
+            raise ValueError(
+                "--moe-virtual-ranks must be at most the experts of a layer, "
+                f"{min(num_experts.values())}, got {num_ranks}"
+            )
         return {name: contiguous(count, num_ranks) for name, count in num_experts.items()}
     try:
         placement.check_fits(num_ranks, num_experts)

@@ -78,13 +78,12 @@ def keep_every_sentence(dataset: FairseqDataset) -> None:
 class ServedEpoch:
     """fairseq's epoch iterator whose batches are announced to the observer."""
 
-    def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None):
+    def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
         self._epoch_iterator = epoch_iterator
-        self._observer = observer
-        self._ranks = ranks
+        self._watched_by = observer, ranks, of_all
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
-        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), self._observer, self._ranks)
+        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
 
     def __getattr__(self, name):
         return getattr(self._epoch_iterator, name)
@@ -93,30 +92,35 @@ class ServedEpoch:
 class ServedBatches:
     """Yields fairseq's batches in their order; the observer hears of each that is computed here, and of the end.
 
-    Under several ranks rank 0 iterates over all batches, another rank over its own, and the process of another rank
-    ends with them.
+    Under several ranks rank 0 yields all batches, another rank its own, and the process of another rank ends with them.
+    of_all: `batches` are those of all ranks, not this rank's alone.
     """
 
-    def __init__(self, batches, observer: Observer, ranks: Ranks | None = None):
+    def __init__(self, batches, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
         self._batches = batches
         self._observer = observer
         self._ranks = ranks
+        self._of_all = of_all
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict]:
-        for position, batch in enumerate(self._batches):
-            if self._ranks is None:
+        if self._ranks is None:
+            for batch in self._batches:
                 self._observer.begin_batch()
-            elif batch:  # fairseq fills the last round of its shards with empty batches
-                batch[TURN] = turn = self._ranks.turn(position)
-                if turn.is_ours:
-                    self._observer.begin_batch(turn.number)
-            yield batch
-        if self._ranks is not None:
-            self._ranks.drain()
+                yield batch
+            self._observer.finish()
+            return
+        for position, batch in enumerate(self._batches):
+            if not batch:  # fairseq fills the last round of its shards with empty batches
+                continue
+            batch[TURN] = turn = self._ranks.turn(position, self._of_all)
+            if turn.is_ours:
+                self._observer.begin_batch(turn.number)
+            if turn.is_ours or self._ranks.rank == 0:
+                yield batch
+        self._ranks.drain()
         self._observer.finish()
-        if self._ranks is not None:
-            self._ranks.leave()
+        self._ranks.leave()

@@ -36,6 +36,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def local_ranks() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
 @functools.cache  # fairseq may ask for its parser twice
 def tell_errors_once(rank: int, size: int) -> None:
     """From here on errors that all ranks meet are told by rank 0 alone, any other by its rank."""
@@ -44,6 +49,7 @@ def tell_errors_once(rank: int, size: int) -> None:
     def tell(kind, error, traceback):
         if rank > 0:
             time.sleep(DEFERENCE)  # whoever starts the ranks ends them all when the first has ended
+        sys.stderr = sys.__stderr__  # torch.distributed's own hook keeps what is written while it runs
         print(f"rank {rank} of {size} failed:", file=sys.stderr)
         hook(kind, error, traceback)
         sys.stderr.flush()
@@ -80,9 +86,9 @@ class Ranks:
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
         logger.info("%d ranks serve, %s between them", size, dist.get_backend())
 
-    def turn(self, position: int) -> Turn:
-        """The turn of the batch at `position` among those that this rank iterates over: all on rank 0, else its own."""
-        return Turn(self, position if self.rank == 0 else position * self.world_size + self.rank)
+    def turn(self, position: int, of_all: bool) -> Turn:
+        """The turn of the batch at `position` among all batches, or among this rank's own."""
+        return Turn(self, position if of_all else position * self.world_size + self.rank)
 
     def drain(self) -> None:
         """Compute for the others until every rank is done with its own batches."""

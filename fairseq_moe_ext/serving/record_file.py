@@ -85,10 +85,10 @@ class RecordFile:
             if len(view) < record.size and self.has_checksums and not record.verified:
                 self._verify(record)
             crc = self._read(view, record.offset + start)
-            if self._stat() != self._state:  # a part of a record has no checksum of its own
-                raise CheckpointError(f"{self.path}: the file was changed while it was in use")
-            if len(view) == record.size:
+            if len(view) == record.size and self.has_checksums:
                 self._check(record, crc)
+            elif self._stat() != self._state:  # a part of a record has no checksum of its own
+                raise CheckpointError(f"{self.path}: the file was changed while it was in use")
         except CheckpointError as error:
             self.loading.error = error
             raise
@@ -106,7 +106,7 @@ class RecordFile:
         self._check(record, crc)
 
     def _check(self, record: Record, crc: int) -> None:
-        if self.has_checksums and crc != record.crc:
+        if crc != record.crc:
             raise CheckpointError(
                 f"{self.path}: record {record.name} is damaged: its checksum must be {record.crc:08x}, got {crc:08x}"
             )

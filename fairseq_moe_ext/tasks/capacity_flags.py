@@ -59,19 +59,24 @@ def check_capacity_flags(flags: Any) -> None:
         value = str(getattr(flags, name, known[0]))
         if value not in known:
             raise ValueError(f"{_flag(name)} must be one of {', '.join(known)}, got {value!r}")
-    factor, virtual = getattr(flags, "moe_capacity_factor", None), getattr(flags, "moe_virtual_ranks", None)
-    if factor is None:
-        for item in fields(CapacityFlags):
-            if item.name.startswith("moe_") and getattr(flags, item.name, item.default) != item.default:
-                raise ValueError(f"{_flag(item.name)} needs --moe-capacity-factor, got it alone")
+    given = {
+        _flag(item.name): getattr(flags, item.name)
+        for item in fields(CapacityFlags)
+        if item.name.startswith("moe_") and getattr(flags, item.name, item.default) != item.default
+    }
+    if not given:
         return
-    if not math.isfinite(factor) or factor <= 0:
-        raise ValueError(f"--moe-capacity-factor must be a number above 0, got {factor}")
+    name, value = next(iter(given.items()))
     if str(getattr(flags, "moe_gating", "dynamic")) == "static":
         raise ValueError(
-            f"--moe-capacity-factor must go with --moe-gating dynamic, got {factor} with static gating, whose capacity "
-            "is --moe-eval-capacity-token-fraction"
+            f"{name} must go with --moe-gating dynamic, got {value} with static gating, whose capacity is "
+            "--moe-eval-capacity-token-fraction"
         )
+    factor, virtual = getattr(flags, "moe_capacity_factor", None), getattr(flags, "moe_virtual_ranks", None)
+    if factor is None:
+        raise ValueError(f"{name} needs --moe-capacity-factor, got {value} without it")
+    if not math.isfinite(factor) or factor <= 0:
+        raise ValueError(f"--moe-capacity-factor must be a number above 0, got {factor}")
     if virtual is not None:
         if virtual < 1:
             raise ValueError(f"--moe-virtual-ranks must be at least 1, got {virtual}")

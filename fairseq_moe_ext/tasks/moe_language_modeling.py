@@ -29,9 +29,10 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
             self.args.pad_to_fixed_length = True
         return super().load_dataset(split, *args, **kwargs)
 
-    def eval_lm_dataloader(self, *args, **kwargs):
+    def eval_lm_dataloader(self, *args, context_window=0, **kwargs):
         self.shards_by_user = True
-        return super().eval_lm_dataloader(*args, **kwargs)
+        self.batches_in_order = context_window > 0  # its data set hands the end of a batch on to the next
+        return super().eval_lm_dataloader(*args, context_window=context_window, **kwargs)
 
     def get_batch_iterator(self, dataset, *args, seed=1, epoch=1, **kwargs):
         if self.observer is not None:

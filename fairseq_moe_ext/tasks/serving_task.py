@@ -50,6 +50,7 @@ class ServingTask:
 
     observer: Observer | None = None
     ranks: Ranks | None = None
+    batches_in_order = False  # whether a batch depends on the one before it
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
@@ -99,10 +100,11 @@ class ServingTask:
         flags = self._flags()
         settings, capacity = buffer_settings(flags), capacity_settings(flags)
         num_ranks = 1 if self.ranks is None else self.ranks.world_size
-        if capacity is not None and self.ranks is None:
+        virtual = capacity is not None and self.ranks is None
+        if virtual:
             num_ranks = capacity.virtual_ranks
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
-        places = place_experts(model, placement, num_ranks)
+        places = place_experts(model, placement, num_ranks, virtual)
         model.expert_buffer = None if settings is None else ExpertBuffer(settings)
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
@@ -172,11 +174,13 @@ class ServingTask:
                 f"one part of the data in {kwargs['num_shards']}"
             )
         keep_every_sentence(dataset)
-        if self.ranks is not None and self.ranks.rank > 0:  # rank 0 iterates over all batches, to print them
+        of_all = self.ranks is None or self.ranks.rank == 0 or self.batches_in_order  # rank 0 prints them all
+        if not of_all:
             shards, shard = kwargs.get("num_shards", 1), kwargs.get("shard_id", 0)
             kwargs["num_shards"] = shards * self.ranks.world_size
             kwargs["shard_id"] = shard + shards * self.ranks.rank
-        return ServedEpoch(super().get_batch_iterator(dataset, *args, **kwargs), self.observer, self.ranks)
+        epoch_iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        return ServedEpoch(epoch_iterator, self.observer, self.ranks, of_all)
 
     @property
     def static_serving(self) -> bool:

@@ -13,19 +13,23 @@ from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, DROP_METRICS, OVERF
 from fairseq_moe_ext.gating.capacity import CapacityRules as Rules
 from fairseq_moe_ext.gating.routing import Routing, Top1Gate, Top2Gate
 
+TOLERANCES = {torch.float32: (1e-4, 1e-6), torch.float16: (4e-3, 1e-4), torch.bfloat16: (3e-2, 1e-3)}
 WITHOUT_RANDOM = [metric for metric in DROP_METRICS if metric != "random"]
 
 
-def make_routing(num_tokens, num_experts, num_choices, skew=1.0, padding=0.0, seed=0):
+def make_routing(
+    num_tokens, num_experts, num_choices, skew=1.0, padding=0.0, seed=0, policy="all", dtype=torch.float32
+):
     """A gate's routing with its combine weights, skewed to some experts; a share of tokens is padding."""
     generator = torch.Generator().manual_seed(seed)
-    gate = Top1Gate(4, num_experts) if num_choices == 1 else Top2Gate(4, num_experts, second_expert_policy="all")
+    gate = Top1Gate(4, num_experts) if num_choices == 1 else Top2Gate(4, num_experts, second_expert_policy=policy)
+    gate.seed(seed)
     tokens = torch.randn(num_tokens, 4, generator=generator)
     with torch.no_grad():
         gate.wg.weight.copy_(torch.randn(num_experts, 4, generator=generator) * skew)
         mask = torch.rand(num_tokens, generator=generator) < padding
-        routing = gate(tokens, mask)
-        return routing, gate.combine_weights(routing, torch.float32)
+        routing = gate.to(dtype)(tokens.to(dtype), mask)
+        return routing, gate.combine_weights(routing, dtype)
 
 
 class Twin:
@@ -79,10 +83,10 @@ class Twin:
 
     def choose_again(self, token, choices, barred):
         """New experts for a token's overflowing choices, the best first; the choices that found one."""
-        def value(expert):
-            return self.p[token][expert] + (2 if self.preferred and self.preferred[expert] else 0)
+        def rank(expert):
+            return (not (self.preferred and self.preferred[expert]), -self.p[token][expert], expert)
 
-        free = sorted((e for e in range(self.num_experts) if e not in barred), key=lambda e: (-value(e), e))
+        free = sorted((e for e in range(self.num_experts) if e not in barred), key=rank)
         moved = []
         for choice, expert in zip(sorted(choices), free, strict=False):
             self.ids[token][choice] = expert
@@ -155,6 +159,8 @@ def cases(draw, metrics=WITHOUT_RANDOM):
         draw(st.sampled_from((0.1, 1.0, 5.0))),
         draw(st.sampled_from((0.0, 0.4, 1.0))),
         draw(st.integers(0, 10_000)),
+        draw(st.sampled_from(("all", "random"))),  # random: a token's second choice may not be kept
+        draw(st.sampled_from(list(TOLERANCES))),
     )
     rules = Rules(
         draw(st.sampled_from((0.3, 0.5, 1.0, 1.5, 2.0, 50.0))),
@@ -187,8 +193,9 @@ def test_every_rule_is_the_twins(case):
     assert found.routing.kept.tolist() == [[(t, k) in kept for k in range(num_choices)] for t in range(num_tokens)]
     for token, choice in kept:
         assert found.routing.expert_ids[token, choice] == twin.ids[token][choice]
-    expected = torch.tensor(twin.all_weights(kept)).view(num_tokens, num_choices)
-    torch.testing.assert_close(found.weights, expected, rtol=1e-4, atol=1e-6)
+    expected = torch.tensor(twin.all_weights(kept), dtype=weights.dtype).view(num_tokens, num_choices)
+    rtol, atol = TOLERANCES[weights.dtype]
+    torch.testing.assert_close(found.weights, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(found.overflowing.item(), twin.overflowing() if num_tokens else 0.0)
     moved = [[(t, k) in kept and twin.ids[t][k] != twin.first_ids[t][k] for k in range(num_choices)]
              for t in range(num_tokens)]

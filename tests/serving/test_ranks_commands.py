@@ -68,7 +68,7 @@ def test_eval_lm_on_three_ranks_with_shuffled_experts(shared_goldens, tmp_path, 
 @pytest.mark.parametrize(
     ("fraction", "slots", "perplexity", "by_torchrun"),
     # upstream's documented flags start the ranks by themselves; slots: of each expert for two rows of 128 tokens
-    [(1.0, 256, "174.20", True), (0.05, 13, "197.81", False)],
+    [pytest.param(1.0, 256, "174.20", True, marks=pytest.mark.slow), (0.05, 13, "197.81", False)],
 )
 def test_static_gating_on_two_ranks_equals_upstreams(
     shared_goldens, tmp_path, fraction, slots, perplexity, by_torchrun
@@ -162,6 +162,7 @@ def test_upstreams_command_as_written_starts_two_ranks_and_writes_one_file(share
     assert all(rank["tokens"] > 500 for rank in told.report["ranks"])  # each has worked
 
 
+@pytest.mark.slow
 def test_more_ranks_than_batches(shared_goldens):
     """One batch of 96 sentences and one of 4 for three ranks; beam 1."""
     wanted = generated_alone(shared_goldens, "mt_plain", "--beam", 1, rows=100)

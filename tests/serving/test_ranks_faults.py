@@ -117,7 +117,8 @@ def assert_incomplete(started: Started) -> None:
     assert "\nH-" in results and "Generate test" not in results
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_that_is_killed_ends_those_that_were_started_by_hand(started, victim):
     started.start_by_hand(3)
     started.wait_for_a_translation()
@@ -182,11 +183,11 @@ def test_a_damaged_rank_file_that_one_rank_reads_ends_all(shared_goldens, tmp_pa
     said = generate(shared_goldens, "--path", path, "--results-path", tmp_path / "results")
     assert "rank 1 of 2 failed:" in said and "rank 0 of 2 failed:" not in said
     error_line(said, "CheckpointError", "checkpoint_last-rank-1.pt", "is damaged")
-    assert not list((tmp_path / "results").glob("*")) or not (
-        tmp_path / "results" / "generate-test.txt"
-    ).read_text(encoding="utf-8")
+    results = tmp_path / "results" / "generate-test.txt"
+    assert not results.is_file() or "Generate test" not in results.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_missing_rank_file(shared_goldens, tmp_path):
     file, path = copied(shared_goldens, "mt_nllb_ws2", tmp_path)
     file.unlink()
@@ -207,9 +208,10 @@ def refused(goldens, *flags, ranks=2, **how) -> str:
 def test_interactive_under_torchrun(shared_goldens):
     said = refused(shared_goldens, command="interactive")
     error_line(said, "error: interactive is served by one process, got 2 ranks: start it without torchrun")
-    assert "Traceback (most recent call last)" not in said.split("torch.distributed.elastic")[0]
+    assert said.count("Traceback (most recent call last)") == 1  # torchrun's own
 
 
+@pytest.mark.slow
 def test_a_world_size_that_is_not_torchruns(shared_goldens):
     said = refused(shared_goldens, "--distributed-world-size", 4)
     error_line(said, "error: argument --distributed-world-size: ", "that torchrun started, 2, got 4")
@@ -224,7 +226,11 @@ HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
 @pytest.mark.parametrize(
     ("placement", "words"),
     [
-        (Placement(3, upstreams_order(MT_LAYERS, 3)), ("must be for the ranks that serve, 2, got 3",)),
+        pytest.param(
+            Placement(3, upstreams_order(MT_LAYERS, 3)),
+            ("must be for the ranks that serve, 2, got 3",),
+            marks=pytest.mark.slow,
+        ),
         (Placement(2, SHORT), ("must place the 8 experts of decoder.layers.1.moe_layer, got 7",)),
         pytest.param(
             Placement(2, FOREIGN),
@@ -236,7 +242,9 @@ HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
             ("must name the model's 2 MoE layers; it lacks decoder.layers.1.moe_layer",),
             marks=pytest.mark.slow,
         ),
-        (HOLE, ("placement.json", "expert 1 must lie on at least one rank, got none")),
+        pytest.param(
+            HOLE, ("placement.json", "expert 1 must lie on at least one rank, got none"), marks=pytest.mark.slow
+        ),
         pytest.param("{", ("placement.json: not a placement file",), marks=pytest.mark.slow),
     ],
     ids=["ranks", "experts", "foreign layer", "missing layer", "an expert nowhere", "no JSON"],
@@ -249,7 +257,7 @@ def test_a_placement_that_does_not_fit(shared_goldens, tmp_path, placement, word
         file.write_text(placement if isinstance(placement, str) else json.dumps(placement), encoding="utf-8")
     said = generate(shared_goldens, "--expert-placement", file, name="mt_plain")
     error_line(said, "ValueError: --expert-placement", *words)
-    assert said.count("Traceback (most recent call last)") <= 2  # rank 0's, and torchrun's own
+    assert re.findall(r"^rank \d of 2 failed:", said, flags=re.MULTILINE) == ["rank 0 of 2 failed:"]
 
 
 @pytest.mark.slow

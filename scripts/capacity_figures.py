@@ -1,0 +1,163 @@
+"""The figures of scripts/reproduce_capacity_aware.py: CSV, Markdown tables, and the plot of quality against load."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+COLOURS = {"drop": "tab:red", "reroute": "tab:green", "expand": "tab:blue"}
+STYLES = {"score": "-", "order": ":", "reverse-order": "-.", "random": "--"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of one model; gamma None: no capacity. Shares are of all assignments that the gate chose.
+
+    largest_expert, largest_rank: load of the busiest, over the mean load without a capacity. layer_ms: milliseconds
+    of a layer's call by real ranks, to the end of the last.
+    """
+
+    model: str
+    gamma: float | None
+    overflow: str
+    metric: str
+    dropped_fraction: float
+    dropped: float
+    rerouted: float
+    largest_expert: float
+    largest_rank: float
+    layer_ms: float
+    perplexity: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+
+    def goodness(self) -> float:
+        """The higher the better."""
+        return -self.perplexity if self.bleu is None else self.bleu
+
+    @property
+    def quality(self) -> str:
+        return f"{self.perplexity:.2f}" if self.bleu is None else f"{self.bleu:.1f} / {self.chrf:.1f}"
+
+
+class Study:
+    """One model's rows, the one without a capacity first."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.base, *self.rows = rows
+        self.gammas = list(dict.fromkeys(row.gamma for row in self.rows))
+        self.rules = list(dict.fromkeys((row.overflow, row.metric) for row in self.rows))
+        self.measure = "perplexity" if self.base.bleu is None else "BLEU / chrF"
+        self._at = {(row.overflow, row.metric, row.gamma): row for row in self.rows}
+
+    def row(self, overflow: str, metric: str, gamma: float) -> Row:
+        return self._at[overflow, metric, gamma]
+
+    def quality_table(self) -> str:
+        """As the paper's Table 1: rules by gammas."""
+        head = ("overflow", "who stays", *(f"gamma {gamma:g}" for gamma in self.gammas))
+        body = [(*rule, *(self.row(*rule, gamma).quality for gamma in self.gammas)) for rule in self.rules]
+        return markdown(head, body)
+
+    def time_table(self, ranks: int) -> str:
+        """As the paper's Table 2: what the layer saves, by `score`."""
+        head = ("gamma", "overflow", "dropped fraction", "dropped", "rerouted", "largest expert", "busiest rank",
+                "modelled speedup", "measured ms", "measured speedup")
+        rows = [self.base, *(row for gamma in self.gammas for row in self.rows
+                             if row.gamma == gamma and row.metric == "score")]
+        body = [
+            (
+                "none" if row.gamma is None else f"{row.gamma:g}",
+                "" if row.gamma is None else row.overflow,
+                *(f"{share:.1%}" for share in (row.dropped_fraction, row.dropped, row.rerouted)),
+                f"{row.largest_expert:.2f}",
+                f"{row.largest_rank:.2f}",
+                f"{self.base.largest_rank / row.largest_rank:.2f}",
+                f"{row.layer_ms:.2f}",
+                f"{self.base.layer_ms / row.layer_ms:.2f}",
+            )
+            for row in rows
+        ]
+        caption = (
+            f"{ranks} ranks. Largest expert, busiest rank: its load in a pass over the mean load without a capacity, "
+            "mean over passes and layers. Modelled speedup: of the busiest rank. Measured: a MoE layer's call by "
+            f"{ranks} processes over gloo on this machine, until the last has ended, teacher-forced.\n\n"
+        )
+        return caption + markdown(head, body)
+
+    def findings(self) -> str:
+        """Whether the paper's order of rules holds here."""
+        lines = []
+        for overflow in dict.fromkeys(overflow for overflow, _ in self.rules):
+            best = [
+                max((row for row in self.rows if (row.overflow, row.gamma) == (overflow, gamma)), key=Row.goodness)
+                for gamma in self.gammas
+            ]
+            times = sum(row.metric == "score" for row in best)
+            lines.append(f"- {overflow}: `score` is the best metric at {times} of {len(best)} gammas")
+        for other in dict.fromkeys(row.overflow for row in self.rows if row.overflow != "drop"):
+            pairs = [(row, self.row("drop", row.metric, row.gamma)) for row in self.rows if row.overflow == other]
+            held = f"{sum(row.goodness() >= drop.goodness() for row, drop in pairs)} of {len(pairs)}"
+            lines.append(f"- at equal gamma and metric {other} is at least as good as drop in {held} pairs")
+        return "\n".join(lines)
+
+    def draw(self, axes) -> None:
+        """Quality against the largest expert's load; a line runs from no capacity to the smallest gamma."""
+        for overflow, metric in self.rules:
+            points = [self.base, *(self.row(overflow, metric, gamma) for gamma in self.gammas)]
+            xs = [row.largest_expert for row in points]
+            ys = [row.perplexity if row.bleu is None else row.bleu for row in points]
+            faint = {"linewidth": 1.8} if metric == "score" else {"linewidth": 1, "alpha": 0.7}
+            label = f"{overflow}, {metric}"
+            axes.plot(xs, ys, STYLES[metric], color=COLOURS[overflow], marker="o", markersize=3.5, label=label, **faint)
+        axes.plot(self.base.largest_expert, self.base.perplexity if self.base.bleu is None else self.base.bleu, "k*",
+                  markersize=12, label="no capacity", zorder=5)
+        if self.base.bleu is None:
+            axes.invert_yaxis()  # up is better in every panel
+        axes.set(title=self.base.model.replace("_", " "), xlabel="largest expert's load / mean load",
+                 ylabel="perplexity" if self.base.bleu is None else "BLEU")
+        axes.grid(alpha=0.3)
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
+    """Write capacity.csv, capacity.md and capacity.png; returns the Markdown."""
+    with open(folder / "capacity.csv", "w", newline="", encoding="utf-8") as opened:
+        table = csv.DictWriter(opened, [item.name for item in fields(Row)])
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    studies = [Study([row for row in rows if row.model == name]) for name in dict.fromkeys(row.model for row in rows)]
+    parts = []
+    for study in studies:
+        parts += [
+            f"## {study.base.model.replace('_', ' ')}",
+            f"{study.measure}; without a capacity {study.base.quality}.",
+            study.quality_table(),
+            study.time_table(ranks),
+            study.findings(),
+        ]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "capacity.md").write_text(text, encoding="utf-8")
+    plot(folder / "capacity.png", studies)
+    return text
+
+
+def plot(file: Path, studies: Sequence[Study]) -> None:
+    """One panel per model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(studies) + 2, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(studies), squeeze=False)[0]
+    for study, axes in zip(studies, panels, strict=True):
+        study.draw(axes)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.savefig(file, dpi=120)
