@@ -12,6 +12,7 @@ import hf_makers
 import numpy as np
 import pytest
 import torch
+from data_makers import MT_TRAINING, write_data
 from fairseq.data import Dictionary
 
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
@@ -48,7 +49,11 @@ TARGETS = (
 
 def ask(folder: Path, work: Path, environment: dict[str, str]) -> list[dict]:
     questions = {"source": SOURCES, "target": TARGETS, "source_language": PAIR[0], "target_language": PAIR[1]}
-    (work / "questions.json").write_text(json.dumps({**questions, "beam": BEAM, "max_len": MAX_LEN}))
+    return answers_to({**questions, "beam": BEAM, "max_len": MAX_LEN}, folder, work, environment)
+
+
+def answers_to(questions: dict, folder: Path, work: Path, environment: dict[str, str]) -> list:
+    (work / "questions.json").write_text(json.dumps(questions))
     files = [folder, work / "questions.json", work / "answers.json"]
     command = [sys.executable, str(ROOT / "tests" / "hf_judge.py"), *map(str, files)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -150,6 +155,32 @@ def test_a_dense_model_is_served_as_transformers_computes_it(tmp_path):
     for batch in found.batches:
         for number, row in zip(batch.ids, batch.scores, strict=True):
             np.testing.assert_allclose(row, answers[number]["scores"], atol=1e-4)
+
+
+def test_a_trained_model_translates_the_same_there(tmp_path):
+    """Trained by fairseq-train to say its source backwards, then converted to Hugging Face's layout."""
+    environment = hf_makers.transformers_environment(make_build())
+    data = write_data(tmp_path / "data", ("en", "de"), splits={"train": 2000, "valid": 20, "test": 40})
+    training = ("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01", "--optimizer", "adam")
+    training += ("--lr", "0.004", "--max-tokens", "1000", "--max-update", "400", "--dropout", "0.0")
+    training += ("--no-epoch-checkpoints", "--disable-validation", "--save-dir", tmp_path)
+    training += ("--cpu", "--num-workers", "0")
+    commands.run("train", data, *MT_TRAINING, *training)
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    serving = ("--task", "moe_translation", "-s", "en", "-t", "de", "--gen-subset", "test", "--beam", BEAM, "--cpu")
+    serving += ("--num-workers", "0", "--max-len-a", "0", "--max-len-b", MAX_LEN)
+    found = commands.generate(data, *serving, "--path", checkpoint)
+    words = Dictionary.load(str(data / "dict.en.txt"))
+    sources, references, hypotheses = (dict(found.of_kind(kind)) for kind in "STH")
+    encoded = [words.encode_line(sources[number][0], add_if_not_exist=False).tolist() for number in sorted(sources)]
+    export_hf(str(checkpoint), str(tmp_path / "hf"))
+    questions = {"source_ids": encoded, "beam": BEAM, "max_len": MAX_LEN}
+    answers = answers_to(questions, tmp_path / "hf", tmp_path, environment)
+    ours = [hypotheses[number][1] for number in sorted(hypotheses)]
+    assert [" ".join(words[row] for row in answer[1:-1]) for answer in answers] == ours
+    right = sum(ours[number] == references[number][0] for number in range(len(ours)))
+    print(f"{right} of {len(ours)} translations are the references")
+    assert right > len(ours) / 4
 
 
 def test_half_precision_is_near(both, tmp_path):

@@ -75,14 +75,11 @@ def test_the_experts_output_is_scaled_by_0_8(served, tmp_path):
     assert not np.allclose(scores(arguments, merged, moe_eom=0.0), found, atol=1e-2)
 
 
-@pytest.mark.parametrize("pad_mask", [True, False])
-def test_a_decoded_tokens_score_is_its_teacher_forced_one(served, pad_mask):
+def test_a_decoded_tokens_score_is_its_teacher_forced_one(served):
     """Padded sources in one batch, step by step, against one pass over each hypothesis alone."""
     arguments, merged, _ = served
-    overrides = {"use_moe_pad_mask": pad_mask}
-    flags = ("--path", merged)
-    found = commands.generate(*arguments, *flags, "--batch-size", "4", overrides=overrides)
-    model, task = commands.load("generate", *arguments, *flags, overrides=overrides)
+    found = commands.generate(*arguments, "--path", merged, "--batch-size", "4")
+    model, task = commands.load("generate", *arguments, "--path", merged)
     words, sources, hypotheses = task.target_dictionary, dict(found.of_kind("S")), dict(found.hypotheses())
     for number, (scores_of_tokens,) in found.of_kind("P"):
         source = words.encode_line(sources[number][0], add_if_not_exist=False).long()[None]
