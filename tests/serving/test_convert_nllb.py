@@ -8,8 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.export_hf import export_hf
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_nllb_moe.py"
 main = runpy.run_path(str(SCRIPT))["main"]
@@ -45,10 +42,6 @@ def converted(folder: Path, target: Path, *arguments, **options) -> dict[str, to
     done = convert_nllb(str(folder), str(target), *arguments, **options)
     state = read_checkpoint(str(done.files[0]))
     return {key: tensor.read() for key, tensor in state["model"].items()}
-
-
-def load_folder(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def assert_no_checkpoint(folder: Path) -> None:
@@ -122,38 +115,6 @@ class TestTensors:
             (copy / name).unlink()
         found, wanted = converted(copy, tmp_path / "x.pt"), converted(made[0], tmp_path / "y.pt")
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-
-
-class TestThereAndBack:
-    @pytest.mark.parametrize("config", [hf_makers.TINY, hf_makers.DENSE], ids=["moe", "dense"])
-    def test_bit_identical_with_rows_in_another_order(self, tmp_path, config):
-        theirs = hf_makers.write_model(tmp_path / "hf", config)
-        file = hf_makers.write_dictionary(tmp_path / "dict.txt", hf_makers.pieces_of(tmp_path / "hf")[::-1])
-        convert_nllb(str(tmp_path / "hf"), str(tmp_path / "x.pt"), str(file))
-        arguments = (str(tmp_path / "x.pt"), str(tmp_path / "back"), str(file), str(tmp_path / "hf"))
-        export_hf(*arguments, shard_bytes=50_000)
-        back = load_folder(tmp_path / "back")
-        assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-        assert back.keys() == theirs.keys()
-        assert all(torch.equal(back[key], theirs[key]) for key in theirs)
-        again = converted(tmp_path / "back", tmp_path / "again.pt", str(file))
-        before = read_checkpoint(str(tmp_path / "x.pt"))["model"]
-        assert all(torch.equal(again[key], before[key].read()) for key in before)
-
-    def test_the_configuration_survives(self, made, tmp_path):
-        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
-        export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"))
-        before, after = (json.loads((folder / "config.json").read_text()) for folder in (made[0], tmp_path / "back"))
-        without_meaning = {"expert_capacity", "dropout"}  # training's
-        assert {key: after[key] for key in before if key not in without_meaning} == {
-            key: value for key, value in before.items() if key not in without_meaning
-        }
-
-    def test_an_existing_folder_is_kept(self, made, tmp_path):
-        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
-        (tmp_path / "back").mkdir()
-        with pytest.raises(CheckpointError, match="exists already"):
-            export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"))
 
 
 class TestFaults:
@@ -323,26 +284,3 @@ class TestScript:
         assert main([target, "--to-hf", "--output", str(tmp_path / "back"), "--dtype", "float32"]) == 0
         with safe_open(tmp_path / "back" / "model.safetensors", "pt") as file:
             assert file.get_slice("model.shared.weight").get_dtype() == "F32"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_peak_memory_of_a_2_gb_model_stays_under_twice_a_shard_and_1_gb(tmp_path, kind):
-    sizes = {"d_model": 256, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "num_experts": 80}
-    hf_makers.write_model(tmp_path / "hf", shards=8, kind=kind, **sizes)
-    shards = [file.stat().st_size for file in (tmp_path / "hf").glob("*-of-*")]
-    assert sum(shards) > 1.9e9
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "hf"), "--output", str(tmp_path / "x.pt")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    reader = threading.Thread(target=process.stderr.read)
-    reader.start()
-    peak = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        line = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
-        peak = max(peak, int(line.split()[1]) * 1024 if line else 0)
-        time.sleep(0.05)
-    reader.join()
-    assert process.returncode == 0
-    print(f"{kind}: {sum(shards) / 1e9:.2f} GB, largest shard {max(shards) / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
-    assert peak < 2 * max(shards) + 1e9

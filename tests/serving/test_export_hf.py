@@ -1,0 +1,63 @@
+"""NLLB to fairseq's checkpoint and back to Hugging Face's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hf_makers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.convert_nllb import convert_nllb
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.export_hf import export_hf
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, its tensors); not to be changed."""
+    folder = tmp_path_factory.mktemp("nllb") / "hf"
+    return folder, hf_makers.write_model(folder)
+
+
+def read_back(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor.read() for key, tensor in read_checkpoint(str(checkpoint))["model"].items()}
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+class TestThereAndBack:
+    @pytest.mark.parametrize("config", [hf_makers.TINY, hf_makers.DENSE], ids=["moe", "dense"])
+    def test_bit_identical_with_rows_in_another_order(self, tmp_path, config):
+        theirs = hf_makers.write_model(tmp_path / "hf", config)
+        file = hf_makers.write_dictionary(tmp_path / "dict.txt", hf_makers.pieces_of(tmp_path / "hf")[::-1])
+        convert_nllb(str(tmp_path / "hf"), str(tmp_path / "x.pt"), str(file))
+        arguments = (str(tmp_path / "x.pt"), str(tmp_path / "back"), str(file), str(tmp_path / "hf"))
+        export_hf(*arguments, shard_bytes=50_000)
+        back = load_folder(tmp_path / "back")
+        assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+        assert back.keys() == theirs.keys()
+        assert all(torch.equal(back[key], theirs[key]) for key in theirs)
+        again = read_back(convert_nllb(str(tmp_path / "back"), str(tmp_path / "again.pt"), str(file)).files[0])
+        before = read_back(tmp_path / "x.pt")
+        assert all(torch.equal(again[key], before[key]) for key in before)
+
+    def test_the_configuration_survives(self, made, tmp_path):
+        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"))
+        before, after = (json.loads((folder / "config.json").read_text()) for folder in (made[0], tmp_path / "back"))
+        without_meaning = {"expert_capacity", "dropout"}  # training's
+        assert {key: after[key] for key in before if key not in without_meaning} == {
+            key: value for key, value in before.items() if key not in without_meaning
+        }
+
+    def test_an_existing_folder_is_kept(self, made, tmp_path):
+        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        (tmp_path / "back").mkdir()
+        with pytest.raises(CheckpointError, match="exists already"):
+            export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"))
