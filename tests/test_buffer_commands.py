@@ -27,7 +27,7 @@ def results(done) -> list[str]:
 
 
 @pytest.mark.parametrize(("command", "buffer"), [
-    ("eval-lm", "one"), ("generate", "papers"),
+    pytest.param("eval-lm", "one", marks=pytest.mark.slow), ("generate", "papers"),
     pytest.param("eval-lm", "papers", marks=pytest.mark.slow), pytest.param("generate", "one", marks=pytest.mark.slow),
 ])
 def test_a_buffer_changes_no_line(shared_goldens, tmp_path, command, buffer):

@@ -159,6 +159,7 @@ def test_references_that_are_scored_are_prefill(shared_goldens, tmp_path):
 # --- real and virtual ranks, placement, buffer
 
 
+@pytest.mark.slow
 def test_virtual_ranks_foretell_real_ones(shared_goldens, tmp_path):
     """Batches of 4 go to two ranks in turn: as the halves of batches of 8 go to two virtual ranks."""
     (tmp_path / "real").mkdir()

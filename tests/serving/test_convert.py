@@ -208,6 +208,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
     assert os.listdir(tmp_path) == ["one.pt"]
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     cut(proving_state(4), 2, tmp_path)
     done = run("merge", tmp_path / "X.pt", tmp_path / "one.pt", "--drop-optimizer")

@@ -45,6 +45,7 @@ def one_lm(shared_goldens, tmp_path_factory):
     return commands.eval_lm(*arguments).loss, Told.read(folder)
 
 
+@pytest.mark.slow
 def test_eval_lm_on_two_ranks(shared_goldens, tmp_path, one_lm):
     loss, _ = loss_of(done := eval_lm(shared_goldens, *telling(tmp_path)))
     assert float(loss) == pytest.approx(one_lm[0], abs=6e-5)

@@ -231,7 +231,11 @@ HOLE = {"world_size": 2, "layers": {MT_LAYERS[0]: [[0], []]}}
             ("must be for the ranks that serve, 2, got 3",),
             marks=pytest.mark.slow,
         ),
-        (Placement(2, SHORT), ("must place the 8 experts of decoder.layers.1.moe_layer, got 7",)),
+        pytest.param(
+            Placement(2, SHORT),
+            ("must place the 8 experts of decoder.layers.1.moe_layer, got 7",),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Placement(2, FOREIGN),
             ("it has decoder.layers.3.moe_layer, which the model lacks",),
