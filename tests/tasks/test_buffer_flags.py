@@ -5,29 +5,15 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-import commands
 import pytest
 from fairseq import tasks
+from flag_makers import TASKS, parsed
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, buffer_settings, check_buffer_flags
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.trace import TraceRecorder, save_trace
-
-TASKS = {
-    "moe_language_modeling": ("eval_lm", ()),
-    "moe_translation": ("generate", ("-s", "en", "-t", "de")),
-    "moe_translation_multi_simple_epoch": (
-        "generate",
-        ("--langs", "en,de", "--lang-pairs", "en-de", "-s", "en", "-t", "de"),
-    ),
-}
-
-
-def parsed(task: str, *flags: str):
-    command, arguments = TASKS[task]
-    return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
 
 
 @pytest.mark.parametrize("task", TASKS)

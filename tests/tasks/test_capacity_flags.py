@@ -3,29 +3,15 @@
 from argparse import Namespace
 from dataclasses import fields
 
-import commands
 import pytest
 from fairseq import tasks
+from flag_makers import TASKS, parsed
 
 from fairseq_moe_ext.gating.capacity import CapacityRules
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, capacity_settings, check_capacity_flags
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
-
-TASKS = {
-    "moe_language_modeling": ("eval_lm", ()),
-    "moe_translation": ("generate", ("-s", "en", "-t", "de")),
-    "moe_translation_multi_simple_epoch": (
-        "generate",
-        ("--langs", "en,de", "--lang-pairs", "en-de", "-s", "en", "-t", "de"),
-    ),
-}
-
-
-def parsed(task: str, *flags: str):
-    command, arguments = TASKS[task]
-    return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
 
 
 def given(**values) -> Namespace:

@@ -3,27 +3,13 @@
 from argparse import Namespace
 from dataclasses import fields
 
-import commands
 import pytest
 from fairseq import options, tasks
+from flag_makers import TASKS, parsed
 
 from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
 from fairseq_moe_ext.tasks.moe_language_modeling import MoELanguageModelingTask
-
-TASKS = {
-    "moe_language_modeling": ("eval_lm", ()),
-    "moe_translation": ("generate", ("-s", "en", "-t", "de")),
-    "moe_translation_multi_simple_epoch": (
-        "generate",
-        ("--langs", "en,de", "--lang-pairs", "en-de", "-s", "en", "-t", "de"),
-    ),
-}
-
-
-def parsed(task: str, *flags: str):
-    command, arguments = TASKS[task]
-    return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
 
 
 @pytest.mark.parametrize("task", TASKS)
