@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import commands
+import pytest
 
 # task -> the command that it is asked by, and what that command wants besides
 TASKS = {
@@ -19,3 +20,11 @@ def parsed(task: str, *flags: str):
     """The task's configuration."""
     command, arguments = TASKS[task]
     return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
+
+
+def assert_the_parser_refuses(task: str, flag: str, value: str, capsys) -> None:
+    """The last line that it says names both."""
+    with pytest.raises(SystemExit):
+        parsed(task, flag, value)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert flag in message and value in message

@@ -154,7 +154,7 @@ class _Batch:
         tried = torch.zeros_like(self._routing.probabilities, dtype=torch.bool).scatter_(1, expert_ids, True)
         kept = self.fits(expert_ids, wanted)
         for _ in range(REROUTE_ROUNDS):
-            expert_ids, moved = self._choose_again(expert_ids, wanted & ~kept, tried, preferred)
+            expert_ids, _ = self._choose_again(expert_ids, wanted & ~kept, tried, preferred)
             tried = tried.scatter(1, expert_ids, True)
             kept = self.fits(expert_ids, wanted)
         return expert_ids, kept
@@ -205,10 +205,9 @@ class _Batch:
         return self._ranks_of_tokens * self._routing.num_experts + expert_ids
 
     def _load(self, groups: Tensor, size: int | None = None) -> Tensor:
-        """Assignments per group (G,); those past the last are not counted unless `size` counts them."""
-        wanted = self._limits.numel() if size is None else size
-        load = groups.new_zeros(max(wanted, self._limits.numel()) + 1)
-        return load.scatter_add_(0, groups, torch.ones_like(groups))[:wanted]
+        """Assignments in each of the first `size` groups (default: G), groups at most one past them -> (size,)."""
+        size = self._limits.numel() if size is None else size
+        return groups.new_zeros(size + 1).scatter_add_(0, groups, torch.ones_like(groups))[:size]
 
     def _priority(self, expert_ids: Tensor) -> Tensor:
         """(T, K), the larger the rather an assignment stays; equals stay in the order of tokens, then choices."""

@@ -174,7 +174,6 @@ class Round:
         self.figures = RoundFigures()
         self.messages: list[Message] = []
         self._exchange = exchange
-        self._start = time.perf_counter()
         exchange.rounds += 1
         header = torch.tensor([layer, alive, exchange.finished, capacity])
         self._sent = torch.zeros(exchange.world_size, exchange.message_size, dtype=torch.int64, device=exchange.device)
@@ -233,7 +232,7 @@ class Round:
 
     def _announce(self, arrivals: list[_Arrivals]) -> None:
         """Tell the experts what is to come, so that those in a buffer are fetched while the tokens travel."""
-        for layer in {arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values():
+        for layer in _layers_of(arrivals):
             counts = [arrival.counts for arrival in arrivals if arrival.layer is layer]
             totals = [sum(column) for column in zip(*counts, strict=True)]
             if any(totals):
@@ -244,7 +243,7 @@ class Round:
         outputs = torch.empty_like(arrived)
         sizes = [arrival.num_bytes for arrival in arrivals]
         parts, out_parts = arrived.split(sizes), outputs.split(sizes)
-        for layer in {arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values():
+        for layer in _layers_of(arrivals):
             dtype, model_dim = layer.experts.dtype, layer.experts.model_dim
             sources = [
                 source for source, arrival in enumerate(arrivals) if arrival.layer is layer and arrival.num_bytes > 0
@@ -266,6 +265,11 @@ class _Arrivals:
     layer: LayerExchange | None
     counts: list[int]
     num_bytes: int
+
+
+def _layers_of(arrivals: list[_Arrivals]) -> list[LayerExchange]:
+    """Each layer that some source is in, once; every rank sees them in the same order."""
+    return list({arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values())
 
 
 def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:

@@ -149,15 +149,15 @@ class MOELayer(nn.Module):
         result = self._static(tokens, None if padding_mask is None else padding_mask.reshape(-1), counted)
         return result.view_as(x)[:rows]
 
-    def _dynamic(self, tokens: Tensor, padding_mask: Tensor | None, rows: int) -> Tensor:
-        """tokens (T, D) of `rows` sentences, padding_mask (T,) -> (T, D); every kept assignment runs."""
+    def _dynamic(self, tokens: Tensor, padding_mask: Tensor | None, num_sentences: int) -> Tensor:
+        """tokens (T, D) of so many sentences, padding_mask (T,) -> (T, D); every kept assignment runs."""
         clock = _Clock(self.observer is not None)
         routing = self.gate(tokens, padding_mask)
         weights = self.gate.combine_weights(routing, tokens.dtype)
         clock.lap("gate")
         wanted, limited = routing, None
         if self.capacity is not None and not (self.decoding and self.capacity_phases == "prefill"):
-            limited = self._limit(routing, weights, rows)
+            limited = self._limit(routing, weights, num_sentences)
             routing, weights = limited.routing, limited.weights
             clock.lap("capacity")
         if self.exchange is None:
@@ -193,15 +193,15 @@ class MOELayer(nn.Module):
             self.observer(call)
         return result
 
-    def _limit(self, routing: Routing, weights: Tensor, rows: int) -> Limited:
-        """The routing of `rows` sentences under the capacity, which counts a rank's own tokens.
+    def _limit(self, routing: Routing, weights: Tensor, num_sentences: int) -> Limited:
+        """The routing of so many sentences under the capacity, which counts a rank's own tokens.
 
         On one process the sentences are dealt out to the virtual ranks in order.
         """
         num_tokens, num_ranks = routing.expert_ids.size(0), self.capacity.num_ranks
         if self.exchange is None:
-            sentences = torch.arange(num_tokens, device=weights.device) // max(num_tokens // max(rows, 1), 1)
-            ranks = sentences * num_ranks // max(rows, 1)
+            sentences = torch.arange(num_tokens, device=weights.device) // max(num_tokens // max(num_sentences, 1), 1)
+            ranks = sentences * num_ranks // max(num_sentences, 1)
         else:
             ranks = torch.full((num_tokens,), self.exchange.rank, device=weights.device)
         preferred = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_moe_ext.serving.ranks import DEFERENCE, tell_errors_once, world_size
+from fairseq_moe_ext.serving.ranks import DEFERENCE, local_ranks, tell_errors_once, world_size
 
 # an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
 _COMMANDS = {"--input": "interactive", "--output-word-probs": "eval_lm", "--beam": "generate"}
@@ -64,11 +64,11 @@ def _choose_gpu(parser: ArgumentParser) -> None:
     """Every rank of a machine its own GPU."""
     if not torch.cuda.is_available() or "--cpu" in sys.argv:
         return
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if local_ranks > torch.cuda.device_count():
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_ranks() > torch.cuda.device_count():
         _refuse(
             parser,
-            f"ranks on one machine must not outnumber its GPUs ({torch.cuda.device_count()}), got {local_ranks}; "
+            f"ranks on one machine must not outnumber its GPUs ({torch.cuda.device_count()}), got {local_ranks()}; "
             "--cpu serves without them",
         )
     torch.cuda.set_device(local_rank)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fairseq import tasks
-from flag_makers import TASKS, parsed
+from flag_makers import TASKS, assert_the_parser_refuses, parsed
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings
@@ -73,10 +73,7 @@ def test_bad_values_are_named(flags, words):
     ("--expert-store", "tape"),
 ])
 def test_the_parser_refuses_unknown_choices(task, flag, value, capsys):
-    with pytest.raises(SystemExit):
-        parsed(task, flag, value)
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert flag in message and value in message
+    assert_the_parser_refuses(task, flag, value, capsys)
 
 
 @pytest.mark.parametrize("task", TASKS)
