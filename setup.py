@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq_moe_ext/__init__.py").read_text()).group(1)
@@ -17,6 +17,14 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_moe_ext", "fairseq_moe_ext.*"]),
+    ext_modules=[
+        Extension(
+            "fairseq_moe_ext.gating._grouped_linear",
+            ["fairseq_moe_ext/gating/grouped_linear.c"],
+            extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+            optional=True,  # slower without it
+        )
+    ],
     install_requires=[
         "fairseq-fixed>=0.12.3.1",  # provides `fairseq`, mended for Python 3.11 and later
         "torch>=2.13",  # the oldest that the tests ran on

@@ -23,7 +23,7 @@ _numbers = itertools.count()
 def resident_experts(num_experts: int, dtype=torch.float32, held=None, seed: int = 0) -> ResidentExperts:
     torch.manual_seed(seed)
     experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, torch.tanh, held=held)
-    return experts.to(dtype).eval()
+    return experts.to(dtype).eval().requires_grad_(False)
 
 
 def make_store(kind: str, folder: Path | None, weights: list[list[Tensor]], dtype: torch.dtype, held):

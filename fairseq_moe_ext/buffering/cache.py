@@ -24,7 +24,7 @@ from fairseq_moe_ext.buffering.copy_lane import CopyLane
 from fairseq_moe_ext.buffering.eviction import Access, Buffer
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import ExpertStore
-from fairseq_moe_ext.gating.experts import EXPERT_KEYS, BufferCall, ExpertKeys, packed_shapes, run_expert
+from fairseq_moe_ext.gating.experts import EXPERT_KEYS, BufferCall, ExpertKeys, packed_shapes, run_experts
 
 STAGING_SLOTS = 2
 
@@ -165,7 +165,9 @@ class BufferedExperts(nn.Module):
             chunks = rows.split(counts)
             for access in self._batch.accesses:
                 slot = self._slot_of[access.expert] if access.hit else self._take_in(access)
-                outputs[access.expert] = run_expert(chunks[access.expert], self._parts(slot), self.activation)
+                weights = [part.unsqueeze(0) for part in self._parts(slot)]
+                chunk = chunks[access.expert]
+                outputs[access.expert] = run_experts(chunk, [chunk.size(0)], weights, self.activation)
         except BaseException:
             self._empty()  # some slots are half filled
             raise

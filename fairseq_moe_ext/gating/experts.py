@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_moe_ext.gating.grouped_linear import grouped_linear
+
 # packed parameter -> its name under `experts.{j}.` in upstream's state dict
 EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight": "fc2.weight", "fc2_bias": "fc2.bias"}
-ALIGNMENT = 64  # bytes, at which PyTorch's CPU tensors begin
+ROWS_AT_ONCE = 512  # of hidden features at a time
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,38 @@ class BufferCall:
         return BufferCall(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
 
-def run_expert(
-    rows: Tensor, weights: Sequence[Tensor], activation: Callable[[Tensor], Tensor], dropout: float = 0.0
+def run_experts(
+    rows: Tensor, rows_per_expert: Sequence[int], weights: Sequence[Tensor], activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """rows (n, D), weights of one expert in the order of EXPERT_KEYS, dropout of the hidden features -> (n, D)."""
+    """rows (N, D) in expert order, H counts, packed weights in the order of EXPERT_KEYS -> (N, D); no gradients.
+
+    An expert's result is the same bit by bit in whatever place of the packed weights it lies, and with whatever others
+    it is called.
+    """
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    hidden = activation(F.linear(rows, _aligned(fc1_weight), fc1_bias))
-    if dropout > 0:
-        hidden = F.dropout(hidden, dropout)
-    return F.linear(hidden, _aligned(fc2_weight), fc2_bias)
+    if sum(rows_per_expert) != rows.size(0):
+        raise ValueError(f"rows_per_expert must sum to the {rows.size(0)} rows, got {sum(rows_per_expert)}")
+    is_relu = activation in (F.relu, torch.relu)
+    outputs = [rows[:0]]
+    for first, end in _spans(rows_per_expert):
+        counts = rows_per_expert[first:end]
+        part, rows = rows.split([sum(counts), rows.size(0) - sum(counts)])
+        hidden = grouped_linear(part, counts, fc1_weight[first:end], fc1_bias[first:end], is_relu)
+        if not is_relu:
+            hidden = activation(hidden)
+        outputs.append(grouped_linear(hidden, counts, fc2_weight[first:end], fc2_bias[first:end]))
+    return torch.cat(outputs) if len(outputs) != 2 else outputs[1]
 
 
-def _aligned(weight: Tensor) -> Tensor:
-    """`weight`, or a copy of it: matrix libraries round differently by where a matrix begins, and the same expert may
-    lie in any place of a packed parameter. Only odd dims are copied."""
-    return weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()
+def _spans(rows_per_expert: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of experts that are called together: more rows at a time would only take more memory, and leave the cache
+    between the two layers."""
+    first = rows = 0
+    for expert, count in enumerate(rows_per_expert):
+        rows += count
+        if rows >= ROWS_AT_ONCE or expert == len(rows_per_expert) - 1:
+            yield first, expert + 1
+            first, rows = expert + 1, 0
 
 
 def packed_shapes(experts: int, model_dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
@@ -188,13 +207,16 @@ class ResidentExperts(nn.Module):
 
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
-        packed = [parameter.unbind(0) for parameter in self.parameters()]
+        packed = list(self.parameters())
+        if not (torch.is_grad_enabled() and (rows.requires_grad or self.fc1_weight.requires_grad)):
+            return run_experts(rows, tokens_per_expert, packed, self.activation)
         dropout = self.activation_dropout if self.training else 0.0
-        outputs = [
-            run_expert(chunk, [weights[expert] for weights in packed], self.activation, dropout)
-            for expert, chunk in enumerate(rows.split(list(tokens_per_expert)))
-            if chunk.size(0) > 0
-        ]
+        outputs = []
+        chunks, weights = rows.split(list(tokens_per_expert)), zip(*(each.unbind(0) for each in packed), strict=True)
+        for chunk, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) in zip(chunks, weights, strict=True):
+            if chunk.size(0) > 0:
+                hidden = self.activation(F.linear(chunk, fc1_weight, fc1_bias))
+                outputs.append(F.linear(F.dropout(hidden, dropout, dropout > 0), fc2_weight, fc2_bias))
         return torch.cat(outputs) if outputs else rows
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
