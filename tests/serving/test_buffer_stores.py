@@ -16,6 +16,13 @@ from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """As in serving: with them experts go another way."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
 def loader(shared_goldens):
     return Loader(shared_goldens)
