@@ -6,15 +6,17 @@ Legend: B = sentences, L = positions, T = tokens (B * L), E = experts, K = choic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.capacity import Capacity, Limited
+from fairseq_moe_ext.gating.device_counts import DeviceCounts
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
+from fairseq_moe_ext.gating.grouped import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.static import (
     assign_slots,
@@ -52,20 +54,24 @@ class StaticOptions:
 class LayerCall:
     """What one call of a layer did, for the report and the trace.
 
-    assignments: routed by the gate; dropped: those that found no slot; load: E tokens per expert that ran;
-    seconds: time per part on the host; bytes_exchanged: of rows sent to other ranks (as many come back).
+    dropped: assignments that found no slot; load: E tokens per expert that ran, which may lie on the device until they
+    are read; seconds: time per part on the host; bytes_exchanged: of rows sent to other ranks (as many come back).
     Under capacity-aware inference rerouted: assignments that run on another expert than the gate chose; load_before: E
     tokens per expert as the gate chose; overflowing: the numerator of the paper's dropped fraction.
     """
 
-    assignments: int
     dropped: int
-    load: list[int]
+    load: Sequence[int]
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_exchanged: int = 0
     rerouted: int = 0
     load_before: list[int] = field(default_factory=list)
     overflowing: float = 0.0
+
+    @property
+    def assignments(self) -> int:
+        """Routed by the gate."""
+        return sum(self.load) + self.dropped
 
 
 class MOELayer(nn.Module):
@@ -160,7 +166,14 @@ class MOELayer(nn.Module):
             limited = self._limit(routing, weights, num_sentences)
             routing, weights = limited.routing, limited.weights
             clock.lap("capacity")
-        if self.exchange is None:
+        kernel = choose_kernel(self.experts, tokens) if self.exchange is None and limited is None else "loop"
+        if kernel != "loop":
+            plan = plan_grouped(routing)
+            load = DeviceCounts(plan.tokens_per_expert)
+            clock.lap("dispatch")
+            result = run_grouped(kernel, self.experts, tokens, plan, weights, scale=1.0 - self.output_masking)
+            clock.lap("experts")
+        elif self.exchange is None:
             plan = plan_dispatch(routing)
             load = plan.tokens_per_expert
             self.experts.announce(load)
@@ -175,20 +188,19 @@ class MOELayer(nn.Module):
             clock.lap("dispatch")
             outputs, figures = self.exchange.run(rows, plan.tokens_per_expert)
             clock.took(figures)
-        outputs = self._mask_outputs(outputs)
-        result = combine(outputs, plan, weights)
-        clock.lap("combine")
+        if kernel == "loop":
+            result = combine(self._mask_outputs(outputs), plan, weights)
+            clock.lap("combine")
         self._record(wanted, routing)
         if self.observer is not None:
-            call = LayerCall(sum(load), 0, load, clock.seconds, clock.bytes_exchanged)
+            call = LayerCall(0, load, clock.seconds, clock.bytes_exchanged)
             if self.capacity is not None:
                 call.load_before = load
             if limited is not None:
                 call.load_before = torch.bincount(
                     wanted.expert_ids[wanted.kept], minlength=wanted.num_experts
                 ).tolist()
-                call.assignments = sum(call.load_before)
-                call.dropped = call.assignments - sum(load)
+                call.dropped = sum(call.load_before) - sum(load)
                 call.rerouted, call.overflowing = int(limited.rerouted.sum()), float(limited.overflowing)
             self.observer(call)
         return result
@@ -242,8 +254,8 @@ class MOELayer(nn.Module):
         self._record(wanted, routing)
         if self.observer is not None:
             load = torch.bincount(routing.expert_ids[routing.kept], minlength=wanted.num_experts).tolist()
-            assignments = int(wanted.kept.sum())
-            self.observer(LayerCall(assignments, assignments - sum(load), load, clock.seconds, clock.bytes_exchanged))
+            dropped = int(wanted.kept.sum()) - sum(load)
+            self.observer(LayerCall(dropped, load, clock.seconds, clock.bytes_exchanged))
         return result
 
     def _mask_outputs(self, outputs: Tensor) -> Tensor:

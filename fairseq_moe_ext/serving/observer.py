@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import Report, write_json
@@ -40,6 +41,7 @@ class Observer:
         self._recorder = TraceRecorder() if trace_path else None
         self.has_model = False
         self._batch = -1
+        self._calls: list[tuple[str, LayerCall]] = []  # of the pass under way
         self._at_exit = False
         self._on_gpu = False
 
@@ -63,12 +65,16 @@ class Observer:
     def layer_hook(self, name: str) -> Callable[[LayerCall], None]:
         """What the MoE layer called `name` tells of every call."""
 
-        def hook(call: LayerCall) -> None:
+        return lambda call: self._calls.append((name, call))
+
+    def _take_in_calls(self) -> None:
+        """What the layers told; their counts come from the device together, once per pass, not within it."""
+        fetch([call.load for _, call in self._calls])
+        for name, call in self._calls:
             self.report.layers[name].add(call)
             if self._recorder is not None:
-                self._recorder.add(name, call.load)
-
-        return hook
+                self._recorder.add(name, list(call.load))
+        self._calls.clear()
 
     def finish(self) -> None:
         """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
@@ -113,6 +119,7 @@ class Observer:
         totals.seconds += time.perf_counter() - start
         totals.tokens += tokens
         totals.steps += 1
+        self._take_in_calls()
 
     def _synchronize(self) -> None:
         # a pass ends when the device has finished it, not when the host has queued it

@@ -52,7 +52,7 @@ class LayerTotals:
                 assignments=call.assignments,
                 dropped=call.dropped,
                 active_experts=sum(count > 0 for count in call.load),
-                load=call.load,
+                load=list(call.load),
                 seconds=call.seconds,
                 bytes_exchanged=call.bytes_exchanged,
                 rerouted=call.rerouted,
