@@ -1,8 +1,13 @@
 """Fixtures that every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton comes in: its kernels run on the CPU
 
 
 @pytest.fixture(scope="session")
