@@ -1,13 +1,14 @@
-"""Resident experts on a GPU without waiting for the host: the sizes stay on the device, as offsets of grouped products.
+"""Resident experts on a GPU without waiting for the host: sizes stay on the device, as offsets of grouped products.
 
-The assignments are sorted on the device, those that are not kept behind the last expert's; what then runs knows T, K and
-E alone. Which kernel runs is chosen by what the device can do:
+The assignments are sorted on the device, those that are not kept behind the last expert's; what then runs knows T, K
+and E alone. Which kernel runs is chosen by what the device can do:
 
     triton      gather, bias, activation and scatter fused into two products (grouped_triton.py)
     grouped-mm  PyTorch's `grouped_mm`, with passes of their own for all of these
     loop        one product per expert (dispatch.py, experts.py): waits for the sizes, and works everywhere
 
-Legend: T = tokens, E = experts, K = choices per token, N = T * K assignments, kept or not, D = model dim, F = hidden dim.
+Legend: T = tokens, E = experts, K = choices per token, N = T * K assignments, kept or not, D = model dim,
+F = hidden dim.
 """
 
 from __future__ import annotations

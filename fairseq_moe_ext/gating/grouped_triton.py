@@ -8,7 +8,8 @@ A program of a product computes one tile: some rows of one expert times some col
 known on the device, so that as many are launched as there can be at most, and those past the end return at once. No
 atomics: every value is written once, and sums run in a fixed order in float32.
 
-Legend: T = tokens, E = experts, K = choices per token, N = T * K assignments, kept or not, D = model dim, F = hidden dim.
+Legend: T = tokens, E = experts, K = choices per token, N = T * K assignments, kept or not, D = model dim,
+F = hidden dim.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FUSED_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}  # any 
 NEIGHBOURS = 8  # tiles of rows that read the same columns of weights one after another, from the cache
 SUMMED_TOKENS = 4  # per program of the weighted sum
 DEFAULT_SHARED_MEMORY = 48 * 1024  # bytes that a block has on any GPU
+LARGE_SHARED_MEMORY = 200 * 1024  # Hopper's and its successors', whose tensor cores want wide tiles
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ def tiles_for(rows_per_expert: float, itemsize: int, shared_memory: int) -> Tile
     """
     if rows_per_expert <= 16:
         rows, columns, inner, warps = 16, 64, 256 // itemsize, 4
-    elif rows_per_expert <= 64:
-        rows, columns, inner, warps = 64, 64, 128 // itemsize, 4
     elif itemsize == 4:
         rows, columns, inner, warps = 64, 64, 32, 4  # without tensor cores the registers are the limit
+    elif rows_per_expert <= 96:
+        rows, columns, inner, warps = 64, 128, 64, 4
     else:
-        rows, columns, inner, warps = 128, 128, 64, 8
+        rows, columns, inner, warps = 128, 256 if shared_memory >= LARGE_SHARED_MEMORY else 128, 64, 8
     stage = (rows + columns) * inner * itemsize
     return Tiles(rows, columns, inner, warps, stages=max(1, min(4, shared_memory // stage)))
 
@@ -202,7 +204,7 @@ def _linear_kernel(
 
 
 def weighted_sum(outputs: Tensor, weights: Tensor, scale: float = 1.0) -> Tensor:
-    """outputs (T * K, D), weights (T, K) -> `scale` times their weighted sum (T, D); outputs of weight 0 are not read."""
+    """outputs (T * K, D), weights (T, K) -> `scale` times their weighted sum (T, D); what weighs 0 is not read."""
     num_tokens, num_choices = weights.shape
     model_dim = outputs.size(1)
     result = outputs.new_empty(num_tokens, model_dim)

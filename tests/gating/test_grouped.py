@@ -269,7 +269,7 @@ def test_where_the_loop_runs_whatever_is_there():
 def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     layer = SMALL.with_(hidden_dim=33).layer()
     layer.experts.kernel = "grouped-mm"
-    with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* got model dim 32 and hidden dim 33"):
+    with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* dim 32 and hidden dim 33"):
         layer(SMALL.batch()[0])
     layer.experts.kernel = "triton"
     monkeypatch.setattr(grouped, "find_spec", lambda name: None)
