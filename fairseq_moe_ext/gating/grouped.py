@@ -89,7 +89,16 @@ def choose_kernel(experts: nn.Module, tokens: Tensor) -> str:
         )
     if experts.kernel == "triton" and find_spec("triton") is None:
         raise ValueError("kernel triton needs the package triton, which is not installed")
+    if experts.kernel == "triton" and tokens.device.type != "cuda" and not _interpreted():
+        raise ValueError(f"kernel triton needs a GPU, got tokens on {tokens.device}")
     return experts.kernel
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run under its interpreter (TRITON_INTERPRET=1), on any device."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
 
 
 def best_kernel(hardware: Hardware, dtype: torch.dtype, dims: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import copy
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.modules import transformer_layer
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_po
             moe.moe_second_expert_policy,
             moe.moe_normalize_gate_prob_before_dropping,
         )
-    activation = utils.get_activation_fn(str(cfg.activation_fn or "relu"))
+    name = str(cfg.activation_fn or "relu")
+    # fairseq's own gelu computes in float32, as PyTorch's does, which the kernels know
+    activation = F.gelu if name == "gelu" else utils.get_activation_fn(name)
     dropout = float(cfg.activation_dropout or cfg.relu_dropout or 0)
     with nullcontext() if moe.allocate_experts else torch.device("meta"):
         experts = ResidentExperts(

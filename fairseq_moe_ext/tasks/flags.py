@@ -3,12 +3,14 @@
 import math
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum
 
 from fairseq_moe_ext.balancing.placement import load_placement
+from fairseq_moe_ext.gating.grouped import KERNELS
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
@@ -32,6 +34,10 @@ class MoEFlags(CapacityFlags, BufferFlags):
     moe_dtype: Optional[ChoiceEnum(DTYPES)] = field(
         default=None, metadata={"help": "dtype to serve in; default: float32, or float16 under --fp16"}
     )
+    moe_kernel: ChoiceEnum(KERNELS) = field(
+        default="auto",
+        metadata={"help": "what computes resident experts under dynamic gating; auto: by what the device can do"},
+    )
     moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
     moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})
     expert_placement: Optional[str] = field(
@@ -51,6 +57,11 @@ def check_flags(flags: Any) -> None:
     fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
     if fraction is not None and not math.isfinite(fraction):
         raise ValueError(f"--moe-eval-capacity-token-fraction must be a finite number, got {fraction}")
+    kernel = str(getattr(flags, "moe_kernel", "auto"))
+    if kernel not in KERNELS:
+        raise ValueError(f"--moe-kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if kernel == "triton" and find_spec("triton") is None:
+        raise ValueError("--moe-kernel triton needs the package triton, which is not installed")
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())

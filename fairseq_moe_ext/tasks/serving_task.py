@@ -109,6 +109,8 @@ class ServingTask:
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
             limit_experts(model, capacity, places, num_ranks)
+        for layer in model.moe_layers().values():
+            layer.experts.kernel = str(flags.moe_kernel)
 
     def _with_flags(self, args: Any) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""

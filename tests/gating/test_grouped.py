@@ -275,6 +275,10 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setattr(grouped, "find_spec", lambda name: None)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs the package triton"):
         layer(SMALL.batch()[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs a GPU, got tokens on cpu"):
+        layer(SMALL.batch()[0])
 
 
 def test_the_plan_is_the_loops():

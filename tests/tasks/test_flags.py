@@ -36,6 +36,7 @@ def test_every_task_reads_every_flag(task):
     [
         (("--moe-gating", "sparse"), ("--moe-gating", "sparse")),
         (("--moe-dtype", "float8"), ("--moe-dtype", "float8")),
+        (("--moe-kernel", "cutlass"), ("--moe-kernel", "cutlass")),
         (("--moe-eval-capacity-token-fraction", "much"), ("--moe-eval-capacity-token-fraction", "much")),
         (("--distributed-world-size", "8"), ("--distributed-world-size", "must be 1", "got 8")),
     ],
@@ -63,9 +64,11 @@ def test_a_file_in_the_working_folder_needs_no_path(tmp_path, monkeypatch):
     check_flags(Namespace(moe_report="report.json"))
 
 
-def test_an_unknown_gating():
+def test_an_unknown_gating_or_kernel():
     with pytest.raises(ValueError, match="--moe-gating must be one of dynamic, static, got 'sparse'"):
         check_flags(Namespace(moe_gating="sparse"))
+    with pytest.raises(ValueError, match="^--moe-kernel must be one of auto, triton, grouped-mm, loop, got 'cutlass'$"):
+        check_flags(Namespace(moe_kernel="cutlass"))
 
 
 @pytest.mark.parametrize("task", TASKS)

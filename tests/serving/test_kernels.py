@@ -1,0 +1,41 @@
+"""Served models by every kernel that runs on a CPU: the same results, report and trace as the loop over experts."""
+
+import numpy as np
+import pytest
+import torch
+from served_models import EVERY_MODEL, Loader, logits
+
+from fairseq_moe_ext.gating import ResidentExperts
+
+
+@pytest.fixture(scope="module")
+def loader(shared_goldens):
+    return Loader(shared_goldens)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_results_report_and_trace_are_the_loops(loader, name, tmp_path):
+    found = {}
+    for kernel in ("loop", "grouped-mm"):
+        model = loader.load(name, {}, "--moe-kernel", kernel, "--moe-trace", str(tmp_path / "trace.npz"))
+        assert {layer.experts.kernel for layer in model.moe_layers().values()} == {kernel}
+        observer = model.observer
+        values = logits(model)
+        found[kernel] = values, observer.report.layers, observer._recorder.trace()
+    values, layers, phases = found["grouped-mm"]
+    expected, expected_layers, expected_phases = found["loop"]
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    assert phases.keys() == expected_phases.keys() and phases
+    for phase, recorded in phases.items():
+        assert recorded.names == expected_phases[phase].names
+        assert np.array_equal(recorded.load, expected_phases[phase].load)
+    assert layers.keys() == expected_layers.keys() and layers
+    for layer, other in zip(layers.values(), expected_layers.values(), strict=True):
+        assert (layer.load, layer.assignments, layer.calls) == (other.load, other.assignments, other.calls)
+        assert sum(layer.load) > 0
+
+
+def test_by_default_the_device_decides(loader):
+    model = loader.load(EVERY_MODEL[0], {})
+    assert all(isinstance(layer.experts, ResidentExperts) for layer in model.moe_layers().values())
+    assert {layer.experts.kernel for layer in model.moe_layers().values()} == {"auto"}
