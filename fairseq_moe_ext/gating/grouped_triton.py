@@ -73,7 +73,7 @@ def run_triton(
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     if tiles is None:
         rows_per_expert = plan.assignments.numel() / fc1_weight.size(0)
-        tiles = tiles_for(rows_per_expert, tokens.element_size(), _shared_memory(tokens.device))
+        tiles = tiles_for(rows_per_expert, tokens.element_size(), shared_memory(tokens.device))
     tokens = tokens.contiguous()
     fused = FUSED_ACTIVATIONS.get(activation)
     with torch.cuda.device_of(tokens):
@@ -249,7 +249,7 @@ def _weighted_sum_kernel(
     tl.store(places, (total * scale).to(result.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes that one block may have."""
     if device.type != "cuda":
         return DEFAULT_SHARED_MEMORY
