@@ -184,7 +184,9 @@ def implementations(
     found = {"dynamic": lambda: dynamic(x)}
     for kernel in args.kernel[1:]:
         found[kernel] = lambda layer=with_kernel(dynamic, kernel): layer(x)
-    if args.cuda_graph:
+    if args.cuda_graph and choose_kernel(experts, x[:, 0]) == "loop":
+        print("graph is left out: a loop over experts waits for the host")
+    elif args.cuda_graph:
         found["graph"] = captured(found["dynamic"])
     found |= {
         "static": lambda: static(x),
@@ -198,7 +200,7 @@ def implementations(
         del found["static"]
     elif tokens % args.experts:
         print(f"fairscale is left out: its layer wants tokens ({tokens}) in multiples of experts ({args.experts})")
-    elif device == "cpu":
+    elif device == "cpu" and dtype == torch.float32:  # all that fairscale's layer computes in on a CPU
         fairscale = fairscale_layer(static)
         found["fairscale"] = lambda: fairscale(x)
     if 2 * static_bytes(args, tokens, 1.0) < free:
@@ -206,7 +208,7 @@ def implementations(
     else:
         expected = with_kernel(dynamic, "loop")(x)
     tolerance = {"atol": TOLERANCE[args.dtype], "rtol": TOLERANCE[args.dtype]}
-    for name in ("dynamic", *args.kernel[1:], *(["graph"] if args.cuda_graph else [])):
+    for name in {"dynamic", "graph", *args.kernel[1:]} & found.keys():
         torch.testing.assert_close(found[name](), expected, **tolerance)
     if "fairscale" in found:
         torch.testing.assert_close(found["fairscale"](), found["static"](), **tolerance)

@@ -87,7 +87,7 @@ def build_model(args: argparse.Namespace) -> MoETransformerModel:
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device), default_dtype(dtype):
         model = MoETransformerModel.build_model(fields, Namespace(source_dictionary=words, target_dictionary=words))
-    model = model.to(dtype).eval().requires_grad_(False)
+    model = model.to(args.device, dtype).eval().requires_grad_(False)
     model.observer = Observer("random weights")
     model.prepare_for_inference_(Namespace(generation=Namespace(beam=args.beam), common=Namespace(seed=args.seed)))
     for layer in model.moe_layers().values():
