@@ -41,6 +41,13 @@ setup(
     ],
     extras_require={
         "examples": ["Babel>=2.18"],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff", "Babel>=2.18"],
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6",
+            "ruff",
+            "Babel>=2.18",
+            "triton>=3.6; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
+        ],
     },
 )

@@ -65,7 +65,7 @@ class LayerCall:
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_exchanged: int = 0
     rerouted: int = 0
-    load_before: list[int] = field(default_factory=list)
+    load_before: Sequence[int] = field(default_factory=list)
     overflowing: float = 0.0
 
     @property
@@ -166,7 +166,7 @@ class MOELayer(nn.Module):
             limited = self._limit(routing, weights, num_sentences)
             routing, weights = limited.routing, limited.weights
             clock.lap("capacity")
-        kernel = choose_kernel(self.experts, tokens) if self.exchange is None and limited is None else "loop"
+        kernel = choose_kernel(self.experts, tokens) if self.exchange is None else "loop"
         if kernel != "loop":
             plan = plan_grouped(routing)
             load = DeviceCounts(plan.tokens_per_expert)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_moe_ext.gating import grouped
+from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.device_counts import DeviceCounts, fetch
 from fairseq_moe_ext.gating.grouped import Hardware, best_kernel, choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.routing import Routing
@@ -92,6 +93,20 @@ def test_output_masking(path):
     plain, _ = on(case.layer(output_masking=0.2), "loop", "cpu")
     layer, _ = on(case.layer(output_masking=0.2), *path)
     torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_under_a_capacity(overflow, path):
+    case = SMALL.with_(padding="right", skew=4.0)
+    plain, calls = on(case.layer(), "loop", "cpu")
+    layer, others = on(case.layer(), *path)
+    for each in (plain, layer):
+        each.capacity = Capacity(CapacityRules(1.0, overflow), [0] * case.num_experts, 1)
+    torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+    for name in ("assignments", "dropped", "rerouted", "load_before"):
+        assert getattr(others[0], name) == getattr(calls[0], name), name
+    assert list(others[0].load) == calls[0].load and others[0].dropped + others[0].rerouted > 0
 
 
 @pytest.mark.parametrize("path", BOTH, ids="-".join)
