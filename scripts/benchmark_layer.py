@@ -26,15 +26,14 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch comes in; the memory profiler is talkative
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from device_timing import captured, default_dtype, measure, peak_bytes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,16 +51,6 @@ SHAPES = {
     "nllb-54b": {"experts": 128, "model_dim": 2048, "hidden_dim": 8192, "capacity_fraction": 1.0},
 }
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def build_layers(args: argparse.Namespace) -> tuple[MOELayer, MOELayer]:
@@ -150,25 +139,6 @@ def _fits(call: Callable[[], Tensor]) -> bool:
     return True
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`call` as a CUDA graph, which the host starts at once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
-
-
 def implementations(
     args: argparse.Namespace, dynamic: MOELayer, static: MOELayer, tokens: int
 ) -> tuple[dict[str, Callable[[], Tensor]], int]:
@@ -230,44 +200,6 @@ def capacities(args: argparse.Namespace, dynamic: MOELayer, tokens: int) -> dict
         found[overflow] = lambda layer=layer: layer(x)
         found[f"{overflow}: rule"] = lambda capacity=capacity: capacity.apply(routing, weights, ranks).weights
     return found
-
-
-def measure(found: dict[str, Callable[[], Tensor]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Milliseconds per call, all in turn, at least 5 rounds and then as many as `seconds` allow."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["dynamic"]) < 5:
-        for name, call in found.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            call()
-            _synchronize(device)
-            times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def peak_bytes(call: Callable[[], Tensor], device: str) -> int:
-    """The most memory that one call's tensors took at a time, in bytes, above what was there before."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def parse_arguments() -> argparse.Namespace:

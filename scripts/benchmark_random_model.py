@@ -24,12 +24,12 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from device_timing import default_dtype  # noqa: E402
 from fairseq.data import Dictionary  # noqa: E402
 from fairseq.models import ARCH_CONFIG_REGISTRY  # noqa: E402
 from fairseq.search import Sampling  # noqa: E402
@@ -59,16 +59,6 @@ class FewExperts(HostStore):
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
         return super().load(expert % self._packed[0].size(0), targets)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def build_model(args: argparse.Namespace) -> MoETransformerModel:

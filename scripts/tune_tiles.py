@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from benchmark_layer import SHAPES, TOLERANCE  # noqa: E402
+from device_timing import measure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
@@ -72,22 +72,6 @@ def candidates(rows_per_expert: float, itemsize: int, memory: int) -> list[Tiles
     return [default] + [tiles for tiles in near if tiles != default]
 
 
-def milliseconds(call, device: str, seconds: float) -> float:
-    """The median of calls; the first, which compiles, does not count."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="nllb-54b", help="a published layer")
@@ -128,13 +112,11 @@ def main() -> None:
         times: dict[Tiles, float] = {}
         for tiles in tqdm(found, desc=f"{tokens} tokens", disable=None):
             try:
-                times[tiles] = milliseconds(
-                    lambda tiles=tiles, x=x, plan=plan, weights=weights: run_triton(
-                        x, plan, weights, parameters, F.relu, tiles=tiles
-                    ),
-                    device,
-                    args.seconds,
-                )
+                def call(tiles=tiles, x=x, plan=plan, weights=weights):
+                    return run_triton(x, plan, weights, parameters, F.relu, tiles=tiles)
+
+                call()  # compiles
+                times[tiles] = statistics.median(measure({"": call}, args.seconds, device, least=3)[""])
             except (RuntimeError, TritonError) as error:  # too much of some resource
                 tqdm.write(f"{tiles}: {str(error).splitlines()[0]}")
         for tiles in sorted(times, key=times.get)[:8]:

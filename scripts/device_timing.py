@@ -1,0 +1,79 @@
+"""Time and memory of calls on a CPU or a GPU, for the benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def measure(
+    found: dict[str, Callable[[], Tensor]], seconds: float, device: str, least: int = 5
+) -> dict[str, list[float]]:
+    """Milliseconds per call, all in turn, at least so many rounds and then as many as `seconds` allow."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or any(len(values) < least for values in times.values()):
+        for name, call in found.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def peak_bytes(call: Callable[[], Tensor], device: str) -> int:
+    """The most memory that one call's tensors took at a time, in bytes, above what was there before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`call` as a CUDA graph, which the host starts at once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
