@@ -55,6 +55,7 @@ def logits(model) -> torch.Tensor:
     """(3, 24, words) of a served model over rows of random tokens, some of them padded."""
     tokens = torch.randint(4, 1800, (3, 24), generator=torch.Generator().manual_seed(0))
     tokens[PADDING] = 1
+    tokens = tokens.to(next(model.parameters()).device)
     if hasattr(model, "encoder"):
-        return model(tokens, tokens.ne(1).sum(dim=1), tokens)[0].float()
-    return model(tokens)[0].float()
+        return model(tokens, tokens.ne(1).sum(dim=1), tokens)[0].float().cpu()
+    return model(tokens)[0].float().cpu()

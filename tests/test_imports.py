@@ -80,7 +80,8 @@ def test_the_reader_of_imports_sees_them():
 
 @pytest.mark.parametrize("module, unknown", [
     (PACKAGE, ("torch", "numpy", "fairseq")),
-    (f"{PACKAGE}.gating", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving")),
+    (f"{PACKAGE}.gating",
+     ("fairseq", "triton", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving")),
     (f"{PACKAGE}.buffering.cache", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.serving")),
     (f"{PACKAGE}.buffering.simulation", ("torch", "fairseq", "matplotlib")),
     (f"{PACKAGE}.balancing.plot", ("torch", "fairseq", "matplotlib", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),

@@ -1,4 +1,4 @@
-"""Served models by every kernel that runs on a CPU: the same results, report and trace as the loop over experts."""
+"""Served models by every kernel: the same results, report and trace as the loop over experts."""
 
 import numpy as np
 import pytest
@@ -39,3 +39,14 @@ def test_by_default_the_device_decides(loader):
     model = loader.load("lm_top2", {})
     assert all(isinstance(layer.experts, ResidentExperts) for layer in model.moe_layers().values())
     assert {layer.experts.kernel for layer in model.moe_layers().values()} == {"auto"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernel", ["auto", "triton", "grouped-mm", "loop"])
+@pytest.mark.parametrize("name", ["lm_top2", "mt_nllb_ws2"])
+def test_on_a_gpu_results_are_the_cpus(loader, name, kernel):
+    expected = logits(loader.load(name, {}))
+    model = loader.load(name, {}, "--moe-kernel", kernel).cuda()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert all(sum(layer.load) > 0 for layer in model.observer.report.layers.values())
