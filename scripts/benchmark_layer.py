@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
-from fairseq_moe_ext.gating.grouped import KERNELS, choose_kernel  # noqa: E402
+from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_capacity  # noqa: E402
 from fairseq_moe_ext.serving.free_memory import free_bytes  # noqa: E402

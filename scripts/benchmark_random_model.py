@@ -39,7 +39,7 @@ from tqdm import tqdm  # noqa: E402
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
-from fairseq_moe_ext.gating.grouped import KERNELS, choose_kernel  # noqa: E402
+from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import GATINGS  # noqa: E402
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel  # noqa: E402
 from fairseq_moe_ext.serving.generator import MoESequenceGenerator  # noqa: E402

@@ -3,7 +3,7 @@
 
     python scripts/tune_tiles.py --shape nllb-54b --tokens 256 1024 8192 --dtype float16 --output tiles.json
 
-What is measured belongs into `tiles_for` (gating/grouped_triton.py). Where there is no GPU, TRITON_INTERPRET=1 runs the
+What is measured belongs into `tiles_for` (gating/triton_experts.py). Where there is no GPU, TRITON_INTERPRET=1 runs the
 kernels on the CPU, which says whether they run and nothing about their time.
 """
 
@@ -25,10 +25,10 @@ from device_timing import measure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
+from fairseq_moe_ext.gating.device_experts import plan_grouped  # noqa: E402
 from fairseq_moe_ext.gating.experts import packed_shapes  # noqa: E402
-from fairseq_moe_ext.gating.grouped import plan_grouped  # noqa: E402
-from fairseq_moe_ext.gating.grouped_triton import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
+from fairseq_moe_ext.gating.triton_experts import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
 
 NUM_CHOICES = 2
 # rows, columns, inner, warps, stages; each takes a second or two to compile

@@ -135,7 +135,7 @@ class ResidentExperts(nn.Module):
     """
 
     totals = BufferCall()  # of all calls: nothing is fetched
-    kernel = "auto"  # what computes them inside a layer, one of grouped.KERNELS
+    kernel = "auto"  # what computes them inside a layer, one of device_experts.KERNELS
 
     def __init__(
         self,

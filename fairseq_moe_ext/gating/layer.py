@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.capacity import Capacity, Limited
 from fairseq_moe_ext.gating.device_counts import DeviceCounts
+from fairseq_moe_ext.gating.device_experts import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
-from fairseq_moe_ext.gating.grouped import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.static import (
     assign_slots,

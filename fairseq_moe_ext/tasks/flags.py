@@ -10,7 +10,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum
 
 from fairseq_moe_ext.balancing.placement import load_placement
-from fairseq_moe_ext.gating.grouped import KERNELS
+from fairseq_moe_ext.gating.device_experts import KERNELS
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags

@@ -34,11 +34,11 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fairseq_moe_ext.gating import grouped_triton
+    from fairseq_moe_ext.gating import triton_experts
 
     itemsize = {"fp16": torch.float16.itemsize, "bf16": torch.bfloat16.itemsize, "fp32": torch.float32.itemsize}
     for (capability, kilobytes), dtype, rows, whole, activation, gather, products in CASES:
-        tiles = grouped_triton.tiles_for(rows, itemsize[dtype], kilobytes * 1024)
+        tiles = triton_experts.tiles_for(rows, itemsize[dtype], kilobytes * 1024)
         values = dict.fromkeys(("inputs", "weights", "biases", "outputs"), f"*{dtype}")
         numbers = dict.fromkeys(("num_experts", "in_dim", "out_dim", "row_tiles"), "i32")
         constants = {
@@ -51,7 +51,7 @@ def compile_all():
         }
         aligned = {(place,): [["tt.divisibility", 16]] for place in (*range(7), *((8, 9) if whole else ()))}
         kernel = triton.compile(
-            ASTSource(grouped_triton._linear_kernel, signature, constants, aligned),
+            ASTSource(triton_experts._linear_kernel, signature, constants, aligned),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": tiles.warps, "num_stages": tiles.stages},
         )
@@ -64,7 +64,7 @@ def test_the_kernels_compile_for_every_generation(tmp_path):
     """In a process of its own: in this one they are for the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
-    command = [sys.executable, "-c", "import test_grouped_compiles; test_grouped_compiles.compile_all()"]
+    command = [sys.executable, "-c", "import test_triton_compiles; test_triton_compiles.compile_all()"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]

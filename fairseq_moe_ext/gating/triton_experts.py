@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq_moe_ext.gating.grouped import GroupedPlan
+from fairseq_moe_ext.gating.device_experts import GroupedPlan
 
 FUSED_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}  # any other runs between the products
 NEIGHBOURS = 8  # tiles of rows that read the same columns of weights one after another, from the cache

@@ -3,7 +3,7 @@
 The assignments are sorted on the device, those that are not kept behind the last expert's; what then runs knows T, K
 and E alone. Which kernel runs is chosen by what the device can do:
 
-    triton      gather, bias, activation and scatter fused into two products (grouped_triton.py)
+    triton      gather, bias, activation and scatter fused into two products (triton_experts.py)
     grouped-mm  PyTorch's `grouped_mm`, with passes of their own for all of these
     loop        one product per expert (dispatch.py, experts.py): waits for the sizes, and works everywhere
 
@@ -128,7 +128,7 @@ def hardware_of(device: torch.device) -> Hardware:
     capability = torch.cuda.get_device_capability(device)
     if find_spec("triton") is None or capability < AMPERE:
         return Hardware(capability, False)
-    from fairseq_moe_ext.gating.grouped_triton import weighted_sum
+    from fairseq_moe_ext.gating.triton_experts import weighted_sum
 
     try:
         weighted_sum(torch.ones(1, 16, device=device), torch.ones(1, 1, device=device))
@@ -150,7 +150,7 @@ def run_grouped(
     if tokens.size(0) == 0:
         return tokens
     if kernel == "triton":
-        from fairseq_moe_ext.gating.grouped_triton import run_triton  # imports triton, which may not be there
+        from fairseq_moe_ext.gating.triton_experts import run_triton  # imports triton, which may not be there
 
         return run_triton(tokens, plan, weights, parameters, experts.activation, scale)
     return run_grouped_mm(tokens, plan, weights, parameters, experts.activation, scale)

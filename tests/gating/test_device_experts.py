@@ -9,14 +9,14 @@ from cases import TOLERANCE, Case, expert_list
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_moe_ext.gating import grouped
+from fairseq_moe_ext.gating import device_experts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.device_counts import DeviceCounts, fetch
-from fairseq_moe_ext.gating.grouped import Hardware, best_kernel, choose_kernel, plan_grouped, run_grouped
+from fairseq_moe_ext.gating.device_experts import Hardware, best_kernel, choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.routing import Routing
 
 triton = pytest.importorskip("triton")
-grouped_triton = pytest.importorskip("fairseq_moe_ext.gating.grouped_triton")
+triton_experts = pytest.importorskip("fairseq_moe_ext.gating.triton_experts")
 
 CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")]
@@ -129,8 +129,8 @@ def test_many_tiles_per_expert_and_more_tiles_than_neighbours(tiles, device):
     routing = Routing(expert_ids, torch.ones_like(expert_ids, dtype=torch.bool), probabilities[:, :1], probabilities)
     tokens, weights = torch.randn(len(rows_of), 36, device=device), torch.rand(len(rows_of), 1, device=device)
     parameters = [torch.randn(len(counts), *shape, device=device) for shape in ((40, 36), (40,), (36, 40), (36,))]
-    sizes = grouped_triton.Tiles(*tiles, warps=4, stages=2)
-    found = grouped_triton.run_triton(tokens, plan_grouped(routing), weights, parameters, F.relu, tiles=sizes)
+    sizes = triton_experts.Tiles(*tiles, warps=4, stages=2)
+    found = triton_experts.run_triton(tokens, plan_grouped(routing), weights, parameters, F.relu, tiles=sizes)
     fc1, bias1, fc2, bias2 = (parameter[expert_ids[:, 0]] for parameter in parameters)
     hidden = F.relu(torch.einsum("tfd,td->tf", fc1, tokens) + bias1)
     expected = (torch.einsum("tdf,tf->td", fc2, hidden) + bias2) * weights
@@ -287,7 +287,7 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* dim 32 and hidden dim 33"):
         layer(SMALL.batch()[0])
     layer.experts.kernel = "triton"
-    monkeypatch.setattr(grouped, "find_spec", lambda name: None)
+    monkeypatch.setattr(device_experts, "find_spec", lambda name: None)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs the package triton"):
         layer(SMALL.batch()[0])
     monkeypatch.undo()
@@ -313,7 +313,7 @@ def test_the_plan_is_the_loops():
 @pytest.mark.parametrize("memory", [48 * 1024, 64 * 1024, 96 * 1024, 99 * 1024, 227 * 1024])
 @pytest.mark.parametrize("rows", [0.1, 16, 40, 64, 500])
 def test_tiles_fit_the_shared_memory(rows, itemsize, memory):
-    tiles = grouped_triton.tiles_for(rows, itemsize, memory)
+    tiles = triton_experts.tiles_for(rows, itemsize, memory)
     stage = (tiles.rows + tiles.columns) * tiles.inner * itemsize
     assert stage * tiles.stages <= memory
     assert tiles.stages >= 2 or memory < 64 * 1024
