@@ -50,6 +50,7 @@ WITHOUT_EFFECT = frozenset(
         "moe_report",
         "moe_trace",
         "moe_dtype",
+        "moe_kernel",
         "moe_capacity_factor",  # these and below: how a checkpoint was once served, or not
         "moe_overflow",
         "moe_drop_metric",
