@@ -89,13 +89,13 @@ if [ -n "$small" ]; then
   model=(--layers 4 --model-dim 16 --hidden-dim 32 --experts 8 --vocabulary 99 --batch 2 --max-batch 4 --steps 3
     --source-length 6 --buffer-size 3)
   tiles=(--experts 4 --model-dim 32 --hidden-dim 48 --tokens 16 --most 2)
-  command=(--quick)
+  command=(--models mt --quick)
 else
   layer=(--tokens 64 256 1024 8192 2048 16384 --seconds 2)
   few=(--tokens 64 256 1024 8192 --seconds 1.5)
   model=(--batch 16 --seconds 25)
   tiles=(--tokens 256 1024 8192)
-  command=(--model-dim 1024 --layers 8 --repetitions 1)
+  command=(--models mt --model-dim 512 --repetitions 1 --variants static dynamic dense)
 fi
 graph=(--cuda-graph)
 [ "$device" = cuda ] || { graph=() && export TRITON_INTERPRET=1; }
