@@ -117,7 +117,7 @@ def test_a_token_does_not_depend_on_its_batch_mates(path):
     torch.testing.assert_close(run(layer, x[1:2], None), run(layer, x, None)[1:2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tiles", [(16, 16, 16), (16, 32, 64), (32, 16, 16)], ids=str)
+@pytest.mark.parametrize("tiles", [(16, 32, 64), (32, 16, 16)], ids=str)
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
 def test_many_tiles_per_expert_and_more_tiles_than_neighbours(tiles, device):
     """Tiles that are full, begun and missing, several steps of the inner dim, more than one band of neighbours."""
