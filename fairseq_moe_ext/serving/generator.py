@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
@@ -33,7 +35,8 @@ class _CountedGeneration:
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
             sample = {key: value for key, value in sample.items() if key != "id"}
-        hypotheses = super().generate(models, sample, **kwargs)
+        with shared_encoder_output(self.model.models, self.beam_size):
+            hypotheses = super().generate(models, sample, **kwargs)
         if self.observer is not None:
             self.observer.report.count_hypotheses(hypotheses)
         return hypotheses
@@ -45,6 +48,33 @@ class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
 
 class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
     """The same with attention alignments (`--print-alignment`)."""
+
+
+@contextmanager
+def shared_encoder_output(models: Iterable, beam_size: int) -> Iterator[None]:
+    """In this context a sentence's beams attend to one copy of its encoder output, keys and values.
+
+    fairseq's attention can do that, but of its models only BART asks for it: the others copy the encoder's output per
+    beam, project it per beam, and copy all of it again at every step, where only the first reads it.
+    """
+    shared = [
+        model
+        for model in models
+        if isinstance(getattr(model, "encoder", None), TransformerEncoderBase)
+        and isinstance(model.decoder, TransformerDecoderBase)
+        and all(getattr(layer, "encoder_attn", None) is not None for layer in model.decoder.layers)
+    ]
+    for model in shared:
+        model.encoder.reorder_encoder_out = model.encoder._reorder_encoder_out  # leaves it as it is
+        for layer in model.decoder.layers:
+            layer.encoder_attn.set_beam_size(beam_size)
+    try:
+        yield
+    finally:
+        for model in shared:
+            del model.encoder.reorder_encoder_out
+            for layer in model.decoder.layers:
+                layer.encoder_attn.set_beam_size(1)
 
 
 def take_turn(sample: dict, compute: Callable[[], Any]) -> Any:
