@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
+from fairseq_moe_ext.serving.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import TURN, Ranks
 
@@ -48,6 +50,10 @@ class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
 
 class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
     """The same with attention alignments (`--print-alignment`)."""
+
+
+class MoEContinuousGenerator(_CountedGeneration, ContinuousGenerator):
+    """The same over all batches at once (`--continuous-batching`)."""
 
 
 @contextmanager
@@ -111,9 +117,11 @@ class ServedEpoch:
     def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
         self._epoch_iterator = epoch_iterator
         self._watched_by = observer, ranks, of_all
+        self.batches: ServedBatches | None = None  # the last that were asked for
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
-        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
+        self.batches = ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
+        return self.batches
 
     def __getattr__(self, name):
         return getattr(self._epoch_iterator, name)
@@ -132,13 +140,27 @@ class ServedBatches:
         self._ranks = ranks
         self._of_all = of_all
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
+        self._source: Iterator[dict] = iter(())
+        self._ahead: deque[dict] = deque()  # seen by `look_ahead` and not yet yielded
 
     def __len__(self) -> int:
         return len(self._batches)
 
+    def look_ahead(self) -> dict | None:
+        """The first batch that was neither yielded nor told of here, which will be yielded in its turn; None: no more.
+
+        One process only.
+        """
+        while (batch := next(self._source, None)) is not None:
+            self._ahead.append(batch)
+            if batch:
+                return batch
+        return None
+
     def __iter__(self) -> Iterator[dict]:
         if self._ranks is None:
-            for batch in self._batches:
+            self._source = iter(self._batches)
+            while (batch := self._ahead.popleft() if self._ahead else next(self._source, None)) is not None:
                 self._observer.begin_batch()
                 yield batch
             self._observer.finish()
