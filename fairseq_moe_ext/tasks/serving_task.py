@@ -142,6 +142,8 @@ class ServingTask:
             logger.warning("--continuous-batching has no effect under --score-reference, which generates nothing")
             continuous = False
         if continuous:
+            if self._epoch is None:
+                raise ValueError("--continuous-batching is for fairseq-generate, got a generator without its batches")
             check_options(args, models)
             seq_gen_cls = MoEContinuousGenerator
         if seq_gen_cls is None:
@@ -161,7 +163,7 @@ class ServingTask:
 
     def _next_request(self, models, prefix_size: int) -> Request | None:
         """What fairseq-generate and this task will make of the next batch that was not looked at yet."""
-        batch = None if self._epoch is None else self._epoch.batches.look_ahead()
+        batch = self._epoch.batches.look_ahead()
         if batch is None:
             return None
         if next(models[0].parameters()).is_cuda:
@@ -186,8 +188,6 @@ class ServingTask:
                         raise ValueError(f"--gen-subset {split}: the data set must hold a sentence, {file} holds none")
 
     def build_dataset_for_inference(self, *args, **kwargs):
-        if self._flags().continuous_batching:
-            raise ValueError("--continuous-batching is for fairseq-generate, got fairseq-interactive's input")
         if self.observer is not None:
             self.observer.finish_at_exit()
         return super().build_dataset_for_inference(*args, **kwargs)
