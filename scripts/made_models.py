@@ -50,24 +50,25 @@ def scaled_vocabulary(shape: Shape, model_dim: int, layers: int) -> int:
     return max(shape.vocabulary * model_dim * layers // (shape.model_dim * shape.layers), 64)
 
 
-def write_data(folder: Path, shape: Shape, vocabulary: int, rows: int, seed: int = 1) -> Path:
-    """A test split of `rows` sentences (a language model's are blocks) of random words, in fairseq's binary format."""
+def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int], seed: int = 1) -> Path:
+    """Splits of so many sentences (a language model's are blocks) of random words, in fairseq's binary format."""
     folder.mkdir(parents=True)
     words = Dictionary()
     for number in range(vocabulary - len(words)):
         words.add_symbol(f"w{number}")
     generator = torch.Generator().manual_seed(seed)
     low, high = SOURCE_LENGTHS if shape.translates else (BLOCK, BLOCK)
-    lengths = torch.randint(low, high + 1, (rows,), generator=generator).tolist()
-    for language in ("en", "de") if shape.translates else (None,):
-        words.save(str(folder / (f"dict.{language}.txt" if language else "dict.txt")))
-        prefix = folder / (f"test.en-de.{language}" if language else "test")
-        builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocabulary)
-        for length in lengths:
-            line = torch.randint(words.nspecial, vocabulary, (length,), generator=generator)
-            line[-1] = words.eos()
-            builder.add_item(line.int())
-        builder.finalize(f"{prefix}.idx")
+    for split, number in rows.items():
+        lengths = torch.randint(low, high + 1, (number,), generator=generator).tolist()
+        for language in ("en", "de") if shape.translates else (None,):
+            words.save(str(folder / (f"dict.{language}.txt" if language else "dict.txt")))
+            prefix = folder / (f"{split}.en-de.{language}" if language else split)
+            builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocabulary)
+            for length in lengths:
+                line = torch.randint(words.nspecial, vocabulary, (length,), generator=generator)
+                line[-1] = words.eos()
+                builder.add_item(line.int())
+            builder.finalize(f"{prefix}.idx")
     return folder
 
 
