@@ -8,8 +8,9 @@
 
 Every run is a process of its own, whose figures are its --moe-report's; variants run in turn, round after round.
 `dense` is the model of the same active size (a feed-forward of hidden dim K * F in place of the experts), the floor of
-a command. Static gating, which takes long, serves one batch, the others --batches. Published one-node ratios of dynamic over static: LM 6.21, MT encoder 5.75, MT decoder 2.58 ("Toward
-Efficient Inference for Mixture of Experts", maximum throughputs on 8 V100).
+a command. Static gating, which takes long, serves one batch of a made model, the others --batches. Published one-node
+ratios of dynamic over static: LM 6.21, MT encoder 5.75, MT decoder 2.58 ("Toward Efficient Inference for Mixture of
+Experts", largest throughputs on 8 V100).
 --output gets benchmark_generate.json and benchmark_generate.md.
 """
 

@@ -97,8 +97,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("fields", [{}, {"decoder_learned_pos": True, "encoder_normalize_before": True}], ids=repr)
+LEARNED = {"decoder_learned_pos": True, "encoder_normalize_before": True}
+
+
+@pytest.mark.parametrize("fields, options", [
+    *(pytest.param({}, options, id=name) for name, options in OPTIONS.items()),
+    *(pytest.param(LEARNED, OPTIONS[name], id=f"learned positions, {name}") for name in ("greedy", "beam 4")),
+])
 def test_hypotheses_are_fairseqs(fields, options):
     served, options = model(**fields), {"max_len_b": 12, **options}
     expected = in_turn(SequenceGenerator([served], dictionary(), **options), batches())
@@ -130,8 +135,8 @@ def test_sources_padded_at_their_end_and_a_dense_model():
 def test_the_room_is_filled_as_long_as_sentences_wait():
     served, options = model(), {"beam_size": 2, "max_len_b": 12}
     _, live = continuous(served, batches(), Room(6), **options)
-    assert [len(step) for step in live if len(step) < 6] == sorted((len(step) for step in live if len(step) < 6))[::-1]
-    assert len(live[0]) == 6  # of the first three batches
+    sizes = [len(step) for step in live]
+    assert sizes[0] == 6 and sizes == sorted(sizes, reverse=True)  # of the first three batches; fewer when none wait
     _, live = continuous(served, batches(), Room(None, 24), **options)
     assert all(len(step) * max(step) <= 24 for step in live)
     assert max(map(len, live)) > 2
