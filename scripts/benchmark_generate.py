@@ -66,9 +66,9 @@ def made_model(name: str, args: argparse.Namespace, folder: Path) -> Model:
     vocabulary = scaled_vocabulary(shape, dim, layers)
     rows = args.batch_size or (48 if shape.translates else 8)
     data = write_data(folder / f"{name}-data", shape, vocabulary, {"test": rows * args.batches, "short": rows})
-    files = {"moe": write_checkpoint(folder / f"{name}.pt", data, shape, dim, layers)}
+    files = {"moe": write_checkpoint(folder / f"{name}.pt", data, shape, dim, layers, args.dtype)}
     if "dense" in args.variants:
-        files["dense"] = write_checkpoint(folder / f"{name}-dense.pt", data, shape, dim, layers, dense=True)
+        files["dense"] = write_checkpoint(folder / f"{name}-dense.pt", data, shape, dim, layers, args.dtype, dense=True)
     if shape.translates:
         flags = ["--task", "moe_translation", "-s", "en", "-t", "de", "--beam", str(args.beam), "--quiet"]
         flags += ["--max-len-b", str(args.max_len), "--min-len", str(args.max_len)]
@@ -167,6 +167,20 @@ def _ratio(value: float, base: float, same: bool) -> str:
     return "" if same else f"{value / base:.2f}"
 
 
+def write_figures(models: list[Model], args: argparse.Namespace) -> str:
+    """Both files of the rounds so far; returns the Markdown."""
+    where = f"{torch.cuda.get_device_name()}" if args.device == "cuda" else f"{args.threads} CPU thread(s)"
+    rounds = len(next(iter(models[0].runs.values())))
+    where += f", {args.dtype}, torch {torch.__version__}, medians of {rounds}"
+    text = "\n\n".join([f"`{shlex.join(['python', *sys.argv])}` ({where})", *map(table, models)]) + "\n"
+    figures = {"where": where, "models": [{"name": model.name, "runs": model.runs} for model in models]}
+    write_json(args.output / "benchmark_generate.json", figures)
+    temporary = args.output / "benchmark_generate.md.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, args.output / "benchmark_generate.md")
+    return text
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -218,6 +232,7 @@ def main() -> None:
         else:
             names = tqdm(args.models, desc="making models", unit="model")
             models = [made_model(name, args, Path(folder)) for name in names]
+        args.output.mkdir(parents=True, exist_ok=True)
         with tqdm(total=args.repetitions * sum(len(model.arguments) for model in models), unit="run") as bar:
             for _ in range(args.repetitions):
                 for model in models:
@@ -225,13 +240,7 @@ def main() -> None:
                         bar.set_description(f"{model.name.partition(':')[0]} {variant}")
                         model.runs.setdefault(variant, []).append(serve(model, variant, args))
                         bar.update()
-    args.output.mkdir(parents=True, exist_ok=True)
-    where = f"{torch.cuda.get_device_name()}" if args.device == "cuda" else f"{args.threads} CPU thread(s)"
-    where += f", {args.dtype}, torch {torch.__version__}, medians of {args.repetitions}"
-    text = "\n\n".join([f"`{shlex.join(['python', *sys.argv])}` ({where})", *map(table, models)]) + "\n"
-    figures = {"where": where, "models": [{"name": model.name, "runs": model.runs} for model in models]}
-    write_json(args.output / "benchmark_generate.json", figures)
-    (args.output / "benchmark_generate.md").write_text(text, encoding="utf-8")
+                text = write_figures(models, args)  # whoever stops it keeps the rounds that are done
     print(text)
     print(f"benchmark_generate.json and benchmark_generate.md are in {args.output}")
 

@@ -73,7 +73,7 @@ def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int]
 
 
 def write_checkpoint(
-    file: Path, data: Path, shape: Shape, model_dim: int, layers: int, dense: bool = False, seed: int = 1
+    file: Path, data: Path, shape: Shape, model_dim: int, layers: int, dtype: str, dense: bool = False, seed: int = 1
 ) -> Path:
     """The shape at this width and depth; `dense`: a feed-forward of hidden dim K * F stands in place of the experts."""
     hidden_dim, heads = 4 * model_dim, max(model_dim // 64, 1)
@@ -91,7 +91,7 @@ def write_checkpoint(
     args = options.parse_args_and_arch(options.get_training_parser(), arguments)
     cfg = convert_namespace_to_omegaconf(args)
     torch.manual_seed(seed)
-    model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    model = tasks.setup_task(cfg.task).build_model(cfg.model).to(getattr(torch, dtype))
     state = {
         "args": None,
         "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
