@@ -19,7 +19,6 @@ from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
-from fairseq_moe_ext.serving.continuous_batching import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
@@ -31,6 +30,7 @@ from fairseq_moe_ext.serving.generator import (
 )
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
+from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.flags import check_flags

@@ -10,9 +10,9 @@ from fairseq.sequence_generator import SequenceGenerator
 from flag_makers import parsed
 from model_makers import WORDS, dense_twin, dictionary, translation_input, translation_model
 
-from fairseq_moe_ext.serving.continuous_batching import Request, Room, check_options
 from fairseq_moe_ext.serving.generator import MoEContinuousGenerator, MoESequenceGenerator, ServedBatches
 from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.serving.requests import Request, Room, check_options
 from fairseq_moe_ext.tasks.flags import check_flags
 
 EOS = 2
