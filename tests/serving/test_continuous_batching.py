@@ -219,7 +219,7 @@ def generated(goldens, name, report, *flags):
 
 
 @pytest.mark.parametrize(("name", "flags"), [
-    ("mt_plain", ("--batch-size", "12", "--nbest", "3")),
+    pytest.param("mt_plain", ("--batch-size", "12", "--nbest", "3"), marks=pytest.mark.slow),
     ("mt_nllb_ws2", ("--max-tokens", "200")),
     pytest.param("mt_plain", ("--batch-size", "12", "--prefix-size", "2", "--beam", "1"), marks=pytest.mark.slow),
 ])
