@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
+from fairseq_moe_ext.serving.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import TURN, Ranks
 
@@ -33,7 +37,8 @@ class _CountedGeneration:
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
             sample = {key: value for key, value in sample.items() if key != "id"}
-        hypotheses = super().generate(models, sample, **kwargs)
+        with shared_encoder_output(self.model.models, self.beam_size):
+            hypotheses = super().generate(models, sample, **kwargs)
         if self.observer is not None:
             self.observer.report.count_hypotheses(hypotheses)
         return hypotheses
@@ -45,6 +50,37 @@ class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
 
 class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
     """The same with attention alignments (`--print-alignment`)."""
+
+
+class MoEContinuousGenerator(_CountedGeneration, ContinuousGenerator):
+    """The same over all batches at once (`--continuous-batching`)."""
+
+
+@contextmanager
+def shared_encoder_output(models: Iterable, beam_size: int) -> Iterator[None]:
+    """In this context a sentence's beams attend to one copy of its encoder output, keys and values.
+
+    fairseq's attention can do that, but of its models only BART asks for it: the others copy the encoder's output per
+    beam, project it per beam, and copy all of it again at every step, where only the first reads it.
+    """
+    shared = [
+        model
+        for model in models
+        if isinstance(getattr(model, "encoder", None), TransformerEncoderBase)
+        and isinstance(model.decoder, TransformerDecoderBase)
+        and all(getattr(layer, "encoder_attn", None) is not None for layer in model.decoder.layers)
+    ]
+    for model in shared:
+        model.encoder.reorder_encoder_out = model.encoder._reorder_encoder_out  # leaves it as it is
+        for layer in model.decoder.layers:
+            layer.encoder_attn.set_beam_size(beam_size)
+    try:
+        yield
+    finally:
+        for model in shared:
+            del model.encoder.reorder_encoder_out
+            for layer in model.decoder.layers:
+                layer.encoder_attn.set_beam_size(1)
 
 
 def take_turn(sample: dict, compute: Callable[[], Any]) -> Any:
@@ -81,9 +117,11 @@ class ServedEpoch:
     def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
         self._epoch_iterator = epoch_iterator
         self._watched_by = observer, ranks, of_all
+        self.batches: ServedBatches | None = None  # the last that were asked for
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
-        return ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
+        self.batches = ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
+        return self.batches
 
     def __getattr__(self, name):
         return getattr(self._epoch_iterator, name)
@@ -102,13 +140,27 @@ class ServedBatches:
         self._ranks = ranks
         self._of_all = of_all
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
+        self._source: Iterator[dict] = iter(())
+        self._ahead: deque[dict] = deque()  # seen by `look_ahead` and not yet yielded
 
     def __len__(self) -> int:
         return len(self._batches)
 
+    def look_ahead(self) -> dict | None:
+        """The first batch that was neither yielded nor told of here, which will be yielded in its turn; None: no more.
+
+        One process only.
+        """
+        while (batch := next(self._source, None)) is not None:
+            self._ahead.append(batch)
+            if batch:
+                return batch
+        return None
+
     def __iter__(self) -> Iterator[dict]:
         if self._ranks is None:
-            for batch in self._batches:
+            self._source = iter(self._batches)
+            while (batch := self._ahead.popleft() if self._ahead else next(self._source, None)) is not None:
                 self._observer.begin_batch()
                 yield batch
             self._observer.finish()

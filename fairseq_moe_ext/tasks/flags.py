@@ -44,6 +44,9 @@ class MoEFlags(CapacityFlags, BufferFlags):
         default=None,
         metadata={"help": "several ranks: which ranks hold which expert (.json); default: experts in rising number"},
     )
+    continuous_batching: bool = field(
+        default=False, metadata={"help": "waiting sentences take the place of finished ones in the decoder"}
+    )
     is_moe: bool = field(
         default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
     )
@@ -74,6 +77,22 @@ def check_flags(flags: Any) -> None:
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
     check_buffer_flags(flags)
     check_capacity_flags(flags)
+    if getattr(flags, "continuous_batching", False):
+        _check_continuous_batching(flags)
+
+
+def _check_continuous_batching(flags: Any) -> None:
+    """A sentence's result must not depend on who is decoded beside it."""
+    rule = "--continuous-batching needs results that do not depend on a sentence's batch"
+    fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
+    if str(getattr(flags, "moe_gating", "dynamic")) == "static" and (fraction is None or fraction < 1):
+        got = "the checkpoint's" if fraction is None else fraction
+        raise ValueError(f"{rule}: --moe-gating static must have --moe-eval-capacity-token-fraction 1.0, got {got}")
+    factor = getattr(flags, "moe_capacity_factor", None)
+    if factor is not None and str(flags.moe_capacity_phases) != "prefill":
+        raise ValueError(f"{rule}: --moe-capacity-factor {factor} must have --moe-capacity-phases prefill, got all")
+    if world_size() > 1:
+        raise ValueError(f"--continuous-batching is for one process, got {world_size()} ranks")
 
 
 def _check_placement(path: str, ranks: int) -> None:

@@ -23,6 +23,12 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
 
     served_model_class = MoETransformerLanguageModel
 
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        if getattr(args, "continuous_batching", False):
+            raise ValueError("--continuous-batching is for translation tasks, got moe_language_modeling")
+        return super().setup_task(args, **kwargs)
+
     def load_dataset(self, split, *args, **kwargs):
         if self.static_serving:
             # upstream's evaluation forces it, and under a capacity the padding of the last block counts

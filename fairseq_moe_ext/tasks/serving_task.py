@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
+    MoEContinuousGenerator,
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
     ServedEpoch,
@@ -28,6 +30,7 @@ from fairseq_moe_ext.serving.generator import (
 )
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
+from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.flags import check_flags
@@ -51,6 +54,8 @@ class ServingTask:
     observer: Observer | None = None
     ranks: Ranks | None = None
     batches_in_order = False  # whether a batch depends on the one before it
+    _epoch: ServedEpoch | None = None  # the batches that are served
+    _room = Room()  # and the limits by which they were made
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
@@ -134,6 +139,15 @@ class ServingTask:
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
         extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
+        continuous = self._flags().continuous_batching and seq_gen_cls is None
+        if continuous and getattr(args, "score_reference", False):
+            logger.warning("--continuous-batching has no effect under --score-reference, which generates nothing")
+            continuous = False
+        if continuous:
+            if self._epoch is None:
+                raise ValueError("--continuous-batching is for fairseq-generate, got a generator without its batches")
+            check_options(args, models)
+            seq_gen_cls = MoEContinuousGenerator
         if seq_gen_cls is None:
             seq_gen_cls = MoESequenceGenerator
             if getattr(args, "print_alignment", False):
@@ -144,7 +158,20 @@ class ServingTask:
             self, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **kwargs
         )
         generator.observer = self.observer
+        if continuous:
+            generator.room = self._room
+            generator.look_ahead = partial(self._next_request, models, getattr(args, "prefix_size", 0))
         return generator
+
+    def _next_request(self, models, prefix_size: int) -> Request | None:
+        """What fairseq-generate and this task will make of the next batch that was not looked at yet."""
+        batch = self._epoch.batches.look_ahead()
+        if batch is None:
+            return None
+        if next(models[0].parameters()).is_cuda:
+            batch = utils.move_to_cuda(batch)
+        prefix = batch["target"][:, :prefix_size] if prefix_size > 0 else None
+        return self.inference_step(RequestMaker(), models, batch, prefix_tokens=prefix)
 
     def load_dataset(self, split, *args, **kwargs):
         if self.observer is not None:
@@ -182,7 +209,9 @@ class ServingTask:
             kwargs["num_shards"] = shards * self.ranks.world_size
             kwargs["shard_id"] = shard + shards * self.ranks.rank
         epoch_iterator = super().get_batch_iterator(dataset, *args, **kwargs)
-        return ServedEpoch(epoch_iterator, self.observer, self.ranks, of_all)
+        self._room = Room(kwargs.get("max_sentences"), kwargs.get("max_tokens"))
+        self._epoch = ServedEpoch(epoch_iterator, self.observer, self.ranks, of_all)
+        return self._epoch
 
     @property
     def static_serving(self) -> bool:
