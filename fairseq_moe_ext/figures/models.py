@@ -26,6 +26,8 @@ QUICKSTART_NAMES = ("language_modeling", "translation")
 LM_FLAGS = "--task moe_language_modeling --tokens-per-sample 128"
 MT_FLAGS = "--task moe_translation --beam 4 --max-len-a 1.5 --max-len-b 5"
 LM_ROWS, MT_ROWS = 8, 64
+# small enough for dozens of batches of the quickstart's test sets: what is fitted on one half and tested on the other
+LM_FEW_ROWS, MT_FEW_ROWS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Model:
     @property
     def title(self) -> str:
         return self.name.replace("_", " ")
+
+    @property
+    def few_rows(self) -> int:
+        """A batch small enough for a test set to have many."""
+        return MT_FEW_ROWS if self.translates else LM_FEW_ROWS
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 # told apart by colour-blind readers (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -16,6 +13,9 @@ HEAT = "viridis"
 
 def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.8, **how):
     """(figure, its axes as an array (rows, columns)); inches of one panel; `how`: of Figure.subplots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy: only where a picture is asked for
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * columns + 0.4, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **how)
@@ -25,8 +25,8 @@ def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.8, **h
     return figure, axes
 
 
-def save(figure: Figure, file: Path) -> None:
-    """As PNG, under a temporary name first."""
+def save(figure, file: Path) -> None:
+    """A figure of `panels` as PNG, under a temporary name first."""
     temporary = Path(f"{file}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     os.replace(temporary, file)
