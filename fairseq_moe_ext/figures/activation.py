@@ -265,9 +265,9 @@ def make(study: Study) -> str:
         "# Expert activation",
         "Steps are passes; of the MT decoder decode steps, in which every live beam is a token. Idle: without a token "
         "in a step. Idle if even: were as many assignments spread evenly at random. Hottest / mean: the hottest "
-        "expert's load over the mean one. Stay: of a step's active experts (of its hottest eighth), those that were active (in "
-        "the hottest eighth) in the step before, or in any other step; the last two columns: of whole batches, a "
-        "decoder's steps added up.",
+        "expert's load over the mean one. Stay: of a step's active experts (of its hottest eighth), those that were "
+        "active (in the hottest eighth) in the step before, or in any other step; the last two columns: of whole "
+        "batches, a decoder's steps added up.",
         table(rows),
         findings_section(findings(rows)),
     ]
