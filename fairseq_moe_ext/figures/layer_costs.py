@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ class LayerCosts:
     def mask(self, tokens: int, experts: int, slots: int) -> float:
         """Of static gating's mask and of both products with it."""
         return tokens * experts * slots * (self.mask_seconds + self.product_seconds)
+
+    def fastest(self, other: LayerCosts) -> LayerCosts:
+        """Of two measurements of the same."""
+        names = ("gate_seconds", "move_seconds", "mask_seconds", "product_seconds")
+        return replace(
+            self, expert_seconds=tuple(map(min, self.expert_seconds, other.expert_seconds)),
+            **{name: min(getattr(self, name), getattr(other, name)) for name in names},
+        )
 
     def on(self, device: Device) -> LayerCosts:
         """Carried over to another device: as much of its bandwidth and arithmetic as was reached on this one.

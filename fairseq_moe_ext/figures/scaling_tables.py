@@ -49,8 +49,8 @@ def scaling_table(rows: Sequence[ScalingRow], systems: Mapping[str, System]) -> 
     intro = (
         "A step of the published models, modelled: recorded routing, costs measured on this machine and carried over "
         "to each device, bandwidths as given; docs/scaling_model.md has the assumptions, the end of this page how far "
-        f"to trust them. Tokens of a rank: {tokens}. Busiest rank: its rows over the mean. The last four columns: where "
-        "the balanced step's time goes."
+        f"to trust them. Tokens of a rank: {tokens}. Busiest rank: its rows over the mean. The last four columns: "
+        "where the balanced step's time goes."
     )
     return "\n\n".join([intro, *parts, _beside(at)])
 

@@ -53,7 +53,8 @@ def validate(stack: Stack) -> list[ValidationRow]:
     experts, cores = loads.shape[1], len(os.sched_getaffinity(0))
     first, held_out = loads[: (len(loads) + 1) // 2], loads[(len(loads) + 1) // 2 :]
     shape = Shape(experts, max(MODEL_DIM, experts), HIDDEN_DIM, 1, 1, 0, FRACTION)
-    costs = measure_costs(measure_device(), shape)
+    device = measure_device()
+    costs = measure_costs(device, shape)
     cases, times = {}, {}
     for ranks in (each for each in RANKS if each <= experts):
         rows = np.array([[whole_rows(shares(held_out)[(step * ranks + rank) % len(shares(held_out))])
@@ -67,6 +68,7 @@ def validate(stack: Stack) -> list[ValidationRow]:
             for gating, _, places in settings
         ]
         cases[ranks], times[ranks] = (rows, settings), time_ranks(ranks, requests)
+    costs = costs.fastest(measure_costs(device, shape))  # before and after: what else ran may have come or gone
     gloo, found = calibrate(times[2]), []
     for ranks, (rows, settings) in cases.items():
         for (gating, placement, places), measured in zip(settings, times[ranks].layers, strict=True):
@@ -129,9 +131,9 @@ def validation_section(rows: Sequence[ValidationRow]) -> str:
         f"## The model beside real ranks\n\nA call of a MoE layer by ranks over gloo until the last has ended it: "
         f"{TOKENS} tokens a rank, model dim {MODEL_DIM}, hidden dim {HIDDEN_DIM}, static gating at a fraction of "
         f"{FRACTION:g}, experts and routing as recorded; the fastest of the calls, as whatever else runs only adds. "
-        f"Costs are measured in one process, gloo on two ranks alone. These are {rows[0].cores} cores, so that more ranks than "
-        "cores take turns: the prediction counts the sum of the work over the cores where that is more than the "
-        "busiest rank's, and the last column says what it would be without.\n\n"
+        f"Costs are measured in one process, gloo on two ranks alone. These are {rows[0].cores} cores, so that more "
+        "ranks than cores take turns: the prediction counts the sum of the work over the cores where that is more "
+        "than the busiest rank's, and the last column says what it would be without.\n\n"
     )
     return intro + markdown(head, body) + "\n\n" + verdict + order
 
