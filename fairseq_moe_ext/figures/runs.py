@@ -81,6 +81,7 @@ def run(
     def serve_and_save() -> dict:
         found = _serve_fresh(model, arguments, ranks) if fresh else serve(model, arguments)
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # never one run's report beside another's trace
         save_trace(trace, found.trace)
         return {"quality": found.quality, "report": found.report}
 
