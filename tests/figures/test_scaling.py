@@ -83,9 +83,9 @@ def test_the_validations_words(tmp_path):
 
 @pytest.mark.slow
 def test_two_real_ranks():
-    """Static gating runs every slot: with all of them eight times the rows of dynamic, and never faster."""
-    rows = [[[8, 4, 2, 2, 0, 0, 0, 0], [0, 0, 0, 2, 2, 4, 4, 4]]]
-    requests = [LayerRequest(gating, 64, 256, 1.0, [0, 1] * 4, rows, 5) for gating in ("dynamic", "static")]
+    """Static gating runs every slot: four times the rows of dynamic, and a mask."""
+    rows = [[[128, 64, 32, 32, 0, 0, 0, 0], [0, 0, 0, 32, 32, 64, 64, 64]]]
+    requests = [LayerRequest(gating, 256, 1024, 1.0, [0, 1] * 4, rows, 5) for gating in ("dynamic", "static")]
     times = time_ranks(2, requests)
     assert 0 < times.layers[0] < times.layers[1]
     assert 0 < times.exchange_small < times.exchange_large
