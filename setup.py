@@ -17,6 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_moe_ext", "fairseq_moe_ext.*"]),
+    package_data={"fairseq_moe_ext.figures": ["*.json"]},  # the papers' figures, hardware's
     ext_modules=[
         Extension(
             "fairseq_moe_ext.gating._grouped_linear",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from fairseq_moe_ext.figures.plots import panels, save
+from fairseq_moe_ext.figures.tables import markdown, write_csv, write_text
 
 COLOURS = {"drop": "tab:red", "reroute": "tab:green", "expand": "tab:blue"}
 STYLES = {"score": "-", "order": ":", "reverse-order": "-.", "random": "--"}
@@ -118,20 +120,11 @@ class Study:
             axes.invert_yaxis()  # up is better in every panel
         axes.set(title=self.base.model.replace("_", " "), xlabel="largest expert's load / mean load",
                  ylabel="perplexity" if self.base.bleu is None else "BLEU")
-        axes.grid(alpha=0.3)
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
     """Write capacity.csv, capacity.md and capacity.png; returns the Markdown."""
-    with open(folder / "capacity.csv", "w", newline="", encoding="utf-8") as opened:
-        table = csv.DictWriter(opened, [item.name for item in fields(Row)])
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
+    write_csv(folder / "capacity.csv", rows)
     studies = [Study([row for row in rows if row.model == name]) for name in dict.fromkeys(row.model for row in rows)]
     parts = []
     for study in studies:
@@ -143,21 +136,16 @@ def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
             study.findings(),
         ]
     text = "\n\n".join(parts) + "\n"
-    (folder / "capacity.md").write_text(text, encoding="utf-8")
+    write_text(folder / "capacity.md", text)
     plot(folder / "capacity.png", studies)
     return text
 
 
 def plot(file: Path, studies: Sequence[Study]) -> None:
     """One panel per model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(studies) + 2, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(studies), squeeze=False)[0]
-    for study, axes in zip(studies, panels, strict=True):
-        study.draw(axes)
-    handles, labels = panels[-1].get_legend_handles_labels()
+    figure, axes = panels(1, len(studies), width=7.0, height=5.0)
+    for study, panel in zip(studies, axes[0], strict=True):
+        study.draw(panel)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    figure.savefig(file, dpi=120)
+    save(figure, file)

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, tasks
-from reproduce_capacity_aware import Setting, configuration
+from reproduce_capacity_aware import Setting
 
 from fairseq_moe_ext.balancing.placement import load_placement
+from fairseq_moe_ext.figures.models import configuration
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.serving.expert_share import CapacitySettings, limit_experts, place_experts
 from fairseq_moe_ext.serving.report import write_json

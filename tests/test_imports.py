@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = "fairseq_moe_ext"
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"gating", "buffering", "balancing", "trace", "tasks", "models", "criterions", "serving"}
-FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving"}
+ROOMS = {"gating", "buffering", "balancing", "trace", "tasks", "models", "criterions", "serving", "figures"}
+FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving", "figures"}
 PURE_ROOMS = ROOMS - FAIRSEQ_ROOMS
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
@@ -65,6 +65,11 @@ def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch(file):
     names = imports(file)
     assert rooms_in(names) <= {"balancing", "trace"}
     assert "torch" not in {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) != "figures"], ids=name_of)
+def test_nobody_needs_the_figures(file):
+    assert "figures" not in rooms_in(imports(file))
 
 
 def test_the_packages_own_file_imports_nothing():

@@ -106,7 +106,7 @@ class Setting:
 def read_sizes(source: str) -> ModelSizes:
     """Of a checkpoint as for --path, a folder in Hugging Face's layout, or the name of an architecture."""
     if source in ARCH_MODEL_REGISTRY:
-        return ModelSizes.of_shapes(_shapes_of_architecture(source))
+        return ModelSizes.of_shapes(shapes_of_architecture(source))
     if Path(source).is_dir():
         folder = HfFolder(Path(source))
         config = NllbConfig.from_hf(folder.config, source)
@@ -133,8 +133,9 @@ class _Dictionary:
         return 1
 
 
-def _shapes_of_architecture(name: str, vocabulary: int = 256206) -> dict[str, tuple[int, ...]]:
-    args = Namespace(allocate_experts=False, initialize_experts=False)
+def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dict[str, tuple[int, ...]]:
+    """Of a state of the registered architecture `name`, no weight made; fields: set above the architecture's own."""
+    args = Namespace(allocate_experts=False, initialize_experts=False, **fields)
     ARCH_CONFIG_REGISTRY[name](args)
     with torch.device("meta"):
         model = ARCH_MODEL_REGISTRY[name].build_model(args, _Vocabulary(vocabulary))
