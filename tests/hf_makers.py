@@ -5,10 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fairseq_moe_ext.serving.nllb_config import NllbConfig
 from fairseq_moe_ext.serving.nllb_names import named_tensors
+from scripts.peers import environments
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")
 PIECES = 60
@@ -155,14 +152,7 @@ def write_sentences(folder: Path, spm: Path, dictionary: Path, texts: dict[str, 
 
 def transformers_environment(folder: Path) -> dict[str, str]:
     """The environment of processes that have transformers 4.57.6, which is put into `folder`; skips without it."""
-    target = folder / "transformers-4.57.6"
-    if not target.is_dir():
-        partial = folder / "transformers.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        root = Path(__file__).resolve().parents[1]
-        command = [sys.executable, "-m", "pip", "install", "-q", "--target", partial, "-c", root / "constraints.txt"]
-        done = subprocess.run([*command, "transformers==4.57.6"], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"transformers 4.57.6 cannot be installed here: {done.stderr.strip()[-300:]}")
-        partial.rename(target)
-    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        return environments.transformers_environment(environments.TRANSFORMERS_NLLB, folder=folder)
+    except environments.EnvironmentMissing as error:
+        pytest.skip(str(error))
