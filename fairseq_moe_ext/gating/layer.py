@@ -18,6 +18,7 @@ from fairseq_moe_ext.gating.device_experts import choose_kernel, plan_grouped, r
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
 from fairseq_moe_ext.gating.routing import Gate, Routing
+from fairseq_moe_ext.gating.sparse_static import slot_rows, sparse_combine, sparse_dispatch
 from fairseq_moe_ext.gating.static import (
     assign_slots,
     dense_combine_weights,
@@ -40,6 +41,7 @@ class StaticOptions:
     count_padding: the inverse of `use_moe_pad_mask`; True routes padding like any token, and it takes slots.
     batch_size, batch_size_valid: rows to which a training or validation batch is padded; None pads nothing.
     max_positions: positions per row that count for the capacity (`moe_eval_capacity_max_seqlen`); None counts tokens.
+    sparse: indices in place of the dense mask, with the same result (sparse_static.py).
     """
 
     capacity_fraction: float = 0.25
@@ -48,6 +50,7 @@ class StaticOptions:
     batch_size: int | None = None
     batch_size_valid: int | None = None
     max_positions: int | None = None
+    sparse: bool = False
 
 
 @dataclass
@@ -239,8 +242,12 @@ class MOELayer(nn.Module):
         routing = wanted.keep_only(slots < capacity)
         clock.lap("capacity")
         weights = self.gate.combine_weights(routing, routing.weights.dtype)
-        dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)  # (T, E, C)
-        rows = static_dispatch(tokens, dense)  # (E * C, D)
+        if self.static.sparse:
+            places = slot_rows(routing, slots, capacity)  # (T, K)
+            rows = sparse_dispatch(tokens, routing, places, capacity)  # (E * C, D)
+        else:
+            dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)  # (T, E, C)
+            rows = static_dispatch(tokens, dense)  # (E * C, D)
         clock.lap("dispatch")
         if self.exchange is None:
             outputs = self.experts(rows, counts)
@@ -249,7 +256,11 @@ class MOELayer(nn.Module):
             outputs, figures = self.exchange.run_static(rows.view(wanted.num_experts, capacity, rows.size(1)))
             outputs = outputs.view_as(rows)
             clock.took(figures)
-        result = static_combine(self._mask_outputs(outputs), dense)
+        outputs = self._mask_outputs(outputs)
+        if self.static.sparse:
+            result = sparse_combine(outputs, places, weights.to(tokens.dtype))
+        else:
+            result = static_combine(outputs, dense)
         clock.lap("combine")
         self._record(wanted, routing)
         if self.observer is not None:

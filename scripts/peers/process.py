@@ -71,19 +71,18 @@ def rounds(
     """Seconds of each call, all in turn, round after round; `calls` return their own seconds.
 
     A call that has had its equal share of `seconds` sits out, so that a slow one does not take the others' time; but it
-    has 3 turns, or 2 where one alone is more than its share. tell: told the share of the time that is over.
+    has 5 turns, or 2 where one alone is more than its share. tell: told the share of the time that is over.
     """
     taken: dict[Hashable, list[float]] = {name: [] for name in calls}
     share, begin = seconds / len(calls), time.perf_counter()
-    in_turn, over = list(calls), 0.0
+    in_turn = list(calls)
 
     def enough(spent: list[float]) -> bool:
-        return len(spent) >= (2 if spent[0] > share else 3) and (sum(spent) >= share or over >= seconds)
+        return len(spent) >= (2 if spent[0] > share else 5) and sum(spent) >= share
 
     while in_turn:
         for name in in_turn:
             taken[name].append(calls[name]())
-        over = time.perf_counter() - begin
         in_turn = [name for name in in_turn if not enough(taken[name])]
-        tell(min(1.0, over / seconds))
+        tell(min(1.0, (time.perf_counter() - begin) / seconds))
     return taken
