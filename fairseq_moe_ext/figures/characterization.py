@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from fairseq_moe_ext.figures.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of
+from fairseq_moe_ext.figures.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of, waste_sentence
 from fairseq_moe_ext.figures.paper import beside_paper, paper_value
 from fairseq_moe_ext.figures.passes import DENSE, DYNAMIC, GATINGS, PARTS, SPARSE, STATIC, Pass
 from fairseq_moe_ext.figures.plots import COLOURS, MARKERS, panels, save
@@ -128,7 +128,7 @@ def findings(passes: Sequence[Pass], bases: dict[str, int]) -> list[Finding]:
         slowdown = paper_value(f"characterisation.{PAPER_KEYS[stack]}.slowdown")
         ratio = static.milliseconds / dense.milliseconds
         found.append(Finding(
-            f"under static gating the {stack} takes {slowdown} times the dense model's time",
+            f"static gating makes the {stack} several times slower than the dense model, {slowdown} times there",
             SECTION,
             "at least 2 times, at the paper's batch",
             f"{ratio:.1f} times, {dynamic.milliseconds / dense.milliseconds:.1f} under dynamic gating ({model}, batch "
@@ -185,7 +185,7 @@ def draw_latency(file, passes: Sequence[Pass], bases: dict[str, int]) -> None:
         lines.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)", ylabel="ms a pass")
         ticks = sorted({each.batch for each in of_stack})
         lines.set_xticks(ticks, labels=map(str, ticks))
-        lines.minorticks_off()
+        lines.xaxis.minorticks_off()
         lines.legend(fontsize=8)
     save(figure, file)
 
@@ -268,7 +268,8 @@ def make(study: Study) -> str:
             "waiting for sizes, and for tokens on both ways.",
             exchange_table(exchange_rows(runs)),
         ]
-    parts += ["## Beside the paper", beside_paper(beside(passes, bases)), findings_section(findings(passes, bases))]
+    parts += ["## Beside the paper", beside_paper(beside(passes, bases)), waste_sentence(passes)]
+    parts.append(findings_section(findings(passes, bases)))
     return "\n\n".join(parts) + "\n"
 
 

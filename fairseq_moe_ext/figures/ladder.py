@@ -54,6 +54,18 @@ class Ladder:
             return [asdict(each) for each in self._batches.measure(rows, gatings)]
 
 
+def waste_sentence(passes: Sequence[Pass]) -> str:
+    """Why our figures differ from the paper's: how much padding there is to begin with."""
+    here = ", ".join(sorted({f"{each.waste_factor:g}" for each in passes}))
+    there = f"{paper_value('lm.waste-factor'):g} (LM) and {paper_value('mt.waste-factor'):g} (MT)"
+    weights = max(each.parameter_bytes for each in passes) / 1e6
+    return (
+        f"Why they differ: static gating has E * C / K slots for every assignment, here {here}, in the paper {there}; "
+        "its mask and the product with it grow with the square of the batch's tokens, which a CPU core feels more than "
+        f"a GPU does; and in models of at most {weights:,.0f} MB of weights what is outside the experts weighs more."
+    )
+
+
 def by_stack(passes: Sequence[Pass]) -> dict[tuple[str, str], list[Pass]]:
     """(model, stack) -> its passes."""
     found: dict[tuple[str, str], list[Pass]] = {}

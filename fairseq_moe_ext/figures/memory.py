@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from fairseq_moe_ext.figures.ladder import Ladder, add_fraction, one_of
+from fairseq_moe_ext.figures.ladder import Ladder, add_fraction, one_of, waste_sentence
 from fairseq_moe_ext.figures.paper import beside_paper
 from fairseq_moe_ext.figures.passes import DYNAMIC, GATINGS, STATIC
 from fairseq_moe_ext.figures.plots import COLOURS, MARKERS, panels, save
@@ -94,7 +94,8 @@ def draw(file, rows: Sequence[Row]) -> None:
     for panel, model in zip(axes[0], models, strict=True):
         of_model = [row for row in rows if row.model == model]
         batches = [row.batch for row in of_model]
-        for number, gating in enumerate((STATIC, DYNAMIC)):
+        for gating in (STATIC, DYNAMIC):
+            number = GATINGS.index(gating)  # one colour in all pictures
             sizes = [getattr(row, gating) / 1e6 for row in of_model]
             how = {"color": COLOURS[number], "marker": MARKERS[number]}
             panel.plot(batches, sizes, label=f"{gating}: activations", **how)
@@ -103,7 +104,7 @@ def draw(file, rows: Sequence[Row]) -> None:
         panel.set(title=model.replace("_", " "), xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)",
                   ylabel="MB at the peak")
         panel.set_xticks(batches, labels=map(str, batches))
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
         panel.legend(fontsize=8)
     save(figure, file)
 
@@ -111,10 +112,11 @@ def draw(file, rows: Sequence[Row]) -> None:
 def make(study: Study) -> str:
     ladders = [(model, Ladder(study, model)) for model in study.models]
     wanted = [(model, ladder, rows) for model, ladder in ladders for rows in study.args.batches or ladder.small]
-    rows, at_paper = [], []
+    rows, at_paper, every = [], [], []
     for model, ladder, batch in (bar := tqdm(wanted, unit="batch")):
         bar.set_description(f"{model.name}, batch {batch}")
         passes = ladder.measure(batch, GATINGS)
+        every += passes
         static, dynamic = (one_of(passes, gating=gating) for gating in (STATIC, DYNAMIC))
         kind = "mt" if model.translates else "lm"
         rows.append(Row(model.name, kind, batch, static.parameter_bytes, static.peak_bytes, dynamic.peak_bytes))
@@ -129,7 +131,8 @@ def make(study: Study) -> str:
         table(rows),
     ]
     if at_paper:
-        parts += ["## Beside the paper", beside_paper(beside(at_paper)), findings_section(findings(at_paper))]
+        parts += ["## Beside the paper", beside_paper(beside(at_paper)), waste_sentence(every)]
+        parts.append(findings_section(findings(at_paper)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the memory profiler is talkative
+for _name, _level in (("TORCH_CPP_LOG_LEVEL", "ERROR"), ("KINETO_LOG_LEVEL", "99")):  # the profiler is talkative
+    os.environ.setdefault(_name, _level)
 
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 

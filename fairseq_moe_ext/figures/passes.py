@@ -45,7 +45,7 @@ class Pass:
 
     tokens: that enter it. milliseconds: the median over rounds; parts: of its MoE layers together, by PARTS.
     peak_bytes: the most that the whole batch's tensors took at a time, the model's own not counted; parameter_bytes:
-    of the model.
+    of the model. waste_factor: static gating's slots over the assignments, E * C / K of the paper.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Pass:
     parts: dict[str, float]
     peak_bytes: int
     parameter_bytes: int
+    waste_factor: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -115,8 +116,10 @@ class Batches:
             for gating in gatings:
                 with self._gated(gating):
                     taken[gating].append(self._figures(batch))
+        layer = next(iter(self._model.moe_layers().values()))
+        waste_factor = layer.experts.num_experts * self._fraction / layer.gate.num_choices
         return [
-            Pass(self._name, stack, gating, rows, *_medians(rounds, stack), peaks[gating], sizes[gating])
+            Pass(self._name, stack, gating, rows, *_medians(rounds, stack), peaks[gating], sizes[gating], waste_factor)
             for gating, rounds in taken.items()
             for stack in rounds[0]
         ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from fairseq_moe_ext.figures.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of
+from fairseq_moe_ext.figures.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of, waste_sentence
 from fairseq_moe_ext.figures.paper import beside_paper
 from fairseq_moe_ext.figures.passes import DYNAMIC, GATINGS, SPARSE, STATIC, Pass
 from fairseq_moe_ext.figures.plots import COLOURS, MARKERS, panels, save
@@ -174,7 +174,8 @@ def draw(file, passes: Sequence[Pass], limits: dict[str, int]) -> None:
     stacks = by_stack(passes)
     figure, axes = panels(2, len(stacks), width=4.4, height=3.5)
     for (speeds, peaks), ((model, stack), of_stack) in zip(axes.T, stacks.items(), strict=True):
-        for number, gating in enumerate(SERVED):
+        for gating in SERVED:
+            number = GATINGS.index(gating)  # one colour in all pictures
             of_gating = [each for each in of_stack if each.gating == gating]
             how = {"color": COLOURS[number], "marker": MARKERS[number], "label": gating}
             batches = [each.batch for each in of_gating]
@@ -185,7 +186,7 @@ def draw(file, passes: Sequence[Pass], limits: dict[str, int]) -> None:
         for panel in (speeds, peaks):
             panel.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)")
             panel.set_xticks(ticks, labels=[str(tick) for tick in ticks], fontsize=8)
-            panel.minorticks_off()
+            panel.xaxis.minorticks_off()
             panel.legend(fontsize=8)
         speeds.set(title=stack, ylabel="tokens/s")
         peaks.set(ylabel="peak of a batch's tensors, MB")
@@ -221,6 +222,7 @@ def make(study: Study) -> str:
         best_table(best),
         "## Beside the paper",
         beside_paper(beside(best)),
+        waste_sentence(passes),
         "The paper's ratios of several nodes and those over Tutel and MegaBlocks themselves want GPUs; sparse static "
         "stands in for Tutel.",
         findings_section(findings(best)),
