@@ -139,7 +139,7 @@ def findings(passes: Sequence[Pass], bases: dict[str, int]) -> list[Finding]:
         largest = max(parts, key=parts.get)
         found.append(Finding(
             f"padding, not the chosen experts, is what static gating spends its time on ({stack})",
-            SECTION,
+            "follows from its waste factor, section on static gating",
             "static gating's dispatch, experts and combine take at least twice what dynamic gating's do",
             f"{_padded(static):.1f} ms against {_padded(dynamic):.1f}; of static gating's parts `{largest}` is the "
             f"largest with {parts[largest] / static.milliseconds:.0%}",
@@ -150,10 +150,10 @@ def findings(passes: Sequence[Pass], bases: dict[str, int]) -> list[Finding]:
         static = one_of(of_stack, gating=STATIC, batch=bases[model])
         mask = mask_bytes(of_stack, bases[model])
         found.append(Finding(
-            "the dispatch mask is most of static gating's activations",
-            SECTION,
+            f"the dispatch mask is most of static gating's activations ({model.replace('_', ' ')})",
+            "follows from its size, section on static gating",
             "more than half of their peak, at the paper's batch",
-            f"{mask / static.peak_bytes:.0%} of {static.peak_bytes / 1e6:.1f} MB ({model})",
+            f"{mask / static.peak_bytes:.0%} of {static.peak_bytes / 1e6:.1f} MB",
             mask > static.peak_bytes / 2,
         ))
     return found
