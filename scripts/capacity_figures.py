@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fairseq_moe_ext.figures.paper import beside_paper, paper_figures
 from fairseq_moe_ext.figures.plots import panels, save
-from fairseq_moe_ext.figures.tables import markdown, write_csv, write_text
+from fairseq_moe_ext.figures.tables import Finding, findings_section, markdown, write_csv, write_text
 
 COLOURS = {"drop": "tab:red", "reroute": "tab:green", "expand": "tab:blue"}
+WHY = (
+    "Why they differ: the paper's figures are mean accuracies of large language models over tasks, and times of layers "
+    "on GPUs; here quality is perplexity, or BLEU and chrF, and the speedup is what the busiest rank's load would give."
+)
+# a figure of the paper's: model, whether it is a speedup, rule, gamma
+_PAPER_KEY = re.compile(r"capacity\.\w+\.(speedup\.)?([a-z-]+)\.([0-9.]+)")
 STYLES = {"score": "-", "order": ":", "reverse-order": "-.", "random": "--"}
 
 
@@ -89,21 +97,40 @@ class Study:
         )
         return caption + markdown(head, body)
 
-    def findings(self) -> str:
+    def findings(self) -> list[Finding]:
         """Whether the paper's order of rules holds here."""
-        lines = []
+        found, model = [], self.base.model.replace("_", " ")
         for overflow in dict.fromkeys(overflow for overflow, _ in self.rules):
             best = [
                 max((row for row in self.rows if (row.overflow, row.gamma) == (overflow, gamma)), key=Row.goodness)
                 for gamma in self.gammas
             ]
             times = sum(row.metric == "score" for row in best)
-            lines.append(f"- {overflow}: `score` is the best metric at {times} of {len(best)} gammas")
+            found.append(Finding(
+                f"who stays is best chosen by score ({model}, {overflow})",
+                "table of quality",
+                "the best metric at every gamma",
+                f"at {times} of {len(best)} gammas",
+                times == len(best),
+            ))
         for other in dict.fromkeys(row.overflow for row in self.rows if row.overflow != "drop"):
             pairs = [(row, self.row("drop", row.metric, row.gamma)) for row in self.rows if row.overflow == other]
-            held = f"{sum(row.goodness() >= drop.goodness() for row, drop in pairs)} of {len(pairs)}"
-            lines.append(f"- at equal gamma and metric {other} is at least as good as drop in {held} pairs")
-        return "\n".join(lines)
+            held = sum(row.goodness() >= drop.goodness() for row, drop in pairs)
+            found.append(Finding(
+                f"a second choice ({other}) is better than to drop ({model})",
+                "table of quality",
+                "at least as good at equal gamma and metric, in at least nine of ten pairs",
+                f"in {held} of {len(pairs)} pairs",
+                held >= 0.9 * len(pairs),
+            ))
+        return found
+
+    def speedup(self, overflow: str, gamma: float) -> float:
+        """Modelled, of a layer, by `score`."""
+        return self.base.largest_rank / self.row(overflow, "score", gamma).largest_rank
+
+    def has(self, overflow: str, metric: str, gamma: float) -> bool:
+        return (overflow, metric, gamma) in self._at
 
     def draw(self, axes) -> None:
         """Quality against the largest expert's load; a line runs from no capacity to the smallest gamma."""
@@ -133,12 +160,33 @@ def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
             f"{study.measure}; without a capacity {study.base.quality}.",
             study.quality_table(),
             study.time_table(ranks),
-            study.findings(),
         ]
+    parts += ["## Beside the paper", beside(studies), WHY]
+    parts.append(findings_section([finding for study in studies for finding in study.findings()]))
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "capacity.md", text)
     plot(folder / "capacity.png", studies)
     return text
+
+
+def beside(studies: Sequence[Study]) -> str:
+    """The paper's tables beside ours: quality in our models' own measures, and the layer's modelled speedup."""
+    rows = []
+    for key in paper_figures():
+        match = _PAPER_KEY.fullmatch(key)
+        if match is None:
+            continue
+        is_speedup, rule, gamma = match.group(1), match.group(2), float(match.group(3))
+        overflow, metric = (rule, "score") if rule in COLOURS else ("drop", rule)
+        ours = [
+            f"{study.speedup(overflow, gamma):.2f}x" if is_speedup else study.row(overflow, metric, gamma).quality
+            for study in studies
+            if study.has(overflow, metric, gamma)
+        ]
+        if len(ours) == len(studies):
+            rows.append((key, "; ".join(ours)))
+    names = "; ".join(f"{study.base.model.replace('_', ' ')} ({study.measure})" for study in studies)
+    return f"Ours are of {names}.\n\n{beside_paper(rows)}"
 
 
 def plot(file: Path, studies: Sequence[Study]) -> None:

@@ -42,9 +42,13 @@ def test_tables_findings_and_plot(figures, tmp_path):
     assert "| expand | order | 24.0 / 50.0 | 18.0 / 50.0 |" in text
     # half the load of the busiest rank, half the time
     assert "| 1 | drop | 10.0% | 10.0% | 0.0% | 1.00 | 0.50 | 4.00 | 4.00 | 2.00 |" in text
-    assert "- expand: `score` is the best metric at 2 of 2 gammas" in text
-    assert "at equal gamma and metric expand is at least as good as drop in 2 of 4 pairs" in text
-    assert "reroute is" not in text
+    assert "- **Confirmed**: who stays is best chosen by score (small, expand)" in text and "at 2 of 2 gammas" in text
+    assert "- **Contradicted**: a second choice (expand) is better than to drop (small)" in text
+    assert "in 2 of 4 pairs" in text and "choice (reroute)" not in text
+    beside = [line for line in text.splitlines() if "OLMoE: mean accuracy, drop by order, gamma 2" in line]
+    assert len(beside) == 1 and "| 60.8% | 23.0 / 50.0 |" in beside[0]
+    assert "| olmoe: layer speedup, drop, gamma 1 | 1.46x | 4.00x |" in text  # the busiest rank: 2.0 before, 0.5 now
+    assert "gamma 1.5" not in text
     assert (tmp_path / "capacity.md").read_text() == text
     with open(tmp_path / "capacity.csv", newline="") as opened:
         table = list(csv.DictReader(opened))
