@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """This plugin beside its peers, in one run: one MoE layer at several sizes, and NLLB's translation end to end.
 
-    python scripts/benchmark_peers.py                 # about six minutes, after the environments are made
+    python scripts/benchmark_peers.py                 # some six minutes, once the environments are made
     python scripts/benchmark_peers.py --quick         # our layer and fairscale's, small: half a minute
 
 Layers: fairscale's MOELayer at the papers' capacity (a fraction of 1, of 0.05 for 512 experts), and the Mixtral block

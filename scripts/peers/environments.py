@@ -27,6 +27,7 @@ def transformers_environment(version: str, threads: int = 1, folder: Path = ROOT
         partial = folder / f"transformers-{version}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
+        print(f"installing transformers {version} into {target}, once", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "install", "-q", "--target", partial, "-c", ROOT / "constraints.txt"]
         done = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True)
         if done.returncode != 0:

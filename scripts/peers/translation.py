@@ -10,6 +10,7 @@ import random
 import statistics
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -22,7 +23,7 @@ from peers.environments import (
     main_environment,
     transformers_environment,
 )
-from peers.process import Peer, rounds
+from peers.process import Peer, PeerFailed, rounds
 from peers.table import ratio
 
 OURS, THEIRS = "ours, moe_translation", f"transformers {TRANSFORMERS_NLLB} NllbMoe"
@@ -34,11 +35,17 @@ SENTENCES, LENGTHS = 32, (8, 32)
 def measure_translation(threads: int, seed: int, seconds: float, log: Path, tell: Callable[[float], None]) -> dict:
     """Rows of the table, or why there are none."""
     try:
-        theirs = transformers_environment(TRANSFORMERS_NLLB, threads)
-    except EnvironmentMissing as error:
+        return _measure(transformers_environment(TRANSFORMERS_NLLB, threads), threads, seed, seconds, log, tell)
+    except (EnvironmentMissing, PeerFailed) as error:
         return {"left_out": str(error)}
-    folder = ROOT / "build" / f"peers-translation-{seed}"
-    making = [sys.executable, str(Path(__file__).with_name("translation_model.py")), str(folder), str(seed), str(WORDS)]
+
+
+def _measure(
+    theirs: dict[str, str], threads: int, seed: int, seconds: float, log: Path, tell: Callable[[float], None]
+) -> dict:
+    script = Path(__file__).with_name("translation_model.py")
+    folder = ROOT / "build" / f"peers-translation-{seed}-{zlib.crc32(script.read_bytes()):08x}"  # kept between runs
+    making = [sys.executable, str(script), str(folder), str(seed), str(WORDS)]
     with open(log, "ab") as errors:
         subprocess.run(making, env=main_environment(threads), stdout=errors, stderr=errors, check=True)
     environments = {OURS: ("our_translation.py", main_environment(threads)), THEIRS: ("nllb_translation.py", theirs)}
