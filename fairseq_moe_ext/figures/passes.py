@@ -93,6 +93,8 @@ class Batches:
         (self._model,), saved, self._task = checkpoint_utils.load_model_ensemble_and_task(
             [cfg.common_eval.path], task=self._task
         )
+        if not self._model.moe_layers():
+            raise ValueError(f"--checkpoint must have MoE layers, {model.checkpoint} has none")
         self._model.eval()
         self._model.prepare_for_inference_(cfg)
         self._task.load_dataset(subset, task_cfg=saved.task)

@@ -8,7 +8,10 @@ import sys
 import commands
 import pytest
 
-MODULES = ("configurations", "activation", "buffering", "balancing", "scaling")
+MODULES = (
+    *("configurations", "characterization", "activation", "throughput", "memory"),
+    *("buffering", "balancing", "scaling"),
+)
 
 
 def start(code, *arguments):
