@@ -23,6 +23,7 @@ from fairseq_moe_ext.figures.memory_peak import peak_bytes
 from fairseq_moe_ext.figures.models import Model, arguments_of, configuration
 from fairseq_moe_ext.figures.stacks import DECODER, ENCODER, LM
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.serving.report import Report
 
 DENSE, STATIC, SPARSE, DYNAMIC = "dense", "static", "sparse static", "dynamic"
@@ -93,7 +94,7 @@ class Batches:
         (self._model,), saved, self._task = checkpoint_utils.load_model_ensemble_and_task(
             [cfg.common_eval.path], task=self._task
         )
-        if not self._model.moe_layers():
+        if not (isinstance(self._model, ServedModel) and self._model.moe_layers()):
             raise ValueError(f"--checkpoint must have MoE layers, {model.checkpoint} has none")
         self._model.eval()
         self._model.prepare_for_inference_(cfg)

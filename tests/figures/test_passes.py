@@ -132,3 +132,11 @@ def test_what_is_refused(language_model, tmp_path, capsys, more, words):
     except SystemExit as error:
         code = error.code
     assert code == 2 and words in capsys.readouterr().err
+
+
+def test_a_dense_model_is_refused(language_model, tmp_path, capsys):
+    dense = tmp_path / "dense.pt"
+    untrained_checkpoint(dense, language_model.data, *LM_TRAINING, "--moe-freq", "0")
+    arguments = ["--checkpoint", str(dense), "--data", str(language_model.data), "--results", str(tmp_path)]
+    assert memory.main([*arguments, f"--flags={' '.join(language_model.flags)}"]) == 2
+    assert f"--checkpoint must have MoE layers, {dense} has none" in capsys.readouterr().err
