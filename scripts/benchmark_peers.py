@@ -118,8 +118,8 @@ class Progress(tqdm):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of the layers' rounds, all sizes together")
-    parser.add_argument("--translation-seconds", type=float, default=40.0, help="of the translations' rounds")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of the layers' rounds, all sizes together")
+    parser.add_argument("--translation-seconds", type=float, default=30.0, help="of the translations' rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="our layer and fairscale's alone, small")

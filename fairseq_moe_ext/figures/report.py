@@ -4,7 +4,7 @@
     bash scripts/reproduce.sh report                                             # results/REPORT.md again
     bash scripts/reproduce.sh report --page docs/results.md --note "quiet, nothing else running"
 
-With --page the pictures are copied beside the page, into a folder of its name. The page begins with the machine and
+With --page the pictures are copied beside the page, into a folder of its name, whose other folders' pages are linked. The page begins with the machine and
 how many of the papers' findings the figures bear out; nothing in it is written by hand.
 """
 
@@ -112,6 +112,14 @@ def assemble(results: Path, picture, note: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def more(page: Path) -> str:
+    """Links to what lies in folders beside the page's pictures: other measurements, such as a GPU's."""
+    folder = page.with_suffix("")
+    files = sorted(folder.glob("*/*.md"))
+    links = "\n".join(f"- [{file.parent.name}: {file.stem}]({file.relative_to(page.parent)})" for file in files)
+    return f"\n## More measurements\n\n{links}\n" if files else ""
+
+
 def copy_beside(page: Path):
     """A function that copies a picture into the folder named as the page and links to it there."""
     folder = page.with_suffix("")
@@ -138,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, text)
+    write_text(page, text + (more(page) if args.page else ""))
     print(page)
     return 0
 

@@ -34,9 +34,14 @@ def test_the_report_and_the_page(tmp_path, capsys):
     assert "![memory](memory/memory.png)" in report
     assert "| [Memory](#memory) | 1 | 1 | 1 | `bash scripts/reproduce_memory.sh` |" in report
     assert "Not run: `bash scripts/reproduce_configurations.sh`" in report
+    assert "More measurements" not in report
     page = tmp_path / "docs" / "results.md"
+    gpu = tmp_path / "docs" / "results" / "gpu-h200"
+    gpu.mkdir(parents=True)
+    (gpu / "layers.md").write_text("figures\n")
     assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--note", "a quiet machine"]) == 0
     assert "![memory](results/memory.png)" in page.read_text() and "a quiet machine." in page.read_text()
+    assert "- [gpu-h200: layers](results/gpu-h200/layers.md)" in page.read_text()
     assert (tmp_path / "docs" / "results" / "memory.png").read_bytes() == b"picture"
 
 
