@@ -4,8 +4,8 @@
     bash scripts/reproduce.sh report                                             # results/REPORT.md again
     bash scripts/reproduce.sh report --page docs/results.md --note "quiet, nothing else running"
 
-With --page the pictures are copied beside the page, into a folder of its name, whose other folders' pages are linked. The page begins with the machine and
-how many of the papers' findings the figures bear out; nothing in it is written by hand.
+With --page the pictures are copied beside the page, into a folder of its name; what other folders lie there is linked.
+The page begins with the machine and how many of the papers' findings the figures bear out; nothing is written by hand.
 """
 
 from __future__ import annotations
