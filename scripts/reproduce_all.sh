@@ -16,10 +16,10 @@ failed=() number=0 start=$SECONDS
 for name in "${names[@]}"; do
   number=$((number + 1)) begin=$SECONDS
   echo "[$number/${#names[@]}] $name"
-  bash "scripts/reproduce_$name.sh" >"/dev/null" || failed+=("$name")
+  bash "scripts/reproduce_$name.sh" >/dev/null || failed+=("$name")
   echo "    $((SECONDS - begin)) s"
 done
-bash scripts/reproduce.sh report
+CHECKPOINT="" DATA="" FLAGS="" bash scripts/reproduce.sh report # which takes no model
 echo "all of it took $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2

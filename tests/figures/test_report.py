@@ -1,6 +1,10 @@
 """One page of what all scripts wrote."""
 
-from fairseq_moe_ext.figures.report import agreement, main
+import re
+
+import commands
+
+from fairseq_moe_ext.figures.report import SECTIONS, agreement, main
 from fairseq_moe_ext.figures.tables import Finding, findings_section
 
 FINDINGS = findings_section([
@@ -48,3 +52,11 @@ def test_the_report_and_the_page(tmp_path, capsys):
 def test_nothing_to_report(tmp_path, capsys):
     assert main(["--results", str(tmp_path)]) == 2
     assert "run `bash scripts/reproduce_all.sh` first" in capsys.readouterr().err
+
+
+def test_all_runs_every_script_that_is_reported():
+    scripts = commands.REPOSITORY / "scripts"
+    (names,) = re.findall(r"names=\(([^)]*)\)", (scripts / "reproduce_all.sh").read_text())
+    assert set(names.split()) == set(SECTIONS) - {"peers"}
+    for command in SECTIONS.values():
+        assert (commands.REPOSITORY / command.split()[-1]).is_file()
