@@ -67,7 +67,7 @@ def agreement(text: str) -> str:
         return ""
     found = re.findall(r"^- \*\*(Contradicted|Not decided)\*\*: (.*?) \([^()]*\)\. Here: ", text, flags=re.MULTILINE)
     names = "; ".join(f"{claim} ({verdict.lower()})" for verdict, claim in found)
-    told = f"Of {sum(counts.values())} findings of the paper's {counts['Confirmed']} are confirmed here"
+    told = f"Of {sum(counts.values())} findings of the paper, {counts['Confirmed']} are confirmed here"
     return f"{told}; not so: {names}." if names else f"{told}."
 
 
@@ -98,7 +98,7 @@ def assemble(results: Path, picture, note: str = "") -> str:
     ]
     parts = [
         "# The papers' tables and figures, as measured here",
-        f"Machine: {machine()}.{' ' + note.rstrip('.') + '.' if note else ''} The models are the quickstart's, unless "
+        f"Machine: {machine()}.{f' {note[0].upper()}{note[1:]}'.rstrip('.') + '.' if note else ''} The models are the quickstart's, unless "
         "a section names another; paper figures are the papers' own (fairseq_moe_ext/figures/paper.json has their "
         "sources). A finding is confirmed or contradicted by the rule that stands with it.",
         markdown(("section", *(verdict.lower() for verdict in VERDICTS), "command"), rows),

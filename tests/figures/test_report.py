@@ -23,7 +23,7 @@ def write(results):
 
 def test_what_agrees_and_what_differs():
     assert agreement(FINDINGS) == (
-        "Of 3 findings of the paper's 1 are confirmed here; not so: it is small (MT) (contradicted); it is old (not "
+        "Of 3 findings of the paper, 1 are confirmed here; not so: it is small (MT) (contradicted); it is old (not "
         "decided)."
     )
     assert agreement("no findings") == ""
@@ -44,7 +44,7 @@ def test_the_report_and_the_page(tmp_path, capsys):
     gpu.mkdir(parents=True)
     (gpu / "layers.md").write_text("figures\n")
     assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--note", "a quiet machine"]) == 0
-    assert "![memory](results/memory.png)" in page.read_text() and "a quiet machine." in page.read_text()
+    assert "![memory](results/memory.png)" in page.read_text() and "A quiet machine." in page.read_text()
     assert "- [gpu-h200: layers](results/gpu-h200/layers.md)" in page.read_text()
     assert (tmp_path / "docs" / "results" / "memory.png").read_bytes() == b"picture"
 
