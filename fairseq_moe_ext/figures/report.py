@@ -99,9 +99,9 @@ def assemble(results: Path, picture, note: str = "") -> str:
     told = f" {note[0].upper()}{note[1:].rstrip('.')}." if note else ""
     parts = [
         "# The papers' tables and figures, as measured here",
-        f"Machine: {machine()}.{told} The models are the quickstart's, unless a section names another; paper figures are "
-        "the papers' own (fairseq_moe_ext/figures/paper.json has their sources). A finding is confirmed or contradicted "
-        "by the rule that stands with it.",
+        f"Machine: {machine()}.{told} The models are the quickstart's, unless a section names another; paper figures "
+        "are the papers' own (fairseq_moe_ext/figures/paper.json has their sources). A finding is confirmed or "
+        "contradicted by the rule that stands with it.",
         markdown(("section", *(verdict.lower() for verdict in VERDICTS), "command"), rows),
     ]
     for name, text in here.items():
