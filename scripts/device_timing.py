@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+BURST = 0.2  # seconds
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype):
@@ -23,16 +25,23 @@ def default_dtype(dtype: torch.dtype):
 def measure(
     found: dict[str, Callable[[], Tensor]], seconds: float, device: str, least: int = 5
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, all in turn, at least so many rounds and then as many as `seconds` allow."""
+    """Milliseconds per call, all in turn, at least so many rounds and then as many as `seconds` allow.
+
+    In a round a short call is repeated for BURST seconds, so that it has a median of its own beside long ones.
+    """
     times: dict[str, list[float]] = {name: [] for name in found}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or any(len(values) < least for values in times.values()):
         for name, call in found.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            times[name].append(1000 * (time.perf_counter() - start))
+            burst = time.perf_counter() + BURST
+            while True:
+                synchronize(device)
+                start = time.perf_counter()
+                call()
+                synchronize(device)
+                times[name].append(1000 * (time.perf_counter() - start))
+                if time.perf_counter() >= burst:
+                    break
     return times
 
 
