@@ -10,9 +10,10 @@ The floor is `dense` (the same arithmetic without routing: two linear products a
 `weights` (one read of the active experts' weights); on a GPU the larger of the two. All are measured in turn, round
 after round, and outputs are checked equal before the clock starts: static against fairscale's, and dynamic against
 static at a capacity fraction of 1, where nothing drops, or where that does not fit in memory against a loop over
-experts. `graph` is the dynamic layer captured as a CUDA graph. TFLOP/s counts the arithmetic, GB/s the active experts'
-weights, each over the time that all of it took. With --capacity-factor the dynamic layer under every overflow rule
-takes static's and fairscale's place: as a whole (`drop`) and the rule alone (`drop: rule`), what it costs.
+experts. `products` is the dynamic layer without the C kernel for few rows per expert (CPU only), `graph` the one
+captured as a CUDA graph. TFLOP/s counts the arithmetic, GB/s the active experts' weights, each over the time that all
+of it took. With --capacity-factor the dynamic layer under every overflow rule takes static's and fairscale's place: as
+a whole (`drop`) and the rule alone (`drop: rule`), what it costs.
 
 Legend: T = tokens, E = experts, K = choices, D = model dim, F = hidden dim.
 """
@@ -28,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch comes in; the memory profiler is talkative
 
@@ -38,7 +40,7 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate  # noqa: E402
+from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate, grouped_linear  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
 from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
@@ -121,6 +123,12 @@ def with_kernel(layer: MOELayer, kernel: str) -> MOELayer:
     return other
 
 
+def without_c_kernel(call: Callable[[], Tensor]) -> Tensor:
+    """`call` with PyTorch's own products alone."""
+    with patch.object(grouped_linear, "most_rows", lambda *_: 0):
+        return call()
+
+
 def static_bytes(args: argparse.Namespace, tokens: int, fraction: float) -> int:
     """What static gating takes at its peak: three (T, E, C) tensors of float32, and the rows of all slots."""
     capacity = static_capacity(tokens, args.experts, args.top_k, fraction, False)
@@ -154,6 +162,8 @@ def implementations(
     found = {"dynamic": lambda: dynamic(x)}
     for kernel in args.kernel[1:]:
         found[kernel] = lambda layer=with_kernel(dynamic, kernel): layer(x)
+    if grouped_linear.most_rows(dtype, x.device) > 0:
+        found["products"] = lambda: without_c_kernel(lambda: dynamic(x))
     if args.cuda_graph and choose_kernel(experts, x[:, 0]) == "loop":
         print("graph is left out: a loop over experts waits for the host")
     elif args.cuda_graph:
@@ -178,7 +188,7 @@ def implementations(
     else:
         expected = with_kernel(dynamic, "loop")(x)
     tolerance = {"atol": TOLERANCE[args.dtype], "rtol": TOLERANCE[args.dtype]}
-    for name in {"dynamic", "graph", *args.kernel[1:]} & found.keys():
+    for name in {"dynamic", "products", "graph", *args.kernel[1:]} & found.keys():
         torch.testing.assert_close(found[name](), expected, **tolerance)
     if "fairscale" in found:
         torch.testing.assert_close(found["fairscale"](), found["static"](), **tolerance)
