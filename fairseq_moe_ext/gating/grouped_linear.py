@@ -79,7 +79,7 @@ def load_kernel() -> ctypes._CFuncPtr | None:
     """The compiled kernel; None where the installation did not compile it."""
     spec = find_spec("fairseq_moe_ext.gating._grouped_linear")
     if spec is None or spec.origin is None:
-        logger.warning("the C kernel for few rows per expert is not installed: experts run slower without it")
+        logger.warning("experts run slower without the C kernel for few rows, which `pip install -e .` compiles")
         return None
     kernel = ctypes.CDLL(spec.origin).grouped_linear
     pointer, size = ctypes.c_void_p, ctypes.c_int64
