@@ -162,7 +162,7 @@ def test_a_trained_model_translates_the_same_there(tmp_path):
     environment = hf_makers.transformers_environment(make_build())
     data = write_data(tmp_path / "data", ("en", "de"), splits={"train": 2000, "valid": 20, "test": 40})
     training = ("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01", "--optimizer", "adam")
-    training += ("--lr", "0.004", "--max-tokens", "1000", "--max-update", "400", "--dropout", "0.0")
+    training += ("--lr", "0.004", "--max-tokens", "1000", "--max-update", "700", "--dropout", "0.0")
     training += ("--no-epoch-checkpoints", "--disable-validation", "--save-dir", tmp_path)
     training += ("--cpu", "--num-workers", "0")
     commands.run("train", data, *MT_TRAINING, *training)
@@ -180,7 +180,7 @@ def test_a_trained_model_translates_the_same_there(tmp_path):
     assert [" ".join(words[row] for row in answer[1:-1]) for answer in answers] == ours
     right = sum(ours[number] == references[number][0] for number in range(len(ours)))
     print(f"{right} of {len(ours)} translations are the references")
-    assert right > 1  # what is not trained has none right
+    assert right > 4  # what is not trained has none right
 
 
 def test_half_precision_is_near(both, tmp_path):
