@@ -28,7 +28,7 @@ logger = logging.getLogger("fairseq_moe_ext")
 TURN = "moe_turn"  # the key under which a batch carries its Turn
 PATIENCE = timedelta(minutes=30)  # a rank may load or compute so long before the others give it up
 MOURNING = 8.0  # seconds in which a living rank answers that it lives
-DEFERENCE = 1.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
+DEFERENCE = 2.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
 
 
 def world_size() -> int:
