@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.hf_folder import HfFolder, values
 from fairseq_moe_ext.serving.hf_vocabulary import (
@@ -157,7 +158,7 @@ def _state(config: NllbConfig, vocabulary: FairseqVocabulary) -> dict[str, Any]:
             {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
         ],
         "task_state": {},
-        "extra_state": {},
+        "extra_state": {DICTIONARY_CHECKSUM: dictionary_checksum(vocabulary.names)},
     }
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
+from fairseq_moe_ext.serving.dictionary_checksum import dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_nllb_moe.py"
@@ -115,6 +116,25 @@ class TestTensors:
             (copy / name).unlink()
         found, wanted = converted(copy, tmp_path / "x.pt"), converted(made[0], tmp_path / "y.pt")
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+class TestDictionaryChecksum:
+    """Of the rows as fairseq's task names them, so that a served checkpoint's dictionary can be compared."""
+
+    def test_the_checkpoint_keeps_it_and_the_language_list(self, made, tmp_path):
+        done = convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        state = read_checkpoint(str(done.files[0]))
+        words = [line.rsplit(" ", 1)[0] for line in done.files[1].read_text().splitlines()]
+        languages = done.files[2].read_text().split()
+        assert state["args"].langs == languages == list(hf_makers.LANGUAGES)
+        tags = ["<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>"]
+        names = ["<s>", "<pad>", "</s>", "<unk>", *words, *(f"__{code}__" for code in languages), *tags]
+        assert state["extra_state"]["dictionary_checksum"] == dictionary_checksum(names)
+
+    @pytest.mark.parametrize("other", [["b", "a"], ["a"], ["ab"], ["a", "b", ""], ["a\\nb"]])
+    def test_another_list_has_another_one(self, other):
+        assert dictionary_checksum(["a", "b"]) == dictionary_checksum(iter(("a", "b"))) != dictionary_checksum(other)
+
 
 
 class TestFaults:
