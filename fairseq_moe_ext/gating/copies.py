@@ -35,20 +35,25 @@ class ExpertCopies:
         self._copies = copies
         self._rank = rank
         most = max(map(len, copies))
-        self._table = torch.tensor([found + found[:1] * (most - len(found)) for found in copies])  # (E, most)
-        self._counts = torch.tensor([len(found) for found in copies])  # (E,)
+        padded = [found + found[:1] * (most - len(found)) for found in copies]
+        self._table = torch.tensor([*padded, [0] * most])  # (E + 1, most), the last for what is not kept
+        self._counts = torch.tensor([*map(len, copies), 1])  # (E + 1,)
         self._in_order = [found[0] for found in copies] == list(range(self.num_copies))
 
-    def choose(self, expert_ids: Tensor) -> Tensor:
-        """expert_ids (T, K) -> the copy of each assignment (T, K); an expert's assignments go round its copies."""
+    def choose(self, expert_ids: Tensor, kept: Tensor | None = None) -> Tensor:
+        """expert_ids (T, K) -> the copy of each assignment (T, K); an expert's assignments go round its copies.
+
+        kept: (T, K) bool; what is not kept takes no turn, and its copy has no meaning. None keeps all.
+        """
         if self._in_order:
             return expert_ids
         table, counts = self._table.to(expert_ids.device), self._counts.to(expert_ids.device)
         if table.size(1) == 1:
             return table[:, 0][expert_ids]
-        flat = expert_ids.reshape(-1)
+        flat = expert_ids if kept is None else expert_ids.masked_fill(~kept, self.num_experts)
+        flat = flat.reshape(-1)
         order = flat.argsort(stable=True)
-        load = torch.bincount(flat, minlength=self.num_experts)
+        load = torch.bincount(flat, minlength=self.num_experts + 1)
         first = (load.cumsum(0) - load)[flat[order]]
         number = torch.empty_like(flat)  # of an assignment among its expert's
         number[order] = torch.arange(flat.numel(), device=flat.device) - first

@@ -45,7 +45,7 @@ def plan_dispatch(
     num_tokens, num_choices = routing.expert_ids.shape
     expert_ids, num_experts = routing.expert_ids, routing.num_experts
     if copies is not None:
-        expert_ids, num_experts = copies.choose(expert_ids), copies.num_copies
+        expert_ids, num_experts = copies.choose(expert_ids, routing.kept), copies.num_copies
     expert_ids = expert_ids.masked_fill(~routing.kept, num_experts).view(-1)  # (T * K,)
     sizes = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts]
     if send_sizes is not None:

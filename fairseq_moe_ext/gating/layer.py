@@ -211,12 +211,15 @@ class MOELayer(nn.Module):
     def _limit(self, routing: Routing, weights: Tensor, num_sentences: int) -> Limited:
         """The routing of so many sentences under the capacity, which counts a rank's own tokens.
 
-        On one process the sentences are dealt out to the virtual ranks in order.
+        On one process the sentences are dealt out to the virtual ranks in order; those of padding alone count for none.
         """
         num_tokens, num_ranks = routing.expert_ids.size(0), self.capacity.num_ranks
         if self.exchange is None:
-            sentences = torch.arange(num_tokens, device=weights.device) // max(num_tokens // max(num_sentences, 1), 1)
-            ranks = sentences * num_ranks // max(num_sentences, 1)
+            positions = num_tokens // max(num_sentences, 1)
+            filled = routing.kept.any(dim=1).view(num_sentences, positions).any(dim=1).long()  # (B,)
+            numbers = filled.cumsum(0) - filled
+            ranks = (numbers * num_ranks // filled.sum().clamp_min(1)).clamp_max(num_ranks - 1)
+            ranks = ranks.unsqueeze(1).expand(num_sentences, positions).reshape(-1)
         else:
             ranks = torch.full((num_tokens,), self.exchange.rank, device=weights.device)
         preferred = None

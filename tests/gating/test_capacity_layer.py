@@ -70,17 +70,19 @@ def test_overflow_expands_to_experts_of_the_tokens_own_rank():
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize("scope", CAPACITY_SCOPES)
-def test_padding_does_not_count(overflow, scope):
-    """A batch with two more rows of padding is served as without them."""
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_padding_does_not_count(overflow, scope, num_ranks):
+    """A batch with three more rows of padding, wherever they stand, is served as without them."""
     x, _ = CASE.batch()
-    layer, calls = served(Rules(0.4, overflow, scope=scope))
+    layer, calls = served(Rules(0.4, overflow, scope=scope), num_ranks)
     wanted = output(layer, x)
-    mask = torch.zeros(6, 9, dtype=torch.bool)
-    mask[4:] = True
-    found = output(layer, torch.cat((x, torch.randn(2, 9, x.size(2)))), mask)
-    torch.testing.assert_close(found[:4], wanted)
+    padded = torch.tensor([True, False, True, False, False, False, True])
+    more = torch.randn(7, 9, x.size(2)).masked_scatter_(~padded.view(7, 1, 1), x)
+    found = output(layer, more, padded.unsqueeze(1).expand(7, 9))
+    torch.testing.assert_close(found[~padded], wanted)
     assert calls[0].load == calls[1].load and calls[0].dropped == calls[1].dropped > 0
-    assert (found[4:] == 0).all()
+    assert calls[0].load_before == calls[1].load_before and calls[0].overflowing == calls[1].overflowing
+    assert (found[padded] == 0).all()
 
 
 def test_a_layer_that_mixes_with_a_dense_branch_has_its_capacity():

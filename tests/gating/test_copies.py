@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from fairseq_moe_ext.balancing.placement import contiguous, experts_of_rank
 from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.dispatch import plan_dispatch
+from fairseq_moe_ext.gating.routing import Routing
 
 UNEVEN = [[0], [0], [0], [1], [3]]  # of four ranks, the third without an expert
 PERMUTED = [[2], [0], [1], [1], [0], [2]]
@@ -44,6 +46,13 @@ def test_ranks_begin_with_different_copies():
     assert sorted(begun) == [0, 1, 2]
 
 
+def test_padding_takes_no_turn():
+    """Else, every second token being padding, all assignments would go to the same one of two copies."""
+    kept = torch.tensor([[True], [False]] * 4)
+    routing = Routing(torch.zeros(8, 1, dtype=torch.int64), kept, kept.float(), torch.ones(8, 1))
+    assert plan_dispatch(routing, ExpertCopies([[0, 1]], rank=0, world_size=2)).tokens_per_expert == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("placement", "world_size"),
     [(contiguous(5, 3), 3), (contiguous(4, 1), 1), (PERMUTED, 3), (UNEVEN, 4), (REPLICAS, 3), ([[1]], 2)],
@@ -58,21 +67,24 @@ def test_held(placement, world_size):
 
 
 @examples(150)
-@given(placements(), st.integers(0, 30), st.integers(1, 3), st.integers(0, 1000))
-def test_every_assignment_goes_to_a_copy_of_its_expert_and_all_copies_get_as_many(where, num_tokens, choices, seed):
+@given(placements(), st.integers(0, 30), st.integers(1, 3), st.sampled_from((0.0, 0.5, 1.0)), st.integers(0, 1000))
+def test_every_kept_assignment_goes_to_a_copy_of_its_expert_and_all_copies_get_as_many(
+    where, num_tokens, choices, share, seed
+):
     placement, world_size = where
     generator = torch.Generator().manual_seed(seed)
     expert_ids = torch.randint(len(placement), (num_tokens, choices), generator=generator)
+    kept = torch.rand(expert_ids.shape, generator=generator) >= share
     in_order = copies_in_order(placement, world_size)
     for rank in range(world_size):
-        chosen = ExpertCopies(placement, rank, world_size).choose(expert_ids)
+        chosen = ExpertCopies(placement, rank, world_size).choose(expert_ids, kept)
         assert chosen.shape == expert_ids.shape
-        assert [in_order[copy][1] for copy in chosen.flatten().tolist()] == expert_ids.flatten().tolist()
-        received = torch.bincount(chosen.flatten(), minlength=len(in_order)).tolist()
+        assert [in_order[copy][1] for copy in chosen[kept].tolist()] == expert_ids[kept].tolist()
+        received = torch.bincount(chosen[kept], minlength=len(in_order)).tolist()
         for expert in range(len(placement)):
             counts = [received[copy] for copy, (_, of) in enumerate(in_order) if of == expert]
             assert max(counts) - min(counts) <= 1
-            assert sum(counts) == int((expert_ids == expert).sum())
+            assert sum(counts) == int((expert_ids[kept] == expert).sum())
 
 
 @examples(100)
