@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.nllb_tokens import ALL_EXTRA_TOKENS, mending
+from fairseq_moe_ext.serving.open_files import OpenFiles
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
 _LANGUAGE_TOKEN = re.compile(r"__.+__|\[.+\]")
@@ -23,28 +24,24 @@ PATIENCE = 3.0  # seconds before a bar appears
 class Loading:
     """Bytes of tensors that were read from one checkpoint's files, and the seconds that this took.
 
-    error: what was found wrong with a file. It is kept since torch's load_state_dict turns any error into its own.
+    files: those that are open. error: what was found wrong with a file. It is kept since torch's load_state_dict turns
+    any error into its own.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.files = OpenFiles()
         self.bytes = 0
         self.seconds = 0.0
         self.error: CheckpointError | None = None
         self._bar: tqdm | None = None
-        self._scratch: Tensor | None = None
+        self._lock = threading.Lock()
 
     def count(self, number: int) -> None:
-        self.bytes += number
-        if self._bar is not None:
-            self._bar.update(number)
-
-    def scratch(self, size: int) -> Tensor:
-        """`size` bytes, valid until the next call; one buffer, since a fresh one for each tensor scatters the heap."""
-        if self._scratch is None or self._scratch.numel() < size:
-            self._scratch = None  # the old one goes before the new one comes
-            self._scratch = torch.empty(size, dtype=torch.uint8)
-        return self._scratch[:size]
+        with self._lock:  # also threads that fill buffers read
+            self.bytes += number
+            if self._bar is not None:
+                self._bar.update(number)
 
     @contextmanager
     def timed(self, total: int | None = None) -> Iterator[None]:
@@ -58,10 +55,12 @@ class Loading:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-            self._scratch = None
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
+
+    def __deepcopy__(self, memo: dict) -> Loading:
+        return self  # a copied model was loaded by the same loading
 
     def as_dict(self) -> dict[str, float]:
         """`loading` of the report."""
@@ -95,6 +94,7 @@ def loading_into(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Loading
         yield None
         return
     loading = state.loading
+    loading.error = None  # of an earlier try
     _check_vocabulary(model, state)
     try:
         with loading.timed(total=sum(tensor.nbytes for tensor in state.values())):

@@ -18,6 +18,7 @@ from torch import Tensor
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
+from fairseq_moe_ext.serving.open_files import Descriptor, ReopenedFile
 
 MAGIC = b"PK\x03\x04"
 _HEADER = 30  # bytes of a local file header before its name
@@ -36,26 +37,27 @@ class Record:
 
 
 class RecordFile:
-    """A checkpoint file that stays open; its small records are checked at once, tensors when they are read.
+    """A checkpoint file in use; its small records are checked at once, tensors when they are read, by any thread.
 
-    loading: hears of the bytes that were read, and of an error.
+    loading: hears of the bytes that were read, and of an error; its files bound how many are open at a time.
     """
 
     def __init__(self, path: Path, loading: Loading):
         self.path = path
         self.loading = loading
-        self._file = open(path, "rb")  # noqa: SIM115  closed with the last tensor that lies in it
-        self._state = self._stat()
+        self._file = ReopenedFile(path, loading.files)
+        opened = self._file.descriptor()
         try:
-            with zipfile.ZipFile(self._file) as archive:
+            with open(opened.number, "rb", closefd=False) as file, zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
                 # torch.serialization.set_crc32_options(False) leaves 0 everywhere
                 self.has_checksums = any(entry.CRC for entry in entries)
                 for entry in entries:
                     if not _is_tensor(entry) and self.has_checksums:
                         archive.read(entry)
-            self._check_byte_order(entries)
-            self._records = {record.offset: record for record in map(self._locate, filter(_is_tensor, entries))}
+            self._check_byte_order(opened, entries)
+            records = (self._locate(opened, entry) for entry in filter(_is_tensor, entries))
+            self._records = {record.offset: record for record in records}
         except CheckpointError:
             raise
         except Exception as error:  # zipfile raises a dozen types at damaged archives
@@ -71,38 +73,48 @@ class RecordFile:
             )
         return record
 
-    def read_into(self, target: Tensor, record: Record, start: int = 0) -> None:
-        """Fill `target`, contiguous and on the CPU, with the record's bytes from `start` on."""
+    def read_into(self, target: Tensor, dtype: torch.dtype, record: Record, start: int = 0) -> None:
+        """Fill `target`, contiguous, with the record's values of `dtype` from byte `start` on."""
         if target.numel() == 0:
             return
-        view = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+        size = target.numel() * dtype.itemsize
         try:
-            if start + len(view) > record.size:
+            if start + size > record.size:
                 raise CheckpointError(
                     f"{self.path}: a tensor must lie within record {record.name} of {record.size} bytes, "
-                    f"got {start + len(view)}"
+                    f"got {start + size}"
                 )
-            if len(view) < record.size and self.has_checksums and not record.verified:
-                self._verify(record)
-            crc = self._read(view, record.offset + start)
-            if len(view) == record.size and self.has_checksums:
+            opened = self._file.descriptor()
+            if size < record.size and self.has_checksums and not record.verified:
+                self._verify(opened, record)
+            crc = self._read_values(opened, target.detach().view(-1), dtype, record.offset + start)
+            if size == record.size and self.has_checksums:
                 self._check(record, crc)
-            elif self._stat() != self._state:  # a part of a record has no checksum of its own
-                raise CheckpointError(f"{self.path}: the file was changed while it was in use")
+            else:  # a part of a record has no checksum of its own
+                self._file.check_unchanged(opened)
         except CheckpointError as error:
             self.loading.error = error
             raise
-        self.loading.count(len(view))
+        self.loading.count(size)
 
-    def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
+    def _read_values(self, opened: Descriptor, target: Tensor, dtype: torch.dtype, offset: int) -> int:
+        """target (n,) -> the checksum of its bytes in the file."""
+        if target.dtype == dtype and target.device.type == "cpu":
+            return self._read(opened, _bytes_of(target), offset)
+        # piece by piece, and each call in memory of its own: several threads read at once
+        between, crc = torch.empty(min(_CHUNK // dtype.itemsize, len(target)), dtype=dtype), 0
+        for piece in target.split(len(between)):
+            values = between[: len(piece)]
+            crc = self._read(opened, _bytes_of(values), offset, crc)
+            piece.copy_(values)
+            offset += values.nbytes
+        return crc
 
-    def _verify(self, record: Record) -> None:
+    def _verify(self, opened: Descriptor, record: Record) -> None:
         buffer, crc = memoryview(bytearray(_CHUNK)), 0
         for start in range(0, record.size, _CHUNK):
             part = buffer[: min(_CHUNK, record.size - start)]
-            crc = self._read(part, record.offset + start, crc)
+            crc = self._read(opened, part, record.offset + start, crc)
         self._check(record, crc)
 
     def _check(self, record: Record, crc: int) -> None:
@@ -112,27 +124,27 @@ class RecordFile:
             )
         record.verified = True
 
-    def _read(self, view: memoryview, offset: int, crc: int = 0) -> int:
+    def _read(self, opened: Descriptor, view: memoryview, offset: int, crc: int = 0) -> int:
         try:
-            return read_at(self._file.fileno(), view, offset, crc if self.has_checksums else None)
+            return read_at(opened.number, view, offset, crc if self.has_checksums else None)
         except EOFError:
             raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor") from None
 
-    def _locate(self, entry: zipfile.ZipInfo) -> Record:
+    def _locate(self, opened: Descriptor, entry: zipfile.ZipInfo) -> Record:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.path}: record {entry.filename} must be uncompressed, as torch.save leaves it")
-        header = os.pread(self._file.fileno(), _HEADER, entry.header_offset)
+        header = os.pread(opened.number, _HEADER, entry.header_offset)
         if header[:4] != MAGIC or len(header) < _HEADER:
             raise CheckpointError(f"{self.path}: not a readable checkpoint: no record at {entry.header_offset}")
         name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         offset = entry.header_offset + _HEADER + name_length + extra_length
         return Record(entry.filename, offset, entry.file_size, entry.CRC)
 
-    def _check_byte_order(self, entries: list[zipfile.ZipInfo]) -> None:
+    def _check_byte_order(self, opened: Descriptor, entries: list[zipfile.ZipInfo]) -> None:
         for entry in entries:
             if entry.filename.endswith("/byteorder"):
-                record = self._locate(entry)
-                order = os.pread(self._file.fileno(), record.size, record.offset)
+                record = self._locate(opened, entry)
+                order = os.pread(opened.number, record.size, record.offset)
                 if order != b"little":
                     raise CheckpointError(f"{self.path}: its byte order must be little, got {order[:20]!r}")
 
@@ -140,3 +152,7 @@ class RecordFile:
 def _is_tensor(entry: zipfile.ZipInfo) -> bool:
     parts = entry.filename.split("/")
     return len(parts) == 3 and parts[1] == "data"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())

@@ -57,25 +57,20 @@ class StoredTensor(Tensor):
             return target
         record: Record = self._record
         storage = torch.empty(record.size // self.element_size(), dtype=self.dtype)
-        self._file.read_into(storage, record)
+        self._file.read_into(storage, self.dtype, record)
         return storage.as_strided(self.shape, self.stride(), self._start)
 
     def copy_to(self, target: Tensor) -> None:
-        """`target.copy_(self)` with no copy in between where none is needed, else by way of one tensor's bytes."""
+        """`target.copy_(self)` with no copy in between where none is needed."""
         with torch.no_grad():
-            same = target.shape == self.shape and target.dtype == self.dtype and target.device.type == "cpu"
-            if same and target.is_contiguous() and self.is_contiguous():
+            if target.shape == self.shape and target.is_contiguous() and self.is_contiguous():
                 self._fill(target)
-            elif self._record is not None and self.is_contiguous():
-                between = self._file.loading.scratch(self.nbytes).view(self.dtype).view(self.shape)
-                self._fill(between)
-                target.copy_(between)
             else:
                 target.copy_(self.read())
 
     def _fill(self, target: Tensor) -> None:
         if self._record is not None:
-            self._file.read_into(target, self._record, self._start * self.element_size())
+            self._file.read_into(target, self.dtype, self._record, self._start * self.element_size())
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
