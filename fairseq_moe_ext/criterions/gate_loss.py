@@ -50,14 +50,18 @@ class GateLoss:
 
     def forward(self, model, sample, reduce=True):
         """As fairseq's: (loss, sample_size, logging_output); the loss is a sum over the sample."""
-        inner_loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         layers = [module for module in model.modules() if isinstance(module, MOELayer)]
+        for layer in layers:
+            layer.statistics = None
+        inner_loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         loss = inner_loss
         if layers:
-            gate_loss = sample_size * self.combined_gate_loss(layers)
+            # layer drop leaves out some; a serving layer is to complain
+            called = [layer for layer in layers if layer.serving or layer.statistics is not None]
+            gate_loss = sample_size * self.combined_gate_loss(called) if called else torch.zeros_like(inner_loss)
             loss = inner_loss + self.gate_loss_weight * gate_loss
             logging_output["moe_loss"] = gate_loss.data
-            logging_output.update(_mean_metadata(layers))
+            logging_output.update(_mean_metadata(called))
         logging_output["inner_loss"] = inner_loss.data
         logging_output["loss"] = loss.data
         return loss, sample_size, logging_output
@@ -86,8 +90,8 @@ class GateLoss:
 def _mean_metadata(layers: list[MOELayer]) -> dict:
     """Mean over the layers of upstream's metadata; what one rank or one choice does not have is 0."""
     found = [layer.metadata() for layer in layers]
-    means = {key: sum(metadata.get(key, 0) for metadata in found) / len(found) for key in METADATA_KEYS}
-    return {**means, "batch_count": 1}
+    means = {key: sum(metadata.get(key, 0) for metadata in found) / max(len(found), 1) for key in METADATA_KEYS}
+    return {**means, "batch_count": int(bool(found))}
 
 
 def log_in_bits(name: str, total, count: int) -> None:

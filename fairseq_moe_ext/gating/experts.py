@@ -129,13 +129,14 @@ class ResidentExperts(nn.Module):
     held: the numbers of the experts that lie here, rising; None holds all. A state dict's other experts are left alone.
 
     activation: elementwise, Tensor -> Tensor.
-    activation_dropout: probability, in training only.
+    activation_dropout: probability, in training, whether or not gradients are wanted, and where it is retained.
     initialize: False leaves the weights as the memory was, for a model that is loaded at once; a state dict that lacks
         one of them is then an error, strict or not.
     """
 
     totals = BufferCall()  # of all calls: nothing is fetched
     kernel = "auto"  # what computes them inside a layer, one of device_experts.KERNELS
+    retain_dropout = False  # in evaluation, too
 
     def __init__(
         self,
@@ -209,9 +210,10 @@ class ResidentExperts(nn.Module):
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
         packed = list(self.parameters())
-        if not (torch.is_grad_enabled() and (rows.requires_grad or self.fc1_weight.requires_grad)):
+        dropout = self.activation_dropout if self.training or self.retain_dropout else 0.0
+        wants_gradients = torch.is_grad_enabled() and (rows.requires_grad or self.fc1_weight.requires_grad)
+        if dropout == 0 and not wants_gradients:
             return run_experts(rows, tokens_per_expert, packed, self.activation)
-        dropout = self.activation_dropout if self.training else 0.0
         outputs = []
         chunks, weights = rows.split(list(tokens_per_expert)), zip(*(each.unbind(0) for each in packed), strict=True)
         for chunk, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) in zip(chunks, weights, strict=True):

@@ -26,7 +26,7 @@ from fairseq_moe_ext.gating.static import (
     static_combine,
     static_dispatch,
 )
-from fairseq_moe_ext.gating.statistics import gate_loss, routing_metadata
+from fairseq_moe_ext.gating.statistics import CallStatistics
 
 GATINGS = ("dynamic", "static")
 CAPACITY_PHASES = ("all", "prefill")
@@ -111,7 +111,7 @@ class MOELayer(nn.Module):
         self.capacity_phases = "all"
         self.prefer_resident = False  # overflow goes to the experts first that are in a buffer
         self.decoding = False  # whether this call is a decode step
-        self._last: tuple[Routing, Routing] | None = None  # before and after the capacity
+        self.statistics: CallStatistics | None = None  # of the last call in training and validation
 
     def prepare_for_serving(self, seed: int, observer: Callable[[LayerCall], None] | None = None) -> None:
         """From here on batches are served: no rows are padded, no statistics for a loss are kept.
@@ -123,20 +123,26 @@ class MOELayer(nn.Module):
         if self.capacity is not None:
             self.capacity.seed(seed + 500_000)  # other numbers than the gate draws
         self.observer = observer
-        self._last = None
+        self.statistics = None
 
     def gate_loss(self) -> Tensor:
         """The load-balancing loss of the last call (training and validation only), a scalar."""
-        return gate_loss(self._statistics()[0])
+        loss = self._statistics().gate_loss()
+        if self.training and torch.is_grad_enabled() and self.gate.wg.weight.requires_grad > loss.requires_grad:
+            raise RuntimeError(
+                "the gate loss has no gradient, since the layer's last call ran without one: of activation checkpoints "
+                "--checkpoint-activations alone keeps it"
+            )
+        return loss
 
     def metadata(self) -> dict[str, Tensor]:
         """Upstream's metadata of the last call (training and validation only)."""
-        return routing_metadata(*self._statistics())
+        return self._statistics().metadata()
 
-    def _statistics(self) -> tuple[Routing, Routing]:
-        if self._last is None:
+    def _statistics(self) -> CallStatistics:
+        if self.statistics is None:
             raise RuntimeError("a gate loss needs a call of the layer before it, and a layer that is not serving")
-        return self._last
+        return self.statistics
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D).
@@ -297,7 +303,7 @@ class MOELayer(nn.Module):
 
     def _record(self, before: Routing, after: Routing) -> None:
         if not self.serving:
-            self._last = (before, after)
+            self.statistics = CallStatistics(before, after)
 
 
 class _Clock:

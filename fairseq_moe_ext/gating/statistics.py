@@ -6,6 +6,7 @@ Legend: T = tokens, E = experts, K = choices per token. Source: upstream's `top1
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ from fairseq_moe_ext.gating.routing import Routing
 
 # the share of experts that "balance_top" and "balance_bottom" sum over
 SAMPLE_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class CallStatistics:
+    """One call of a layer: its routing before and after the capacity.
+
+    loss: the gate loss, where the call kept no graph and its caller did (an activation checkpoint).
+    """
+
+    before: Routing
+    after: Routing
+    loss: Tensor | None = None
+
+    def gate_loss(self) -> Tensor:
+        return gate_loss(self.before) if self.loss is None else self.loss
+
+    def metadata(self) -> dict[str, Tensor]:
+        return routing_metadata(self.before, self.after)
 
 
 def gate_loss(routing: Routing) -> Tensor:

@@ -38,6 +38,8 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
                 raise ValueError(f"{name} is not supported in a MoE language model, got {getattr(args, name)}")
         if getattr(args, "decoder_layers_to_keep", None):
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        if getattr(args, "offload_activations", False):
+            args.checkpoint_activations = True
         if getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = getattr(args, "tokens_per_sample", None) or DEFAULT_MAX_TARGET_POSITIONS
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)

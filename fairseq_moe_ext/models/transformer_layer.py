@@ -8,12 +8,15 @@ residuals stay fairseq's own. Legend: L = positions, B = sentences, D = model di
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from fairseq import utils
 from fairseq.modules import transformer_layer
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
@@ -56,9 +59,10 @@ def alternate_config(cfg, side: str, hidden_dim: int):
 
 
 class _MoEFeedForward:
-    """Mixin before one of fairseq's layer classes."""
+    """Mixin before one of fairseq's layer classes; `_pass` is one forward pass of such a layer."""
 
     _padding_mask: Tensor | None = None
+    _checkpointed = None  # under --checkpoint-activations: a pass that is computed again in the backward pass
 
     def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
         return super().build_fc1(input_dim, output_dim, q_noise, qn_block_size) if self._moe.moe_cmr else nn.Identity()
@@ -76,6 +80,25 @@ class _MoEFeedForward:
         else:
             for name in ("fc1", "fc2", "ffn_layernorm"):
                 self._modules.pop(name, None)
+        if self._cfg.checkpoint_activations:
+            holder = checkpoint_wrapper(Namespace(forward=self._pass_with_gate_loss), self._cfg.offload_activations)
+            self._checkpointed = holder.forward
+
+    def _run(self, *args, **kwargs):
+        """One pass; a checkpointed one keeps no graph, so that its gate loss leaves beside the result."""
+        if self._checkpointed is None or self.moe_layer.serving or not torch.is_grad_enabled():
+            return self._pass(*args, **kwargs)
+        *results, gate_loss = self._checkpointed(*args, **kwargs)
+        self.moe_layer.statistics = replace(self.moe_layer.statistics, loss=gate_loss)
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _pass_with_gate_loss(self, *args, **kwargs) -> tuple:
+        of_first_pass = self.moe_layer.statistics
+        results = self._pass(*args, **kwargs)
+        gate_loss = self.moe_layer.gate_loss()
+        if torch.is_grad_enabled():  # the second pass, whose graph nobody is to keep
+            self.moe_layer.statistics = of_first_pass
+        return (*(results if isinstance(results, tuple) else (results,)), gate_loss)
 
     def _dense_feed_forward(self, x: Tensor) -> Tensor:
         """CMR's shared branch, by the modules that the methods below hide."""
@@ -117,6 +140,9 @@ class MoETransformerEncoderLayer(_MoEFeedForward, transformer_layer.TransformerE
         self._install(cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.max_source_positions)
 
     def forward(self, x, encoder_padding_mask, attn_mask=None):
+        return self._run(x, encoder_padding_mask, attn_mask)
+
+    def _pass(self, x, encoder_padding_mask, attn_mask=None):
         self._padding_mask = encoder_padding_mask
         return super().forward(x, encoder_padding_mask, attn_mask)
 
@@ -129,7 +155,10 @@ class MoETransformerDecoderLayer(_MoEFeedForward, transformer_layer.TransformerD
         super().__init__(cfg, no_encoder_attn)
         self._install(cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.max_target_positions)
 
-    def forward(
+    def forward(self, *args, **kwargs):
+        return self._run(*args, **kwargs)
+
+    def _pass(
         self,
         x,
         encoder_out=None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
-from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 
 from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.models.transformer_layer import (
@@ -28,7 +27,7 @@ class MoETransformerEncoder(TransformerEncoderBase):
             return super().build_encoder_layer(cfg)
         hidden_dim = self._moe.alternate_hidden_dim("encoder")
         if hidden_dim > 0:
-            return TransformerEncoderLayerBase(alternate_config(cfg, "encoder", hidden_dim), return_fc=self.return_fc)
+            return super().build_encoder_layer(alternate_config(cfg, "encoder", hidden_dim))
         return MoETransformerEncoderLayer(cfg, self._moe, return_fc=self.return_fc)
 
     def forward(self, src_tokens, *args, **kwargs):
@@ -54,7 +53,7 @@ class MoETransformerDecoder(TransformerDecoderBase):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         hidden_dim = self._moe.alternate_hidden_dim("decoder")
         if hidden_dim > 0:
-            return TransformerDecoderLayerBase(alternate_config(cfg, "decoder", hidden_dim), no_encoder_attn)
+            return super().build_decoder_layer(alternate_config(cfg, "decoder", hidden_dim), no_encoder_attn)
         return MoETransformerDecoderLayer(cfg, self._moe, no_encoder_attn)
 
     def forward(self, prev_output_tokens, encoder_out=None, incremental_state=None, **kwargs):

@@ -122,6 +122,7 @@ class ServingTask:
         flags = self._flags()
         values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
         values["allocate_experts"] = buffer_settings(flags) is None and self.ranks is None
+        values["checkpoint_activations"] = values["offload_activations"] = False  # of training alone
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
             values["moe_eval_capacity_token_fraction"] = float(fraction)

@@ -62,6 +62,19 @@ def test_activation_dropout_in_training_alone():
     assert torch.equal(plain.train()(rows, counts), plain.eval()(rows, counts))
 
 
+def test_activation_dropout_does_not_ask_for_gradients():
+    """An activation checkpoint's first pass wants none, and must draw what the second does."""
+    experts = make_experts(activation_dropout=0.5).train()
+    rows, outputs = torch.randn(50, 4), []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(wanted):
+            outputs.append(experts(rows, [20, 0, 30]))
+    torch.testing.assert_close(*outputs)
+    with torch.no_grad():
+        assert not torch.equal(outputs[0], experts(rows, [20, 0, 30]))
+
+
 def test_the_state_dict_is_one_of_linear_layers():
     """Upstream's experts are a list of modules with fc1 and fc2: theirs and ours load each other."""
     def linear_expert():

@@ -130,3 +130,11 @@ def test_a_dense_checkpoint_is_refused_alike(loader, tmp_path, field):
     loader.load("mt_plain", no_experts, path=path)
     with pytest.raises(UnsupportedFieldError, match=field):
         loader.load("mt_plain", {**no_experts, field: True}, path=path)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_a_model_that_was_trained_under_activation_checkpointing_is_served_without(loader, name):
+    fields = {"checkpoint_activations": True, "offload_activations": True}
+    model = loader.load(name, fields)
+    assert not any(hasattr(module, "precheckpoint_forward") for module in model.modules())
+    assert torch.equal(logits(model), loader.logits(name, {}))
