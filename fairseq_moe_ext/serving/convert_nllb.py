@@ -28,14 +28,17 @@ from fairseq_moe_ext.serving.hf_vocabulary import (
     read_vocabulary,
 )
 from fairseq_moe_ext.serving.nllb_config import NllbConfig
+from fairseq_moe_ext.serving.nllb_fields import dropped_fields
 from fairseq_moe_ext.serving.nllb_names import COMPUTED, NamedTensor, named_tensors
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION, TASKS_OPTION
 from fairseq_moe_ext.serving.record_writer import RecordWriter
+from fairseq_moe_ext.serving.state_keys import GATE_KEY
 
 logger = logging.getLogger("fairseq_moe_ext")
 
 _PIECE = 1 << 26  # bytes of a tensor that are converted at a time
 _VERSION = 3.0  # of fairseq's encoder and decoder, which they keep as a tensor
+HF_FIELDS = "hf_config"  # of extra_state: config.json's fields that fairseq has no place for
 _VERSIONS = ("encoder.version", "decoder.version")
 
 
@@ -59,7 +62,7 @@ def convert_nllb(
     """
     source, file = HfFolder(Path(folder)), _target(target, force)
     config = NllbConfig.from_hf(source.config, str(source.path / "config.json"))
-    if config.is_dense:
+    if not config.has_moe_layers:
         logger.info("%s: a dense model without experts, converted as the dense model that it is", folder)
     found = source.shapes()
     tensors = match_tensors(named_tensors(config), found, folder)
@@ -68,8 +71,10 @@ def convert_nllb(
         tensor.fairseq: (dtype or found[next(name for name in tensor.hf if name in found)][1], tensor.shape)
         for tensor in dict.fromkeys(tensors.values())
     }
+    _check_gating(config, shapes, folder)
     shapes |= {(name,): (torch.float32, (1,)) for name in _VERSIONS}
-    writer = RecordWriter(file, _state(config, vocabulary), shapes, _fingerprint(source, shapes, vocabulary))
+    state = _state(config, vocabulary, _dropped(source, config))
+    writer = RecordWriter(file, state, shapes, _fingerprint(source, shapes, state))
     for name in _VERSIONS:
         writer.write(name, [torch.tensor([_VERSION])])
     order = None if rows == list(range(len(rows))) else torch.tensor(rows)
@@ -116,9 +121,7 @@ def task_flags(vocabulary: FairseqVocabulary) -> str:
     return f"--encoder-langtok src --decoder-langtok {vocabulary.options}".strip()
 
 
-def _vocabulary(
-    folder: Path, config: NllbConfig, dictionary: str | None
-) -> tuple[FairseqVocabulary, list[int]]:
+def _vocabulary(folder: Path, config: NllbConfig, dictionary: str | None) -> tuple[FairseqVocabulary, list[int]]:
     """fairseq's vocabulary, and for each of its entries the row in the folder's embeddings."""
     theirs = read_vocabulary(folder)
     words = theirs.pieces if dictionary is None else read_dictionary(Path(dictionary))
@@ -138,7 +141,32 @@ def _target(target: str, force: bool) -> Path:
     return file
 
 
-def _state(config: NllbConfig, vocabulary: FairseqVocabulary) -> dict[str, Any]:
+def _check_gating(config: NllbConfig, shapes: Mapping[tuple[str, ...], tuple], folder: str) -> None:
+    """CheckpointError where fairseq's gate would compute in another dtype than the folder's says."""
+    written = {dtype for names, (dtype, _) in shapes.items() if GATE_KEY.match(names[0])}
+    if config.router_dtype != "float32" and written - {getattr(torch, config.router_dtype)}:
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'}: router_dtype must be float32 or the dtype of the weights, "
+            f"{str(written.pop()).removeprefix('torch.')} (--dtype), got {config.router_dtype!r}"
+        )
+
+
+def _dropped(source: HfFolder, config: NllbConfig) -> dict[str, Any]:
+    """Fields without a place in fairseq: said, and kept for the way back."""
+    dropped = dropped_fields(source.config, not config.is_dense)
+    if dropped:
+        shown = ", ".join(f"{name} {value!r:.40}" for name, value in sorted(dropped.items()))
+        logger.info("%s: without effect in fairseq: %s", source.path / "config.json", shown)
+    if config.experts and config.capacity_fraction <= 0:
+        logger.warning(
+            "%s: moe_eval_capacity_token_fraction %s: transformers gives each expert expert_capacity slots, fairseq's "
+            "static gating 2 * ceil(tokens / experts), as in training; dynamic gating has no capacity",
+            *(source.path / "config.json", config.capacity_fraction),
+        )
+    return dropped
+
+
+def _state(config: NllbConfig, vocabulary: FairseqVocabulary, dropped: dict[str, Any]) -> dict[str, Any]:
     """All of the checkpoint but the model."""
     options = vocabulary.options
     task = {
@@ -154,17 +182,15 @@ def _state(config: NllbConfig, vocabulary: FairseqVocabulary) -> dict[str, Any]:
         "args": args,
         "cfg": None,
         "criterion": None,
-        "optimizer_history": [
-            {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
-        ],
+        "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
         "task_state": {},
-        "extra_state": {DICTIONARY_CHECKSUM: dictionary_checksum(vocabulary.names)},
+        "extra_state": {DICTIONARY_CHECKSUM: dictionary_checksum(vocabulary.names), HF_FIELDS: dropped},
     }
 
 
-def _fingerprint(source: HfFolder, shapes: Mapping, vocabulary: FairseqVocabulary) -> str:
+def _fingerprint(source: HfFolder, shapes: Mapping, state: dict[str, Any]) -> str:
     files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in source.shards]
-    content = repr((files, sorted(source.config.items()), list(shapes.items()), vocabulary))
+    content = repr((files, sorted(source.config.items()), list(shapes.items()), state))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

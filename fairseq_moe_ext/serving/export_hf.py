@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.convert_nllb import HF_FIELDS
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.hf_vocabulary import (
     TOKENIZER_FILES,
@@ -26,9 +27,10 @@ from fairseq_moe_ext.serving.hf_vocabulary import (
     read_dictionary,
     read_vocabulary,
 )
-from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig, Side
+from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig
+from fairseq_moe_ext.serving.nllb_fields import dropped_fields
 from fairseq_moe_ext.serving.nllb_names import NamedTensor, named_tensors
-from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
+from fairseq_moe_ext.serving.state_keys import GATE_KEY, expert_count, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 SHARD_BYTES = 5_000_000_000
@@ -56,7 +58,8 @@ def export_hf(
         raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
     state = read_checkpoint(checkpoint)
     model = state["model"]
-    config = _config(checkpoint, state)
+    config = _config(checkpoint, state, dtype)
+    kept = _kept_fields(checkpoint, state, config)
     named = list(named_tensors(config))
     _check_complete(checkpoint, model, named)
     order = _order(config, dictionary, tokenizer)
@@ -69,7 +72,7 @@ def export_hf(
                 shutil.copyfile(Path(tokenizer) / name, partial / name)
         dtypes = {model[tensor.fairseq[0]].dtype if dtype is None else dtype for tensor in named}
         torch_dtype = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-        _write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": torch_dtype})
+        _write_json(partial / "config.json", {**kept, **config.to_hf(), "torch_dtype": torch_dtype})
         _write_shards(partial, model, named, order, dtype, shard_bytes)
         partial.rename(target)
     except (OSError, RuntimeError) as error:
@@ -79,22 +82,36 @@ def export_hf(
     return sorted(target.iterdir())
 
 
-def _config(checkpoint: str, state: dict[str, Any]) -> NllbConfig:
+def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -> NllbConfig:
     cfg, model = state.get("cfg"), state["model"]
     args = state.get("args") or (cfg.get("model") if hasattr(cfg, "get") else None)
     args = Namespace(**args) if hasattr(args, "keys") else args
     embeddings = model.get("encoder.embed_tokens.weight")
     if args is None or embeddings is None:
         raise CheckpointError(f"{checkpoint}: it must be a translation model with its arguments")
-    sides = {}
-    for side in SIDES:
-        numbers = moe_layer_numbers(model, side)
-        sizes = (getattr(args, f"{side}_{name}") for name in ("layers", "ffn_embed_dim", "attention_heads"))
-        sides[side] = Side(*sizes, freq=numbers[0] + 1 if numbers else 0)
+    moe_layers = {side: moe_layer_numbers(model, side) for side in SIDES}
+    gates = [tensor.dtype for key, tensor in model.items() if GATE_KEY.match(key)]
+    written = str(dtype or (gates or [embeddings.dtype])[0]).removeprefix("torch.")
     try:
-        return NllbConfig.from_fairseq(args, sides, embeddings.size(0), expert_count(model))
+        return NllbConfig.from_fairseq(args, moe_layers, embeddings.size(0), expert_count(model), written)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
+
+
+def _kept_fields(checkpoint: str, state: dict[str, Any], config: NllbConfig) -> dict[str, Any]:
+    """What the folder that the checkpoint was converted from said besides.
+
+    Where the evaluation has no capacity of its own, transformers reads expert_capacity; unset it is fairseq's rule.
+    """
+    extra_state = state.get("extra_state")
+    kept = extra_state.get(HF_FIELDS) if isinstance(extra_state, dict) else None
+    if kept is None:
+        return {"expert_capacity": None} if config.experts and config.capacity_fraction <= 0 else {}
+    try:
+        json.dumps(kept, allow_nan=False)
+        return dropped_fields(kept, not config.is_dense)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint}: its {HF_FIELDS} must be an object of JSON: {one_line(error)}") from error
 
 
 def _check_complete(checkpoint: str, model: dict[str, Tensor], named: list[NamedTensor]) -> None:

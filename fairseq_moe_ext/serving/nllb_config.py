@@ -1,20 +1,30 @@
 """What an NLLB model is: its sizes and its routing, read from and written to both worlds' configurations.
 
 Hugging Face: `config.json` of the model types `nllb-moe` and, for the dense ones, `m2m_100`. fairseq: a Namespace of
-model arguments as upstream's branch `nllb` names them.
+model arguments as upstream's branch `nllb` names them. Which fields there are and what they may be: nllb_fields.py.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_legacy import base_architecture
+
+from fairseq_moe_ext.models.moe_config import MoEConfig
+from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError, check_fields
 from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.nllb_fields import ACTIVATIONS, FAIRSEQ_ACTIVATIONS, check_fairseq, read_fields
 
 MOE_TYPE, DENSE_TYPE = "nllb-moe", "m2m_100"
 SIDES = ("encoder", "decoder")
-MAX_POSITIONS = 1024
+_GATING = "moe_gating_use_fp32"  # ours, in config.json
+DEFAULT_MAX_POSITIONS = 1024  # fairseq's
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")  # both worlds' names
+LAYERDROPS = ("encoder_layerdrop", "decoder_layerdrop")
 
 
 @dataclass(frozen=True)
@@ -32,29 +42,38 @@ class Side:
 
 @dataclass(frozen=True)
 class NllbConfig:
-    """experts: in each MoE layer, 0 in a dense model. output_masking: upstream's moe_eom."""
+    """What both worlds' configurations say, by the former's values (`activation`: Hugging Face's name).
+
+    experts: in each MoE layer. is_dense: without the fields of experts, of the model type `m2m_100`. output_masking:
+    upstream's moe_eom. gating_fp32: the gate's softmax is computed in float32 whatever the model's dtype.
+    padding_takes_slots: under a finite capacity. dropouts: values of DROPOUTS and LAYERDROPS.
+    """
 
     vocabulary: int
     model_dim: int
     encoder: Side
     decoder: Side
+    is_dense: bool = False
     experts: int = 0
-    max_positions: int = MAX_POSITIONS
+    max_positions: int = 1024
     activation: str = "relu"
     scale_embedding: bool = True
     second_expert_policy: str = "all"
     normalize_before_dropping: bool = False
     batch_prioritized: bool = False
     capacity_fraction: float = 1.0
+    router_dtype: str = "float32"
     gating_fp32: bool = True
     output_masking: float = 0.0
-
-    @property
-    def is_dense(self) -> bool:
-        return self.experts == 0
+    padding_takes_slots: bool = False
+    dropouts: tuple[float, ...] = (0.0,) * (len(DROPOUTS) + len(LAYERDROPS))
 
     def side(self, name: str) -> Side:
         return self.encoder if name == "encoder" else self.decoder
+
+    @property
+    def has_moe_layers(self) -> bool:
+        return any(side.is_moe_layer(number) for side in (self.encoder, self.decoder) for number in range(side.layers))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> NllbConfig:
@@ -62,29 +81,38 @@ class NllbConfig:
         kind = config.get("model_type")
         if kind not in (MOE_TYPE, DENSE_TYPE):
             raise CheckpointError(f"{source}: model_type must be {MOE_TYPE} or {DENSE_TYPE}, got {kind!r}")
-        for field, value in (("router_bias", False), ("tie_word_embeddings", True)):
-            if config.get(field, value) != value:
-                raise CheckpointError(f"{source}: {field} must be {value}, fairseq has no other, got {config[field]!r}")
-        sides = {}
-        for side in SIDES:
-            freq = int(config.get(f"{side}_sparse_step", 4)) if kind == MOE_TYPE else 0
-            sizes = (_number(config, f"{side}_{name}", source) for name in ("layers", "ffn_dim", "attention_heads"))
-            sides[side] = Side(*sizes, freq=freq)
-        has_experts = any(side.is_moe_layer(number) for side in sides.values() for number in range(side.layers))
+        is_dense = kind == DENSE_TYPE
+        values = read_fields(config, not is_dense, source)
+        sides = {
+            side: Side(
+                *(values[f"{side}_{name}"] for name in ("layers", "ffn_dim", "attention_heads")),
+                freq=0 if is_dense else values[f"{side}_sparse_step"],
+            )
+            for side in SIDES
+        }
+        shared = {
+            "vocabulary": values["vocab_size"],
+            "model_dim": values["d_model"],
+            "is_dense": is_dense,
+            "max_positions": values["max_position_embeddings"],
+            "activation": values["activation_function"],
+            "scale_embedding": values["scale_embedding"],
+            "dropouts": tuple(float(values[name]) for name in (*DROPOUTS, *LAYERDROPS)),
+        }
+        if is_dense:
+            return cls(**shared, **sides)
         return cls(
-            vocabulary=_number(config, "vocab_size", source),
-            model_dim=_number(config, "d_model", source),
+            **shared,
             **sides,
-            experts=_number({"num_experts": 128, **config}, "num_experts", source) if has_experts else 0,
-            max_positions=int(config.get("max_position_embeddings", MAX_POSITIONS)),
-            activation=str(config.get("activation_function", "relu")),
-            scale_embedding=bool(config.get("scale_embedding", True)),
-            second_expert_policy=str(config.get("second_expert_policy", "all")),
-            normalize_before_dropping=bool(config.get("normalize_router_prob_before_dropping", False)),
-            batch_prioritized=bool(config.get("batch_prioritized_routing", False)),
-            capacity_fraction=float(config.get("moe_eval_capacity_token_fraction", 1.0)),
-            gating_fp32=config.get("router_dtype", "float32") == "float32",
-            output_masking=float(config.get("moe_token_dropout", 0.2)) if has_experts else 0.0,
+            experts=values["num_experts"],
+            second_expert_policy=values["second_expert_policy"],
+            normalize_before_dropping=values["normalize_router_prob_before_dropping"],
+            batch_prioritized=values["batch_prioritized_routing"],
+            capacity_fraction=float(values["moe_eval_capacity_token_fraction"]),
+            router_dtype=values["router_dtype"],
+            gating_fp32=values["router_dtype"] == "float32" and config.get(_GATING, True),
+            output_masking=float(values["moe_token_dropout"]),
+            padding_takes_slots=values["router_ignore_padding_tokens"],
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -102,11 +130,12 @@ class NllbConfig:
             **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
             "is_encoder_decoder": True,
             "use_cache": True,
+            **dict(zip((*DROPOUTS, *LAYERDROPS), self.dropouts, strict=True)),
         }
         for name in SIDES:
             side = self.side(name)
             config |= {f"{name}_layers": side.layers, f"{name}_ffn_dim": side.hidden_dim}
-            config |= {f"{name}_attention_heads": side.heads, f"{name}_layerdrop": 0.0}
+            config |= {f"{name}_attention_heads": side.heads}
             if not self.is_dense:
                 config[f"{name}_sparse_step"] = side.freq
         if not self.is_dense:
@@ -117,52 +146,75 @@ class NllbConfig:
                 "batch_prioritized_routing": self.batch_prioritized,
                 "moe_eval_capacity_token_fraction": self.capacity_fraction,
                 "moe_token_dropout": self.output_masking,
-                "router_dtype": "float32" if self.gating_fp32 else "float16",
+                "router_dtype": self.router_dtype,
                 "router_bias": False,
+                "router_ignore_padding_tokens": self.padding_takes_slots,
             }
+            if self.router_dtype == "float32" and not self.gating_fp32:
+                config[_GATING] = False
         return config
 
     @classmethod
-    def from_fairseq(cls, args: Namespace, sides: dict[str, Side], vocabulary: int, experts: int) -> NllbConfig:
-        """args: the model's arguments; the rest as the checkpoint's tensors say it.
+    def from_fairseq(
+        cls, args: Namespace, moe_layers: Mapping[str, list[int]], vocabulary: int, experts: int, dtype: str
+    ) -> NllbConfig:
+        """args: the model's arguments, read as serving reads them; the rest as the checkpoint's tensors say it.
 
-        CheckpointError where the model is not of NLLB's kind: pre-norm, sinusoidal positions, all embeddings shared.
+        moe_layers: the numbers of each side's MoE layers. dtype: of the weights that go with the configuration.
+        CheckpointError, which names no file, where Hugging Face's layout cannot express the model.
         """
-        rules: list[tuple[str, Any]] = []
-        for side in SIDES:
-            rules += [(f"{side}_normalize_before", True), (f"{side}_learned_pos", False)]
-        rules += [("share_all_embeddings", True), ("no_token_positional_embeddings", False)]
-        rules += [("layernorm_embedding", False), ("moe_cmr", False), ("moe_top1_expert", False), ("moe_fom", 0)]
-        for field, value in rules:
-            if (getattr(args, field, None) or False) != value:
-                found = getattr(args, field, None)
-                raise CheckpointError(f"{field} must be {value} in a model for Hugging Face's layout, got {found!r}")
+        try:
+            check_fields(args, has_encoder=True, has_experts=experts > 0)
+            moe = MoEConfig.from_args(args)
+        except (UnsupportedFieldError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
+        args = Namespace(**vars(args))
+        base_architecture(args)  # what fairseq takes where the checkpoint says nothing
+        cfg = TransformerConfig.from_namespace(args)
+        check_fairseq(lambda name: _served_value(cfg, moe, name))
+        shared = {
+            "vocabulary": vocabulary,
+            "model_dim": cfg.encoder.embed_dim,
+            "max_positions": _served_value(cfg, moe, "max_target_positions"),
+            "activation": _hf_activation(_served_value(cfg, moe, "activation_fn")),
+            "scale_embedding": not cfg.no_scale_embedding,
+            "dropouts": tuple(
+                float(value or 0)
+                for value in (
+                    *(cfg.dropout, cfg.attention_dropout, cfg.activation_dropout or cfg.relu_dropout),
+                    *(cfg.encoder.layerdrop, cfg.decoder.layerdrop),
+                )
+            ),
+        }
+        for name in SIDES:
+            half = getattr(cfg, name)
+            freq = _freq(getattr(moe, f"{name}_moe_freq"), moe_layers[name], half.layers) if experts else 0
+            shared[name] = Side(half.layers, half.ffn_embed_dim, half.attention_heads, freq)
+        if not experts:
+            return cls(**shared, is_dense=True)
         return cls(
-            vocabulary=vocabulary,
-            model_dim=args.encoder_embed_dim,
-            **sides,
+            **shared,
             experts=experts,
-            max_positions=int(getattr(args, "max_target_positions", None) or MAX_POSITIONS),
-            activation=str(getattr(args, "activation_fn", None) or "relu"),
-            scale_embedding=not getattr(args, "no_scale_embedding", False),
-            second_expert_policy=str(getattr(args, "moe_second_expert_policy", None) or "sampling"),
-            normalize_before_dropping=bool(getattr(args, "moe_normalize_gate_prob_before_dropping", False)),
-            batch_prioritized=bool(getattr(args, "moe_batch_prioritized_routing", False)),
-            capacity_fraction=float(getattr(args, "moe_eval_capacity_token_fraction", None) or 1.0),
-            gating_fp32=bool(getattr(args, "moe_gating_use_fp32", False)),
-            output_masking=float(getattr(args, "moe_eom", None) or 0.0),
+            second_expert_policy=moe.moe_second_expert_policy,
+            normalize_before_dropping=bool(moe.moe_normalize_gate_prob_before_dropping),
+            batch_prioritized=bool(moe.moe_batch_prioritized_routing),
+            capacity_fraction=float(moe.moe_eval_capacity_token_fraction),
+            router_dtype="float32" if moe.moe_gating_use_fp32 else dtype,
+            gating_fp32=bool(moe.moe_gating_use_fp32),
+            output_masking=float(moe.moe_eom),
+            padding_takes_slots=not moe.use_moe_pad_mask,
         )
 
     def to_fairseq(self) -> Namespace:
         """The model's arguments as upstream's branch `nllb` would have saved them."""
         args = {
             "arch": "transformer" if self.is_dense else "moe_transformer",
-            "activation_fn": self.activation,
+            "activation_fn": ACTIVATIONS[self.activation],
             "no_scale_embedding": not self.scale_embedding,
             "share_all_embeddings": True,
             "max_source_positions": self.max_positions,
             "max_target_positions": self.max_positions,
-            **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+            **dict(zip((*DROPOUTS, *LAYERDROPS), self.dropouts, strict=True)),
         }
         for name in SIDES:
             side = self.side(name)
@@ -181,13 +233,29 @@ class NllbConfig:
                 "moe_batch_prioritized_routing": self.batch_prioritized,
                 "moe_eval_capacity_token_fraction": self.capacity_fraction,
                 "moe_eom": self.output_masking,
-                "use_moe_pad_mask": True,
+                "use_moe_pad_mask": not self.padding_takes_slots,
             }
         return Namespace(**args)
 
 
-def _number(config: dict[str, Any], field: str, source: str) -> int:
-    value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{source}: {field} must be a whole number of at least 1, got {value!r}")
-    return value
+def _served_value(cfg: TransformerConfig, moe: MoEConfig, name: str) -> Any:
+    """A field of fairseq's as serving uses it; dotted names are the encoder's or the decoder's; None: unknown."""
+    if name in MoEConfig.__dataclass_fields__:
+        return getattr(moe, name)
+    if name == "activation_fn":
+        return str(cfg.activation_fn or "relu")
+    if name in ("max_source_positions", "max_target_positions"):
+        return int(getattr(cfg, name) or DEFAULT_MAX_POSITIONS)
+    side, _, field = name.rpartition(".")
+    return getattr(getattr(cfg, side) if side else cfg, field, None)
+
+
+def _hf_activation(name: str) -> str:
+    return FAIRSEQ_ACTIVATIONS.get(name, name)
+
+
+def _freq(given: int, numbers: list[int], layers: int) -> int:
+    """Every how many layers there is a MoE layer; the checkpoint's own word, where its tensors do not contradict it."""
+    if given > 0 and numbers == list(range(given - 1, layers, given)):
+        return given
+    return numbers[0] + 1 if numbers else 0
