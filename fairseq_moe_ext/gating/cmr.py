@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 
 class CMRGate(nn.Module):
-    """The share of the experts in every token's output, 0 on padding; `drop` zeroes shares in training only."""
+    """The share of the experts in every token's output, 0 on padding; `drop` zeroes some in training or if retained."""
+
+    retain_dropout = False  # in evaluation, too
 
     def __init__(self, model_dim: int, drop: float = 0.0):
         super().__init__()
@@ -22,8 +24,8 @@ class CMRGate(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L)."""
-        share = F.dropout(self.wg(x).squeeze(-1).sigmoid(), self.drop, self.training)
-        return share if padding_mask is None else share * ~padding_mask
+        share = F.dropout(self.wg(x).squeeze(-1).sigmoid(), self.drop, self.training or self.retain_dropout)
+        return share if padding_mask is None else share.masked_fill(padding_mask, 0)
 
 
 class CMRLayer(nn.Module):

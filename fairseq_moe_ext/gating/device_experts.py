@@ -71,13 +71,13 @@ def plan_grouped(routing: Routing) -> GroupedPlan:
 def choose_kernel(experts: nn.Module, tokens: Tensor) -> str:
     """`triton`, `grouped-mm` or `loop` for `tokens` (T, D): as `experts.kernel` says, or for `auto` what fits best.
 
-    Experts in a buffer and whatever needs gradients go by the loop. ValueError where a kernel that was asked for cannot
-    run.
+    Experts in a buffer and whatever needs gradients or dropout go by the loop. ValueError where a kernel that was asked
+    for cannot run.
     """
     if not isinstance(experts, ResidentExperts):
         return "loop"
     wants_gradients = torch.is_grad_enabled() and (tokens.requires_grad or experts.fc1_weight.requires_grad)
-    if experts.kernel == "loop" or experts.training or wants_gradients:
+    if experts.kernel == "loop" or experts.training or experts.retain_dropout or wants_gradients:
         return "loop"
     dims, dtype = experts.fc1_weight.shape[1:], tokens.dtype
     if experts.kernel == "auto":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.models.retained_dropout import choose_dropouts, retain_in_experts
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
 from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
@@ -55,7 +56,9 @@ class ServedModel:
 
     def prepare_for_inference_(self, cfg):
         """fairseq's entry point once the weights are loaded and moved."""
+        choose_dropouts(self, cfg.generation)
         super().prepare_for_inference_(cfg)
+        retain_in_experts(self, cfg.generation)
         if self.serving_dtype is not None:
             self.to(self.serving_dtype)
         if self.expert_buffer is not None:

@@ -73,7 +73,8 @@ class _MoEFeedForward:
         """Put the MoE layer in; called when fairseq's own constructor is done."""
         self.moe_layer = build_moe_layer(self._moe, self._cfg, model_dim, hidden_dim, max_positions)
         self.moe_fom = self._moe.moe_fom
-        self._dense_activation, self._dense_dropout = self.activation_fn, self.activation_dropout_module
+        # fairseq's own dropout stays on in the shared branch of CMR, and says whether it does in the experts
+        self._dense_activation, self.experts_dropout = self.activation_fn, self.activation_dropout_module
         self.activation_fn, self.activation_dropout_module = _identity, nn.Identity()
         if self._moe.moe_cmr:
             self.cmr_layer = CMRLayer(self.moe_layer, self._dense_feed_forward, model_dim, self._moe.cmr_gate_drop)
@@ -102,7 +103,7 @@ class _MoEFeedForward:
 
     def _dense_feed_forward(self, x: Tensor) -> Tensor:
         """CMR's shared branch, by the modules that the methods below hide."""
-        x = self._dense_dropout(self._dense_activation(self._modules["fc1"](x)))
+        x = self.experts_dropout(self._dense_activation(self._modules["fc1"](x)))
         norm = self._modules.get("ffn_layernorm")
         return self._modules["fc2"](x if norm is None else norm(x))
 
