@@ -20,9 +20,11 @@ MODEL_DIM, HIDDEN_DIM = 6, 5
 _numbers = itertools.count()
 
 
-def resident_experts(num_experts: int, dtype=torch.float32, held=None, seed: int = 0) -> ResidentExperts:
+def resident_experts(
+    num_experts: int, dtype=torch.float32, held=None, seed: int = 0, activation=torch.tanh
+) -> ResidentExperts:
     torch.manual_seed(seed)
-    experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, torch.tanh, held=held)
+    experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, activation, held=held)
     return experts.to(dtype).eval().requires_grad_(False)
 
 

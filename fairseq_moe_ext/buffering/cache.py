@@ -24,7 +24,14 @@ from fairseq_moe_ext.buffering.copy_lane import CopyLane
 from fairseq_moe_ext.buffering.eviction import Access, Buffer
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import ExpertStore
-from fairseq_moe_ext.gating.experts import EXPERT_KEYS, BufferCall, ExpertKeys, packed_shapes, run_experts
+from fairseq_moe_ext.gating.experts import (
+    EXPERT_KEYS,
+    BufferCall,
+    ExpertKeys,
+    packed_shapes,
+    run_experts,
+    without_gradients,
+)
 
 STAGING_SLOTS = 2
 
@@ -147,9 +154,12 @@ class BufferedExperts(nn.Module):
         self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
         self._start_copies()
 
-    @torch.no_grad()
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         """rows (R, D) in expert order, tokens_per_expert H counts that sum to R -> outputs (R, D)."""
+        return without_gradients("experts in a buffer", self._compute(rows, tokens_per_expert), rows)
+
+    @torch.no_grad()
+    def _compute(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         if self.training:
             raise RuntimeError("experts in a buffer cannot be trained: call eval() first")
         counts = list(tokens_per_expert)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.gating.routing import Routing
+from fairseq_moe_ext.gating.routing import Routing, only_kept
 
 OVERFLOWS = ("drop", "reroute", "expand")
 DROP_METRICS = ("score", "order", "reverse-order", "random")
@@ -96,15 +96,16 @@ class Capacity:
     def _weigh(self, before: Routing, after: Routing, moved: Tensor, weights: Tensor) -> Tensor:
         """A new expert's weight is its probability in the scale of the token's own weights."""
         total = weights.float().sum(dim=1, keepdim=True)
-        probability = (before.probabilities.gather(1, before.expert_ids) * before.kept).float().sum(dim=1, keepdim=True)
+        probability = only_kept(before.probabilities.gather(1, before.expert_ids), before.kept)
+        probability = probability.float().sum(dim=1, keepdim=True)
         tiny = torch.finfo(torch.float32).tiny
         new = after.probabilities.gather(1, after.expert_ids).float() * (total / probability.clamp_min(tiny))
-        weights = torch.where(moved, new.to(weights.dtype), weights) * after.kept
+        weights = only_kept(torch.where(moved, new.to(weights.dtype), weights), after.kept)
         if self.rules.renormalize:
             remaining = weights.float().sum(dim=1, keepdim=True)
             # a token that lost nothing keeps its weights to the last bit
             scale = torch.where(remaining == total, torch.ones_like(total), total / remaining.clamp_min(tiny))
-            weights = (weights.float() * scale).to(weights.dtype)
+            weights = only_kept(weights.float() * scale, after.kept).to(weights.dtype)
         return weights
 
     def random(self, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe_ext.gating.experts import ResidentExperts
+from fairseq_moe_ext.gating.experts import ResidentExperts, activate_rows, wants_gradients
 from fairseq_moe_ext.gating.routing import Routing
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -68,16 +68,16 @@ def plan_grouped(routing: Routing) -> GroupedPlan:
     return GroupedPlan(assignments, offsets, routing.expert_ids.size(1))
 
 
-def choose_kernel(experts: nn.Module, tokens: Tensor) -> str:
+def choose_kernel(experts: nn.Module, tokens: Tensor, *weights: Tensor) -> str:
     """`triton`, `grouped-mm` or `loop` for `tokens` (T, D): as `experts.kernel` says, or for `auto` what fits best.
 
-    Experts in a buffer and whatever needs gradients or dropout go by the loop. ValueError where a kernel that was asked
-    for cannot run.
+    weights: the gate's (T, K), where there are some. Experts in a buffer and whatever needs dropout or gradients, be it
+    for one parameter of gate or experts, go by the loop. ValueError where a kernel that was asked for cannot run.
     """
     if not isinstance(experts, ResidentExperts):
         return "loop"
-    wants_gradients = torch.is_grad_enabled() and (tokens.requires_grad or experts.fc1_weight.requires_grad)
-    if experts.kernel == "loop" or experts.training or experts.retain_dropout or wants_gradients:
+    drops_out = experts.training or experts.retain_dropout
+    if experts.kernel == "loop" or drops_out or wants_gradients(tokens, *weights, *experts.parameters()):
         return "loop"
     dims, dtype = experts.fc1_weight.shape[1:], tokens.dtype
     if experts.kernel == "auto":
@@ -172,7 +172,7 @@ def run_grouped_mm(
     owners = torch.searchsorted(ends, places, right=True).clamp_(max=num_experts - 1)  # (N,) the expert of each row
     rows = tokens.index_select(0, plan.assignments // plan.num_choices)
     hidden = F.grouped_mm(rows, fc1_weight.transpose(1, 2), offs=ends)
-    hidden = activation(hidden + fc1_bias.index_select(0, owners))
+    hidden = activate_rows(hidden + fc1_bias.index_select(0, owners), activation)
     outputs = F.grouped_mm(hidden, fc2_weight.transpose(1, 2), offs=ends) + fc2_bias.index_select(0, owners)
     by_assignment = torch.empty_like(outputs).index_copy_(0, plan.assignments, outputs)
     by_assignment = by_assignment.view(*weights.shape, -1)  # (T, K, D); what is not kept was never computed

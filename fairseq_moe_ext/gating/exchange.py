@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.dispatch import run_by_expert
+from fairseq_moe_ext.gating.experts import without_gradients
 
 IDLE = -1  # stands for a layer's number where a rank is in none
 
@@ -128,7 +129,8 @@ class LayerExchange:
         round_.receive_sizes()
         sent = [sum(part) * _row_bytes(rows) for part in _split(counts, self.copies.per_rank)]
         returned = round_.exchange(rows.reshape(-1).view(torch.uint8), sent)
-        return returned.view(rows.dtype).view(rows.shape), round_.figures
+        outputs = returned.view(rows.dtype).view(rows.shape)
+        return without_gradients("experts on several ranks", outputs, rows), round_.figures
 
     def run_static(self, slots: Tensor) -> tuple[Tensor, RoundFigures]:
         """slots (E, C, D), empty ones zero -> their outputs (E, C, D); all ranks send as many rows per expert."""
@@ -147,7 +149,7 @@ class LayerExchange:
         returned = round_.exchange(padded.view(-1).view(torch.uint8), sent)
         outputs = torch.empty_like(slots)
         outputs[order] = returned.view(slots.dtype).view(padded.shape)[:, :capacity]
-        return outputs, round_.figures
+        return without_gradients("experts on several ranks", outputs, slots), round_.figures
 
     def counts_from(self, source: int, message: Message, largest_capacity: int) -> list[int]:
         """H rows per expert that `source` sends."""

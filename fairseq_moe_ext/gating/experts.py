@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe_ext.gating.grouped_linear import grouped_linear
+from fairseq_moe_ext.gating.grouped_linear import aligned, grouped_linear
 
 # packed parameter -> its name under `experts.{j}.` in upstream's state dict
 EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight": "fc2.weight", "fc2_bias": "fc2.bias"}
@@ -47,7 +47,7 @@ def run_experts(
     """rows (N, D) in expert order, H counts, packed weights in the order of EXPERT_KEYS -> (N, D); no gradients.
 
     An expert's result is the same bit by bit in whatever place of the packed weights it lies, and with whatever others
-    it is called.
+    it is called; the activation changes nothing about that.
     """
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     if sum(rows_per_expert) != rows.size(0):
@@ -59,9 +59,48 @@ def run_experts(
         part, rows = rows.split([sum(counts), rows.size(0) - sum(counts)])
         hidden = grouped_linear(part, counts, fc1_weight[first:end], fc1_bias[first:end], is_relu)
         if not is_relu:
-            hidden = activation(hidden)
+            hidden = activate_rows(hidden, activation)
         outputs.append(grouped_linear(hidden, counts, fc2_weight[first:end], fc2_bias[first:end]))
     return torch.cat(outputs) if len(outputs) != 2 else outputs[1]
+
+
+def activate_rows(hidden: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """hidden (N, F), which is overwritten on a CPU -> the activation of every row as if it were alone.
+
+    On a CPU PyTorch computes some of a tensor's values with vector instructions and the last few of each thread's part
+    without, and rounds them differently: of many rows at once a value's bits would depend on where its row lies.
+    """
+    if hidden.device.type != "cpu":
+        return activation(hidden)
+    for row in hidden.unbind(0):
+        row.copy_(activation(aligned(row)))
+    return hidden
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether what is computed from any of them must be differentiable."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class _NoBackward(torch.autograd.Function):
+    """outputs, and what they were computed from without gradients -> outputs, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, who: str, outputs: Tensor, *sources: Tensor) -> Tensor:
+        ctx.who = who
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(f"{ctx.who} have no gradients: serve them under torch.no_grad()")
+
+
+def without_gradients(who: str, outputs: Tensor, rows: Tensor) -> Tensor:
+    """outputs of `rows`, which nothing can be trained through; a gradient through them would silently lack a part.
+
+    RuntimeError naming `who`, a plural, where one is asked for.
+    """
+    return _NoBackward.apply(who, outputs, rows) if wants_gradients(rows) else outputs
 
 
 def _spans(rows_per_expert: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -211,8 +250,7 @@ class ResidentExperts(nn.Module):
         """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
         packed = list(self.parameters())
         dropout = self.activation_dropout if self.training or self.retain_dropout else 0.0
-        wants_gradients = torch.is_grad_enabled() and (rows.requires_grad or self.fc1_weight.requires_grad)
-        if dropout == 0 and not wants_gradients:
+        if dropout == 0 and not wants_gradients(rows, *packed):
             return run_experts(rows, tokens_per_expert, packed, self.activation)
         outputs = []
         chunks, weights = rows.split(list(tokens_per_expert)), zip(*(each.unbind(0) for each in packed), strict=True)

@@ -50,7 +50,7 @@ def grouped_linear(
         if count > most:
             product = output[first : first + count]
             found = product if _is_aligned(product) else torch.empty_like(product)
-            weight_there, chunk = _aligned(weight[expert]), _aligned(rows[first : first + count])
+            weight_there, chunk = aligned(weight[expert]), aligned(rows[first : first + count])
             torch.addmm(bias[expert], chunk, weight_there.t(), out=found)
             if relu:
                 found.relu_()
@@ -140,10 +140,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="experts")
 
 
-def _aligned(matrix: Tensor) -> Tensor:
-    """`matrix`, or a copy of it: matrix libraries round differently by where a matrix begins, and the same expert may
-    lie in any place of a packed parameter, its rows anywhere among the others'. Only odd dims are copied."""
-    return matrix if _is_aligned(matrix) else matrix.clone()
+def aligned(values: Tensor) -> Tensor:
+    """`values`, or a copy of them: libraries round differently by where a tensor begins, and the same expert may lie in
+    any place of a packed parameter, its rows anywhere among the others'. Only odd dims are copied."""
+    return values if _is_aligned(values) else values.clone()
 
 
 def _is_aligned(matrix: Tensor) -> bool:

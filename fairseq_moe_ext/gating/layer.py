@@ -175,7 +175,7 @@ class MOELayer(nn.Module):
             limited = self._limit(routing, weights, num_sentences)
             routing, weights = limited.routing, limited.weights
             clock.lap("capacity")
-        kernel = choose_kernel(self.experts, tokens) if self.exchange is None else "loop"
+        kernel = choose_kernel(self.experts, tokens, weights) if self.exchange is None else "loop"
         if kernel != "loop":
             plan = plan_grouped(routing)
             load = DeviceCounts(plan.tokens_per_expert)
@@ -251,6 +251,8 @@ class MOELayer(nn.Module):
         routing = wanted.keep_only(slots < capacity)
         clock.lap("capacity")
         weights = self.gate.combine_weights(routing, routing.weights.dtype)
+        if padding_mask is not None:  # whatever stands there: the dense mask's product would carry a NaN to all slots
+            tokens = tokens.masked_fill(padding_mask.unsqueeze(1), 0)
         if self.static.sparse:
             places = slot_rows(routing, slots, capacity)  # (T, K)
             rows = sparse_dispatch(tokens, routing, places, capacity)  # (E * C, D)

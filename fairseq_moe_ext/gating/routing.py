@@ -74,7 +74,15 @@ class Gate(nn.Module):
 
     def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
         """(T, K) weights of the outputs' sum, zero where an assignment is not kept, cast to `dtype`."""
-        return (routing.weights * routing.kept).to(dtype)
+        return only_kept(routing.weights, routing.kept).to(dtype)
+
+
+def only_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """values and kept (T, K) -> the values, exactly zero where an assignment is not kept, whatever padding made them.
+
+    A product with `kept` would leave NaN where it was, and what weighs something is read.
+    """
+    return values.masked_fill(~kept, 0)
 
 
 def _kept(expert_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -158,9 +166,9 @@ class Top2Gate(Gate):
         return Routing(expert_ids, kept, weights, probabilities)
 
     def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
-        weights = routing.weights * routing.kept
+        weights = only_kept(routing.weights, routing.kept)
         if not self.normalize_before_dropping:
-            weights = _normalize(weights)
+            weights = only_kept(_normalize(weights), routing.kept)
         return weights.to(dtype)
 
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq_moe_ext.gating.device_experts import GroupedPlan
+from fairseq_moe_ext.gating.experts import activate_rows
 
 FUSED_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}  # any other runs between the products
 NEIGHBOURS = 8  # tiles of rows that read the same columns of weights one after another, from the cache
@@ -82,7 +83,7 @@ def run_triton(
         tile_ends = tile_ends.cumsum(0, dtype=torch.int32)
         hidden = _grouped_linear(tokens, fc1_weight, fc1_bias, plan, tile_ends, tiles, True, fused)
         if fused is None:
-            hidden = activation(hidden)
+            hidden = activate_rows(hidden, activation)
         outputs = _grouped_linear(hidden, fc2_weight, fc2_bias, plan, tile_ends, tiles, False, None)
         return weighted_sum(outputs, weights, scale)
 

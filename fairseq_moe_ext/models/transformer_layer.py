@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -38,15 +39,29 @@ def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_po
             moe.moe_second_expert_policy,
             moe.moe_normalize_gate_prob_before_dropping,
         )
-    name = str(cfg.activation_fn or "relu")
-    # fairseq's own gelu computes in float32, as PyTorch's does, which the kernels know
-    activation = F.gelu if name == "gelu" else utils.get_activation_fn(name)
+    activation = activation_named(str(cfg.activation_fn or "relu"))
     dropout = float(cfg.activation_dropout or cfg.relu_dropout or 0)
     with nullcontext() if moe.allocate_experts else torch.device("meta"):
         experts = ResidentExperts(
             moe.moe_expert_count, model_dim, hidden_dim, activation, dropout, initialize=moe.initialize_experts
         )
     return MOELayer(gate, experts, moe.moe_gating, moe.static_options(max_positions), moe.moe_eom)
+
+
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """fairseq's activation of that name, Tensor -> Tensor."""
+    if name == "gelu":
+        return F.gelu  # fairseq's own computes in float32, as PyTorch's does, which the kernels know
+    if name == "swish":
+        return F.silu  # fairseq hands out a module's class, which is no function of tensors
+    return utils.get_activation_fn(name)
+
+
+def mend_activations(stack: nn.Module) -> None:
+    """Give fairseq's dense layers in `stack` the function where fairseq gave them that class."""
+    for layer in stack.modules():
+        if getattr(layer, "activation_fn", None) is nn.SiLU:
+            layer.activation_fn = F.silu
 
 
 def alternate_config(cfg, side: str, hidden_dim: int):
@@ -73,8 +88,9 @@ class _MoEFeedForward:
         """Put the MoE layer in; called when fairseq's own constructor is done."""
         self.moe_layer = build_moe_layer(self._moe, self._cfg, model_dim, hidden_dim, max_positions)
         self.moe_fom = self._moe.moe_fom
+        self._dense_activation = activation_named(str(self._cfg.activation_fn or "relu"))
         # fairseq's own dropout stays on in the shared branch of CMR, and says whether it does in the experts
-        self._dense_activation, self.experts_dropout = self.activation_fn, self.activation_dropout_module
+        self.experts_dropout = self.activation_dropout_module
         self.activation_fn, self.activation_dropout_module = _identity, nn.Identity()
         if self._moe.moe_cmr:
             self.cmr_layer = CMRLayer(self.moe_layer, self._dense_feed_forward, model_dim, self._moe.cmr_gate_drop)

@@ -11,6 +11,7 @@ from fairseq_moe_ext.models.transformer_layer import (
     MoETransformerDecoderLayer,
     MoETransformerEncoderLayer,
     alternate_config,
+    mend_activations,
 )
 
 
@@ -20,6 +21,7 @@ class MoETransformerEncoder(TransformerEncoderBase):
     def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, return_fc: bool = False):
         self._moe, self._built, self.observer = moe, 0, None
         super().__init__(cfg, dictionary, embed_tokens, return_fc=return_fc)
+        mend_activations(self)
 
     def build_encoder_layer(self, cfg):
         number, self._built = self._built, self._built + 1
@@ -46,6 +48,7 @@ class MoETransformerDecoder(TransformerDecoderBase):
     def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, no_encoder_attn: bool = False):
         self._moe, self._built, self.observer = moe, 0, None
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+        mend_activations(self)
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         number, self._built = self._built, self._built + 1

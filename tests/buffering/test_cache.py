@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from activations import ACTIVATIONS
 from buffer_makers import STORES, buffered_twin, make_store, resident_experts
 from cases import examples
 from hypothesis import given
@@ -13,6 +14,7 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
 from fairseq_moe_ext.buffering.store import HostStore
 from fairseq_moe_ext.gating import ResidentExperts
+from fairseq_moe_ext.gating.grouped_linear import FEW_ROWS
 
 PAIRS = [(policy, order) for policy in POLICIES for order in ORDERS]
 
@@ -66,6 +68,22 @@ def test_outputs_and_counts_of_random_buffers(num_experts, data, pair, store, dt
         assert call.host_reads + call.disk_reads == misses
     assert buffered.resident_bytes == min(size + 2, num_experts) * buffered.expert_bytes
     assert buffered.total_bytes == resident.total_bytes == num_experts * buffered.expert_bytes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_outputs_are_the_resident_ones_for_every_activation(name, dtype, threads):
+    """Also of more rows than the kernel for few takes, and with threads that share the experts."""
+    resident = resident_experts(7, dtype, activation=ACTIVATIONS[name])
+    batches = [[FEW_ROWS + 12, 0, 3, FEW_ROWS, FEW_ROWS + 1, 1, 2], *random_batches(7, 5, seed=4)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size in (1, 3):
+            assert_same_outputs(buffered_twin(resident, size, dtype=dtype), resident, batches, dtype)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -154,12 +172,12 @@ class GatedStore:
 
 
 @pytest.mark.parametrize(("order", "size", "counts"), [
-    ("resident-first", 1, [3, 2, 1, 1, 1]),
+    ("resident-first", 1, [1, 1, 1, 1, 1]),
     ("resident-first", 3, [1, 1, 1, 1, 1]),
     ("ascending", 2, [1, 1, 1, 1, 1]),
 ])
 def test_copies_and_computation_go_on_at_once(order, size, counts):
-    """After the start, a copy may only begin when an expert has computed: without overlap nothing would move."""
+    """After the start, a copy may only begin when an expert's row has: without overlap nothing would move."""
     resident = resident_experts(5)
     let = threading.Semaphore(size)  # what the start takes
 
