@@ -30,7 +30,7 @@ from fairseq_moe_ext.serving.hf_vocabulary import (
 from fairseq_moe_ext.serving.nllb_config import NllbConfig
 from fairseq_moe_ext.serving.nllb_fields import dropped_fields
 from fairseq_moe_ext.serving.nllb_names import COMPUTED, NamedTensor, named_tensors
-from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION, TASKS_OPTION
+from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION
 from fairseq_moe_ext.serving.record_writer import RecordWriter
 from fairseq_moe_ext.serving.state_keys import GATE_KEY
 
@@ -124,12 +124,29 @@ def task_flags(vocabulary: FairseqVocabulary) -> str:
 def _vocabulary(folder: Path, config: NllbConfig, dictionary: str | None) -> tuple[FairseqVocabulary, list[int]]:
     """fairseq's vocabulary, and for each of its entries the row in the folder's embeddings."""
     theirs = read_vocabulary(folder)
-    words = theirs.pieces if dictionary is None else read_dictionary(Path(dictionary))
+    words = None if dictionary is None else read_dictionary(Path(dictionary))
     try:
-        ours = fairseq_vocabulary(words, theirs.languages, config.vocabulary)
-        return ours, hf_rows(theirs, ours.names)
+        ours = fairseq_vocabulary(theirs, words, config.vocabulary)
+        rows = hf_rows(theirs, ours.names)
     except CheckpointError as error:
         raise CheckpointError(f"{dictionary or folder}: {error}") from error
+    if theirs.added_words:
+        logger.info(
+            "%s: %d added tokens are no language codes: they are words of the dictionary, which SentencePiece's pieces "
+            "do not hold: %s",
+            *(folder, len(theirs.added_words), ", ".join(theirs.added_words[:5])),
+        )
+    if ours.tags_guessed:
+        logger.info(
+            "%s: three rows follow the languages, as in NLLB-200: by their number alone they pass for its tags (%s)",
+            *(folder, TAGS_OPTION),
+        )
+    if ours.fillers:
+        logger.info(
+            "%s: %d rows of the embeddings have no token: they are kept, as madeupword0000 and so on in the dictionary",
+            *(folder, ours.fillers),
+        )
+    return ours, rows
 
 
 def _target(target: str, force: bool) -> Path:
@@ -168,14 +185,13 @@ def _dropped(source: HfFolder, config: NllbConfig) -> dict[str, Any]:
 
 def _state(config: NllbConfig, vocabulary: FairseqVocabulary, dropped: dict[str, Any]) -> dict[str, Any]:
     """All of the checkpoint but the model."""
-    options = vocabulary.options
     task = {
         "task": "translation_multi_simple_epoch",
         "langs": vocabulary.languages,
         "encoder_langtok": "src",
         "decoder_langtok": True,
-        "add_data_source_prefix_tags": TAGS_OPTION in options,
-        "add_ssl_task_tokens": TASKS_OPTION in options,
+        "add_data_source_prefix_tags": TAGS_OPTION in vocabulary.options,
+        "add_ssl_task_tokens": False,
     }
     args = Namespace(**{**vars(config.to_fairseq()), **task})
     return {

@@ -19,17 +19,21 @@ from tqdm import tqdm
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import HF_FIELDS
+from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.hf_tokenizer import SPECIAL, TOKENIZER_FILES
 from fairseq_moe_ext.serving.hf_vocabulary import (
-    TOKENIZER_FILES,
+    HfVocabulary,
     fairseq_vocabulary,
     hf_rows,
+    language_token,
     read_dictionary,
     read_vocabulary,
 )
 from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig
 from fairseq_moe_ext.serving.nllb_fields import dropped_fields
 from fairseq_moe_ext.serving.nllb_names import NamedTensor, named_tensors
+from fairseq_moe_ext.serving.nllb_tokens import extra_tokens_of
 from fairseq_moe_ext.serving.state_keys import GATE_KEY, expert_count, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
@@ -62,7 +66,7 @@ def export_hf(
     kept = _kept_fields(checkpoint, state, config)
     named = list(named_tensors(config))
     _check_complete(checkpoint, model, named)
-    order = _order(config, dictionary, tokenizer)
+    order = _order(state, config, dictionary, tokenizer)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -83,9 +87,7 @@ def export_hf(
 
 
 def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -> NllbConfig:
-    cfg, model = state.get("cfg"), state["model"]
-    args = state.get("args") or (cfg.get("model") if hasattr(cfg, "get") else None)
-    args = Namespace(**args) if hasattr(args, "keys") else args
+    args, model = _arguments(state, "model"), state["model"]
     embeddings = model.get("encoder.embed_tokens.weight")
     if args is None or embeddings is None:
         raise CheckpointError(f"{checkpoint}: it must be a translation model with its arguments")
@@ -98,13 +100,24 @@ def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -
         raise CheckpointError(f"{checkpoint}: {error}") from error
 
 
+def _arguments(state: dict[str, Any], group: str) -> Namespace | None:
+    """The checkpoint's `args`, as fairseq prefers them, or that group of its `cfg`."""
+    cfg = state.get("cfg")
+    args = state.get("args") or (cfg.get(group) if hasattr(cfg, "get") else None)
+    return Namespace(**args) if hasattr(args, "keys") else args
+
+
+def _extra(state: dict[str, Any], name: str) -> Any:
+    extra_state = state.get("extra_state")
+    return extra_state.get(name) if isinstance(extra_state, dict) else None
+
+
 def _kept_fields(checkpoint: str, state: dict[str, Any], config: NllbConfig) -> dict[str, Any]:
     """What the folder that the checkpoint was converted from said besides.
 
     Where the evaluation has no capacity of its own, transformers reads expert_capacity; unset it is fairseq's rule.
     """
-    extra_state = state.get("extra_state")
-    kept = extra_state.get(HF_FIELDS) if isinstance(extra_state, dict) else None
+    kept = _extra(state, HF_FIELDS)
     if kept is None:
         return {"expert_capacity": None} if config.experts and config.capacity_fraction <= 0 else {}
     try:
@@ -124,17 +137,51 @@ def _check_complete(checkpoint: str, model: dict[str, Tensor], named: list[Named
             raise CheckpointError(f"{checkpoint}: {len(keys)} tensors {what}, the first is {keys[0]}")
 
 
-def _order(config: NllbConfig, dictionary: str | None, tokenizer: str | None) -> Tensor | None:
+def _order(state: dict[str, Any], config: NllbConfig, dictionary: str | None, tokenizer: str | None) -> Tensor | None:
     """For each row of Hugging Face's embeddings fairseq's; None: the same."""
     if tokenizer is None:
+        if dictionary is not None:
+            raise CheckpointError(
+                "--dictionary goes with --tokenizer, which names the rows that it is to be matched with"
+            )
         return None
     theirs = read_vocabulary(Path(tokenizer))
-    words = theirs.pieces if dictionary is None else read_dictionary(Path(dictionary))
+    words = None if dictionary is None else read_dictionary(Path(dictionary))
     try:
-        ours = fairseq_vocabulary(words, theirs.languages, config.vocabulary)
-        return torch.tensor(hf_rows(theirs, ours.names)).argsort()
+        names = _names(state, config, theirs, words)
+        return torch.tensor(hf_rows(theirs, names)).argsort()
     except CheckpointError as error:
         raise CheckpointError(f"{dictionary or tokenizer}: {error}") from error
+
+
+def _names(state: dict[str, Any], config: NllbConfig, theirs: HfVocabulary, words: list[str] | None) -> list[str]:
+    """fairseq's name of every row: by what the checkpoint itself says of its languages and options, where it does.
+
+    CheckpointError where they cannot be those that the checkpoint was trained, or converted, with.
+    """
+    args = _arguments(state, "task")
+    languages, checksum = getattr(args, "langs", None), _extra(state, DICTIONARY_CHECKSUM)
+    if isinstance(languages, str):
+        languages = languages.split(",")
+    if languages is None or words is None:
+        names = fairseq_vocabulary(theirs, words, config.vocabulary).names
+    else:
+        names = [*SPECIAL, *words]
+        names += [token for token in map(language_token, languages) if token not in names]
+        names += [token for token in extra_tokens_of(args) if token not in names]
+    if len(names) != config.vocabulary:
+        raise CheckpointError(
+            f"the dictionary is of another vocabulary: with the checkpoint's languages and options it has {len(names)} "
+            f"entries, the embeddings have {config.vocabulary} rows"
+        )
+    if checksum is None and words is None:
+        raise CheckpointError("--dictionary must be given: the checkpoint does not say in which order its words are")
+    if checksum not in (None, dictionary_checksum(names)):
+        raise CheckpointError(
+            "the dictionary must be the one that the checkpoint was converted with, in its order: its checksum is "
+            "another (--dictionary)"
+        )
+    return names
 
 
 def _write_shards(

@@ -19,6 +19,7 @@ from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 from fairseq_moe_ext.serving.generator import take_turn
+from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
 from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS, revive
 from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
 
@@ -81,6 +82,9 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
         raise CheckpointError(
             f"{path}: not a fairseq checkpoint: fairseq cannot upgrade it: {type(error).__name__}: {one_line(error)}"
         ) from error
+    task = state["cfg"].get("task")
+    if TAGS_FIELD in (task or ()):
+        state["model"].extra_tokens = extra_tokens_of(task)
     _override(state["cfg"], arg_overrides or {})
     try:
         _tell_layers(model_cfg, state["model"])

@@ -75,8 +75,11 @@ class Loading:
 class ModelState(OrderedDict):
     """A checkpoint's model state, key -> tensor, that knows what loading it takes.
 
-    had_optimizer: whether the files hold an optimizer state, which was left where it is.
+    had_optimizer: whether the files hold an optimizer state, which was left where it is. extra_tokens: what NLLB's
+    options added to the dictionary (nllb_tokens.py), where the checkpoint says it.
     """
+
+    extra_tokens: list[str] | None = None
 
     def __init__(self, tensors, loading: Loading, had_optimizer: bool = False):
         super().__init__(tensors)
@@ -117,15 +120,18 @@ def _check_vocabulary(model: nn.Module, state: ModelState) -> None:
                 off = f"{abs(wanted - given)} too {'few' if given < wanted else 'many'}"
                 raise CheckpointError(
                     f"{state.loading.path}: the dictionary must have as many entries as the checkpoint's {name} has "
-                    f"rows, {wanted}, got {given}, {off}: {_mending(model, wanted, given)}the data's dict.*.txt and "
-                    "the language flags must be those of the training"
+                    f"rows, {wanted}, got {given}, {off}: {_mending(model, state, wanted, given)}the data's dict.*.txt "
+                    "and the language flags must be those of the training"
                 )
 
 
-def _mending(model: nn.Module, wanted: int, given: int) -> str:
+def _mending(model: nn.Module, state: ModelState, wanted: int, given: int) -> str:
     """Of a multilingual model: which options of NLLB's would make the numbers equal."""
     symbols = getattr(getattr(getattr(model, "encoder", None), "dictionary", None), "symbols", ())
     if not any(_LANGUAGE_TOKEN.fullmatch(symbol) for symbol in symbols):
         return ""
-    advice = mending(wanted, given, [symbol for symbol in symbols if symbol in ALL_EXTRA_TOKENS])
+    tokens = [symbol for symbol in symbols if symbol in ALL_EXTRA_TOKENS]
+    advice = mending(wanted, given, tokens, state.extra_tokens)
+    if advice and state.extra_tokens is None:
+        advice = f"by the numbers alone, for the checkpoint does not say its options: {advice}"
     return f"{advice}; otherwise " if advice else ""

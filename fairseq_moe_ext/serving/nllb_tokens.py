@@ -5,8 +5,9 @@ Source: `fairseq/data/multilingual/multilingual_utils.py` of upstream's branch `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 MASK = "<mask>"
 DATA_SOURCE_TAGS = ("<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>")
@@ -15,7 +16,7 @@ LANGUAGE_MODEL, LANGUAGE_MODEL_TASK = "mono_lm", "__lm__"
 MIXED = "mono_mixed_task"  # both
 ALL_EXTRA_TOKENS = (MASK, DENOISING_TASK, *DATA_SOURCE_TAGS, LANGUAGE_MODEL_TASK)
 
-TAGS_OPTION = "--add-data-source-prefix-tags"
+TAGS_OPTION, TAGS_FIELD = "--add-data-source-prefix-tags", "add_data_source_prefix_tags"
 TASKS_OPTION = "--add-ssl-task-tokens"
 SPECS_OPTION = "--finetune-dict-specs"
 
@@ -48,6 +49,18 @@ def extra_tokens(
     return tokens
 
 
+def extra_tokens_of(args: Any) -> list[str]:
+    """As a multilingual task's arguments ask for them (a Namespace, of a checkpoint too; what is missing is off)."""
+    specs, extra_data = (getattr(args, name, None) for name in ("finetune_dict_specs", "extra_data"))
+    return extra_tokens(
+        getattr(args, TAGS_FIELD, False),
+        getattr(args, "add_ssl_task_tokens", False),
+        specs if isinstance(specs, Collection) else (),
+        extra_data if isinstance(extra_data, Collection) else (),
+        getattr(args, "lang_tok_style", None) == "mbart",
+    )
+
+
 def option_sets() -> Iterator[tuple[str, list[str]]]:
     """(the options as they are written, the tokens they add) of all that differ, those that say least first."""
     seen: set[tuple[str, ...]] = set()
@@ -63,10 +76,20 @@ def option_sets() -> Iterator[tuple[str, list[str]]]:
         yield " ".join(options), tokens
 
 
-def mending(wanted: int, given: int, given_tokens: Collection[str]) -> str:
-    """Which options make `given` entries `wanted`, where the given options added `given_tokens`; "" if none do."""
+def mending(wanted: int, given: int, given_tokens: Collection[str], told: Sequence[str] | None = None) -> str:
+    """Which options make `given` entries `wanted`, where the given options added `given_tokens`; "" if none do.
+
+    told: the tokens that the checkpoint's own options added, in their order; None: it does not say, and the number
+    alone decides.
+    """
     extra = wanted - given + len(given_tokens)
-    fitting = next((options for options, tokens in option_sets() if len(tokens) == extra), None)
-    if fitting is None:
+    if told is not None and extra != len(told):
         return ""
-    return f"give {fitting}" if fitting else f"leave out {TAGS_OPTION}, {TASKS_OPTION} and {SPECS_OPTION}"
+    fitting = [
+        options
+        for options, tokens in option_sets()
+        if (len(tokens) == extra if told is None else sorted(tokens) == sorted(told))
+    ]
+    if not fitting:
+        return ""
+    return f"give {fitting[0]}" if fitting[0] else f"leave out {TAGS_OPTION}, {TASKS_OPTION} and {SPECS_OPTION}"

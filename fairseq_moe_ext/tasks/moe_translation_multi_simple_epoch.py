@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 from argparse import ArgumentTypeError
 
-from fairseq.data.multilingual.multilingual_utils import LangTokStyle
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
-from fairseq_moe_ext.serving.nllb_tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens
+from fairseq_moe_ext.serving.nllb_tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
 from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 from fairseq_moe_ext.tasks.serving_task import ServingTask
@@ -37,13 +36,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
     served_model_class = MoETransformerModel
 
     def __init__(self, args, langs, dicts, training):
-        self.extra_tokens = extra_tokens(
-            getattr(args, "add_data_source_prefix_tags", False),
-            getattr(args, "add_ssl_task_tokens", False),
-            getattr(args, "finetune_dict_specs", None) or (),
-            args.extra_data or (),
-            args.lang_tok_style == LangTokStyle.mbart.value,
-        )
+        self.extra_tokens = extra_tokens_of(args)
         for dictionary in dicts.values():
             for token in self.extra_tokens:
                 if token not in dictionary:

@@ -70,17 +70,46 @@ def test_the_advice_names_the_options_that_fit():
     assert mending(200, 100, []) == ""
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A converted model with three tags: fairseq-generate's arguments but for the dictionary's options."""
-    work = tmp_path_factory.mktemp("served")
-    hf_makers.write_model(work / "hf")
+@pytest.mark.parametrize(
+    "told, given, advice",
+    [
+        (["<mask>"], [], "give --finetune-dict-specs '{'mono_dae': ''}'"),
+        (["__lm__"], [], "give --add-ssl-task-tokens --finetune-dict-specs '{'mono_lm': ''}'"),
+        ([], TAGS, "leave out --add-data-source-prefix-tags"),
+        (TAGS, ["<mask>"], "give --add-data-source-prefix-tags"),
+        (TAGS, TAGS, ""),  # the right options: it is something else
+        (["<mask>"], TAGS, "give --finetune-dict-specs '{'mono_dae': ''}'"),
+    ],
+)
+def test_the_checkpoints_own_options_are_the_advice(told, given, advice):
+    wanted = 100 + len(told) + (told == given)
+    assert mending(wanted, 100 + len(given), given, told).startswith(advice)
+    assert bool(advice) or mending(wanted, 100 + len(given), given, told) == ""
+
+
+def test_no_advice_by_options_that_the_checkpoint_did_not_have():
+    """Four rows too many, which NLLB's tags with a token would explain, are no tags where the checkpoint had none."""
+    assert mending(104, 100, [], told=[]) == "" and mending(104, 100, [], told=None).startswith("give ")
+
+
+def convert(work, **changes) -> tuple:
+    """A converted model: fairseq-generate's arguments but for the dictionary's options, and those."""
+    hf_makers.write_model(work / "hf", **changes)
     done = convert_nllb(str(work / "hf"), str(work / "x.pt"), dtype=torch.float32)
     texts = {"eng_Latn": ["the fox", "ten days"], "deu_Latn": ["der hund", "vier"]}
     data = hf_makers.write_sentences(work / "data", work / "hf" / "sentencepiece.bpe.model", done.files[1], texts)
     flags = ("--task", "moe_translation_multi_simple_epoch", "-s", "eng_Latn", "-t", "deu_Latn", "--cpu")
     flags += ("--lang-pairs", "eng_Latn-deu_Latn", "--fixed-dictionary", done.files[1], "--lang-dict", done.files[2])
-    return data, *flags, "--encoder-langtok", "src", "--decoder-langtok", "--path", done.files[0], "--num-workers", "0"
+    flags += ("--encoder-langtok", "src", "--decoder-langtok", "--path", done.files[0], "--num-workers", "0")
+    return (data, *flags), done.task_flags.removeprefix("--encoder-langtok src --decoder-langtok").split()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Of a model with three tags: the arguments without the options that add them."""
+    arguments, options = convert(tmp_path_factory.mktemp("served"))
+    assert options == ["--add-data-source-prefix-tags"]
+    return arguments
 
 
 @pytest.mark.parametrize(
@@ -106,5 +135,21 @@ def test_a_mismatch_says_by_how_much_and_what_mends_it(served, flags, message):
         commands.load("generate", *arguments)
 
 
+def test_advice_by_the_numbers_alone_says_so(served, tmp_path):
+    path = served[served.index("--path") + 1]
+    state = torch.load(path, weights_only=False)
+    del state["args"].add_data_source_prefix_tags, state["extra_state"]["dictionary_checksum"]
+    torch.save(state, tmp_path / "x.pt")
+    arguments = [tmp_path / "x.pt" if argument == path else argument for argument in served]
+    with pytest.raises(CheckpointError, match="by the numbers alone, for .*: give --add-data-source-prefix-tags;"):
+        commands.load("generate", *arguments)
+
+
 def test_the_right_options_serve(served):
     assert len(commands.generate(*served, "--add-data-source-prefix-tags", "--beam", "2").hypotheses()) == 2
+
+
+def test_a_model_with_rows_padded_to_a_multiple_is_served(tmp_path):
+    arguments, options = convert(tmp_path, vocab_size=72)
+    assert options == []
+    assert len(commands.generate(*arguments, "--beam", "2").hypotheses()) == 2
