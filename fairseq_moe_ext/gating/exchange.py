@@ -15,7 +15,8 @@ E = experts, C = slots per expert.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,12 +26,9 @@ from torch import Tensor, nn
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.dispatch import run_by_expert
 from fairseq_moe_ext.gating.experts import without_gradients
+from fairseq_moe_ext.gating.rank_faults import ExchangeError, leave_word, naming_the_fault
 
 IDLE = -1  # stands for a layer's number where a rank is in none
-
-
-class ExchangeError(RuntimeError):
-    """The other ranks could not be reached."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Exchange:
 
     finished: batches that this rank has finished, told to the others with every round.
     heard_finished: what each rank last told. rows_computed: per layer, rows that ran here, whoever sent them.
+    fault: why the ranks cannot exchange anything any more; None: they can.
     """
 
     def __init__(self, rank: int, world_size: int):
@@ -72,7 +71,9 @@ class Exchange:
         self.heard_finished = [0] * world_size
         self.rounds = self.idle_rounds = 0
         self.rows_computed: list[int] = []
+        self.fault: str | None = None
         self._layers: list[LayerExchange] = []
+        self._round: Round | None = None  # under way
 
     def register(self, experts: nn.Module, copies: ExpertCopies) -> LayerExchange:
         """The exchange of one more layer; `experts` are the ones held here."""
@@ -82,11 +83,39 @@ class Exchange:
 
     def idle_round(self, alive: bool) -> bool:
         """Answer one round with nothing to send; whether any rank has work of its own left, `alive` being ours."""
-        self.idle_rounds += 1
-        round_ = Round(self, IDLE, alive)
-        round_.receive_sizes()
-        round_.exchange(torch.empty(0, dtype=torch.uint8, device=self.device), [0] * self.world_size)
-        return any(message.alive for message in round_.messages)
+        with self.whole_rounds():
+            self.idle_rounds += 1
+            round_ = Round(self, IDLE, alive)
+            round_.receive_sizes()
+            round_.exchange(torch.empty(0, dtype=torch.uint8, device=self.device), [0] * self.world_size)
+            return any(message.alive for message in round_.messages)
+
+    @contextmanager
+    def whole_rounds(self) -> Iterator[None]:
+        """Context of a call that may take part in a round.
+
+        After an error in it the others would wait for what is not to come, or take the next round's sizes for tokens:
+        so it is told to them, and the group ends. ExchangeError where it has ended.
+        """
+        if self.fault is not None:
+            raise ExchangeError(f"the group of ranks cannot be used any more: {self.fault}", self.fault)
+        try:
+            yield
+        except ExchangeError as error:
+            self.fault = error.fault or str(error)
+            raise
+        except BaseException as error:
+            self.tell(error)
+            if self._round is not None:
+                self._round.abandon()
+            # closes the connections, once messages that are under way have arrived: whoever waits for this rank learns
+            dist.destroy_process_group()
+            raise
+
+    def tell(self, error: BaseException) -> None:
+        """Leave word for the other ranks of why this one breaks off."""
+        self.fault = f"rank {self.rank} of {self.world_size} failed: {type(error).__name__}: {error}"
+        leave_word(self.rank, self.fault)
 
     @property
     def has_layers(self) -> bool:
@@ -118,6 +147,9 @@ class LayerExchange:
     @property
     def rank(self) -> int:
         return self._exchange.rank
+
+    def whole_rounds(self):
+        return self._exchange.whole_rounds()
 
     def begin(self, counts: Tensor) -> None:
         """Send the sizes, `counts` (P,) int64 rows per copy, while the caller sorts its rows; `run` ends the round."""
@@ -177,13 +209,14 @@ class Round:
         self.messages: list[Message] = []
         self._exchange = exchange
         exchange.rounds += 1
+        exchange._round = self
         header = torch.tensor([layer, alive, exchange.finished, capacity])
         self._sent = torch.zeros(exchange.world_size, exchange.message_size, dtype=torch.int64, device=exchange.device)
         self._sent[:, :HEADER] = header.to(exchange.device)
         if counts is not None:
             self._sent[:, HEADER:][tuple(place.to(exchange.device))] = counts.to(exchange.device)
         self._received = torch.empty_like(self._sent)
-        with _naming_the_exchange():
+        with naming_the_fault(self._exchange.world_size):
             self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
 
     @property
@@ -193,7 +226,7 @@ class Round:
     def receive_sizes(self) -> None:
         """Wait for every rank's message; the experts that are needed are announced to those who must fetch them."""
         start = time.perf_counter()
-        with _naming_the_exchange():
+        with naming_the_fault(self._exchange.world_size):
             self._work.wait()
             received = self._received.tolist()
         self.messages = [
@@ -206,6 +239,7 @@ class Round:
     def exchange(self, sent: Tensor, sent_bytes: list[int]) -> Tensor:
         """sent (bytes,) uint8, grouped by the R ranks as `sent_bytes` says -> the outputs' bytes in the same order."""
         if all(message.layer == IDLE for message in self.messages):
+            self.abandon()
             return sent
         start = time.perf_counter()
         arrivals = [self._arrivals_from(source) for source in range(self._exchange.world_size)]
@@ -213,16 +247,24 @@ class Round:
         arrived_bytes = [arrival.num_bytes for arrival in arrivals]
         arrived = sent.new_empty(sum(arrived_bytes))
         self.figures.bytes_exchanged = sum(sent_bytes) - sent_bytes[self._exchange.rank]
-        with _naming_the_exchange():
-            dist.all_to_all_single(arrived, sent, arrived_bytes, sent_bytes)
+        self._all_to_all(arrived, sent, arrived_bytes, sent_bytes)
         lap = time.perf_counter()
         outputs = self._compute(arrived, arrivals)
         self.figures.seconds["experts"] = time.perf_counter() - lap
         returned = torch.empty_like(sent)
-        with _naming_the_exchange():
-            dist.all_to_all_single(returned, outputs, sent_bytes, arrived_bytes)
+        self._all_to_all(returned, outputs, sent_bytes, arrived_bytes)
+        self.abandon()
         self.figures.seconds["exchange"] = time.perf_counter() - start - self.figures.seconds["experts"]
         return returned
+
+    def _all_to_all(self, received: Tensor, sent: Tensor, received_bytes: list[int], sent_bytes: list[int]) -> None:
+        with naming_the_fault(self._exchange.world_size):
+            self._work = dist.all_to_all_single(received, sent, received_bytes, sent_bytes, async_op=True)
+            self._work.wait()
+
+    def abandon(self) -> None:
+        """Hold nothing of the group any more, which would keep its connections open."""
+        self._work = self._exchange._round = None
 
     def _arrivals_from(self, source: int) -> _Arrivals:
         message = self.messages[source]
@@ -284,14 +326,3 @@ def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
 
 def _row_bytes(rows: Tensor) -> int:
     return rows.size(-1) * rows.element_size()
-
-
-class _naming_the_exchange:
-    """Context: what torch.distributed raises becomes an ExchangeError."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, RuntimeError):
-            raise ExchangeError(f"the exchange between the ranks broke off: {error}") from error

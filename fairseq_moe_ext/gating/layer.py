@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -147,8 +148,13 @@ class MOELayer(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D).
 
-        Padding comes out as zero, except under static gating that counts it.
+        Padding comes out as zero, except under static gating that counts it. Under several ranks an error on any of
+        them is one on all (ExchangeError on the others), and ends the exchange.
         """
+        with nullcontext() if self.exchange is None else self.exchange.whole_rounds():
+            return self._forward(x, padding_mask)
+
+    def _forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         if self.gating == "dynamic":
             tokens = x.reshape(-1, x.size(2))
             result = self._dynamic(tokens, None if padding_mask is None else padding_mask.reshape(-1), x.size(0))

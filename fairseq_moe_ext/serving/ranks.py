@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from fairseq_moe_ext.gating.exchange import Exchange, ExchangeError
+from fairseq_moe_ext.gating.exchange import Exchange
+from fairseq_moe_ext.gating.rank_faults import ExchangeError
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -118,12 +119,18 @@ class Ranks:
             self.exchange.idle_round(alive=True)
 
     def _tell_of(self, kind, error, traceback) -> None:
-        """sys.excepthook: where the exchange broke off, name the rank that vanished."""
+        """sys.excepthook: where the exchange broke off, name the rank that failed or vanished."""
         if not isinstance(error, ExchangeError):
+            if self.exchange.fault is None:
+                self.exchange.tell(error)
             self._hook(kind, error, traceback)
             return
-        lost = self._vanished()
-        reason = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
+        if error.fault is not None:
+            time.sleep(2 * DEFERENCE)  # the rank that failed tells more of it
+            reason = error.fault
+        else:
+            lost = self._vanished()
+            reason = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
         print(f"rank {self.rank} of {self.world_size} ends: {reason}", file=sys.stderr, flush=True)
         os._exit(1)  # the group's threads would wait for ranks that are gone
 

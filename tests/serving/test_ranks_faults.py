@@ -32,11 +32,12 @@ class Started:
         self.folder = folder
         self.arguments = arguments_of(goldens, "mt_nllb_ws2", *LONG, "--results-path", folder / "results", *flags)
         self.processes: list[subprocess.Popen] = []
+        self.user_dir = commands.USER_DIR
 
     def start(self, ranks: int | None = None, **environment: str) -> None:
         with open(self.folder / f"{len(self.processes)}.err", "w", encoding="utf-8") as errors:
             process = subprocess.Popen(
-                commands.command_line("generate", *self.arguments, ranks=ranks),
+                commands.command_line("generate", *self.arguments, ranks=ranks, user_dir=self.user_dir),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 env=commands.environment(**environment),
@@ -144,6 +145,36 @@ def test_a_rank_that_is_killed_ends_torchrun(started, victim):
     assert "Translated" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
     assert_incomplete(started)
+
+
+# --- a rank fails in a layer
+
+FAILING = """
+import os
+import fairseq_moe_ext.models.moe_transformer
+import fairseq_moe_ext.tasks.moe_translation_multi_simple_epoch
+from fairseq_moe_ext.gating import ResidentExperts
+
+def forward(*_):
+    raise MemoryError("no room for the experts")
+
+if os.environ["RANK"] == "1":
+    ResidentExperts.forward = forward
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_one_ranks_experts_ends_all_with_its_cause(started, tmp_path):
+    (tmp_path / "failing").mkdir()
+    (tmp_path / "failing" / "__init__.py").write_text(FAILING, encoding="utf-8")
+    started.user_dir = tmp_path / "failing"
+    started.start_by_hand(3)
+    assert all(process.wait(timeout=START) != 0 for process in started.processes)
+    cause = "MemoryError: no room for the experts"
+    assert "rank 1 of 3 failed:" in started.said(1) and started.said(1).splitlines()[-1] == cause
+    for rank in (0, 2):
+        assert started.said(rank).splitlines()[-1].endswith(f"rank {rank} of 3 ends: rank 1 of 3 failed: {cause}")
+        assert "Traceback" not in started.said(rank)
 
 
 # --- a bad file
