@@ -33,7 +33,12 @@ _open_fifos: dict[tuple[int, int], int] = {}
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the message names flag, file and reason."""
+    """A file that cannot be written; the message names flag, file and `reason`."""
+
+    def __init__(self, path: PathLike, flag: str, reason: str):
+        subject = f"{flag} {os.fspath(path)}" if flag else f"{os.fspath(path)}: it"
+        super().__init__(f"{subject} cannot be written: {reason}")
+        self.reason = reason
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def new_file(path: PathLike, flag: str = "", text: bool = False) -> Iterator[IO]
 
     flag: the option that named the file, for messages. WriteError where it cannot be written; then, and after any
     other error, an interrupt or SIGTERM, what was there before is left and nothing else. `name` of what is yielded is
-    the path at which the content is to lie meanwhile.
+    the path at which the content is to lie meanwhile. It may be closed in the context.
     """
     with _signals_as_exceptions():
         try:
@@ -53,8 +58,9 @@ def new_file(path: PathLike, flag: str = "", text: bool = False) -> Iterator[IO]
             file = io.BufferedWriter(output)
             file = io.TextIOWrapper(file, encoding="utf-8", newline="") if text else file
             yield file
-            file.flush()
-            output.put_in_place()
+            with output.failure_kept():
+                file.close()
+                output.put_in_place()
         except Exception as error:
             if output.failure is None:
                 raise
@@ -95,6 +101,17 @@ def check_writable(path: PathLike, flag: str = "") -> None:
     except OSError as error:
         raise _write_error(path, flag, error) from error
     output.discard()
+
+
+def give_name(file: PathLike, path: PathLike) -> None:
+    """Give the complete `file`, which lies in the same folder as what `path` leads to, that name.
+
+    Links, owner and mode stay as `new_file` leaves them; an OSError where it cannot be renamed.
+    """
+    target, _ = _follow_links(path)
+    status = os.stat(target) if os.path.exists(target) else None
+    _keep_owner_and_mode(file, status)
+    _rename(file, target, status)
 
 
 class _Output(io.FileIO):
@@ -139,51 +156,60 @@ class _Output(io.FileIO):
                 raise
             return os.open(self._target, flags | (0 if probe else os.O_TRUNC))
         self._temporary = temporary
-        if self._status is not None:
-            with suppress(PermissionError):
-                os.fchown(opened, self._status.st_uid, self._status.st_gid)
-            with suppress(PermissionError):
-                os.fchmod(opened, stat.S_IMODE(self._status.st_mode))
+        _keep_owner_and_mode(opened, self._status)
         return opened
 
     def write(self, content) -> int:
-        with self._failure_kept():
+        with self.failure_kept():
             return super().write(content)
 
-    def put_in_place(self) -> None:
-        """The content is complete."""
-        with self._failure_kept():
-            if self._temporary is not None:
+    def close(self) -> None:
+        with self.failure_kept():
+            if not self.closed and self._temporary is not None and self.failure is None:
                 os.fsync(self.fileno())
-            self.close()
-            if self._temporary is not None:
-                self._rename()
+            super().close()
 
-    def _rename(self) -> None:
-        try:
-            os.replace(self._temporary, self._target)
-        except OSError as error:
-            if self._status is None or error.errno not in _REFUSED:
-                raise
-            # another user's file in a sticky folder, or a file that is a mount: only its content can be replaced
-            with open(self._temporary, "rb") as content, open(self._target, "wb") as file:
-                shutil.copyfileobj(content, file)
+    def put_in_place(self) -> None:
+        """The content is complete and the file closed."""
+        if self._temporary is not None:
+            _rename(self._temporary, self._target, self._status)
 
     def discard(self) -> None:
         """Close without what is still buffered, and remove the temporary file if it is there."""
         with suppress(OSError):
-            self.close()
+            super().close()
         if self._temporary is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
     @contextmanager
-    def _failure_kept(self) -> Iterator[None]:
+    def failure_kept(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.failure = self.failure or error
             raise
+
+
+def _keep_owner_and_mode(file: int | PathLike, status: os.stat_result | None) -> None:
+    if status is not None:
+        with suppress(PermissionError):
+            os.chown(file, status.st_uid, status.st_gid)
+        with suppress(PermissionError):
+            os.chmod(file, stat.S_IMODE(status.st_mode))
+
+
+def _rename(temporary: PathLike, target: str, status: os.stat_result | None) -> None:
+    """status: of the file that `temporary` replaces."""
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if status is None or error.errno not in _REFUSED:
+            raise
+        # another user's file in a sticky folder, or a file that is a mount: only its content can be replaced
+        with open(temporary, "rb") as content, open(target, "wb") as file:
+            shutil.copyfileobj(content, file)
+        os.unlink(temporary)
 
 
 def _follow_links(path: PathLike) -> tuple[str, int | None]:
@@ -232,7 +258,7 @@ def _open_special(target: str, status: os.stat_result, probe: bool) -> int:
 
 
 def _write_error(path: PathLike, flag: str, error: OSError) -> WriteError:
-    return WriteError(f"{flag} {os.fspath(path)}".strip() + f" cannot be written: {error.strerror or error}")
+    return WriteError(path, flag, error.strerror or str(error))
 
 
 @contextmanager

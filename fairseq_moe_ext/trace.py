@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fairseq_moe_ext.atomic_file import write_bytes
+
 # one step is: an encoder pass; a teacher-forced decoder pass (`prefill`); a decode step
 PHASES = ("encoder", "prefill", "decode")
 
@@ -109,11 +111,9 @@ def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
         }
 
 
-def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace]) -> None:
-    """Write `phases` to `path`, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(pack_trace(phases))
-    os.replace(temporary, path)
+def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace], flag: str = "") -> None:
+    """Write `phases` to `path`, which the option `flag` named."""
+    write_bytes(path, pack_trace(phases), flag)
 
 
 def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:

@@ -38,9 +38,9 @@ import torch  # noqa: E402
 from made_models import SHAPES, scaled_vocabulary, write_checkpoint, write_data  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from fairseq_moe_ext.atomic_file import write_json, write_text  # noqa: E402
 from fairseq_moe_ext.serving.checkpoint_summary import summarize  # noqa: E402
 from fairseq_moe_ext.serving.errors import CheckpointError  # noqa: E402
-from fairseq_moe_ext.serving.report import write_json  # noqa: E402
 
 VARIANTS = {
     "static": ("--moe-gating", "static"),
@@ -178,9 +178,7 @@ def write_figures(models: list[Model], args: argparse.Namespace) -> str:
     text = "\n\n".join([f"`{shlex.join(['python', *sys.argv])}` ({where})", *map(table, models)]) + "\n"
     figures = {"where": where, "models": [{"name": model.name, "runs": model.runs} for model in models]}
     write_json(args.output / "benchmark_generate.json", figures)
-    temporary = args.output / "benchmark_generate.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, args.output / "benchmark_generate.md")
+    write_text(args.output / "benchmark_generate.md", text)
     return text
 
 

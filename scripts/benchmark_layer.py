@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -40,6 +39,7 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate, grouped_linear  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
 from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
@@ -315,9 +315,7 @@ def main() -> None:
             found = capacities(args, dynamic, tokens)
         results += report(args, tokens, found, weight_bytes)
         if args.output is not None:  # after every number of tokens: one that fails does not lose the others
-            temporary = Path(f"{args.output}.tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, args.output)
+            write_json(args.output, results, "--output")
     device = torch.empty(0, device=args.device, dtype=getattr(torch, args.dtype))
     print(f"kernel: {choose_kernel(dynamic.experts, device)}")
     if torch.distributed.is_initialized():

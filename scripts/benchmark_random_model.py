@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import sys
 import time
 from argparse import Namespace
@@ -36,6 +34,7 @@ from fairseq.search import Sampling  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
@@ -261,9 +260,7 @@ def main() -> None:
         results.append({"gating": gating, "experts_in": place, "experts_resident": size, **row})
         _print(results[-1])
         if args.output is not None:
-            temporary = Path(f"{args.output}.tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, args.output)
+            write_json(args.output, results, "--output")
 
     for place in sorted(args.experts_in, reverse=True):  # the buffer comes last: it takes the experts' place
         size = args.experts if place == "memory" else buffer_experts(model, args)

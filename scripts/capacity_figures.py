@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fairseq_moe_ext.atomic_file import write_text
 from fairseq_moe_ext.figures.paper import beside_paper, paper_figures
 from fairseq_moe_ext.figures.plots import panels, save
-from fairseq_moe_ext.figures.tables import Finding, findings_section, markdown, write_csv, write_text
+from fairseq_moe_ext.figures.tables import Finding, findings_section, markdown, write_csv
 
 COLOURS = {"drop": "tab:red", "reroute": "tab:green", "expand": "tab:blue"}
 WHY = (

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils, tasks
 from reproduce_capacity_aware import Setting
 
+from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.figures.models import configuration
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.serving.expert_share import CapacitySettings, limit_experts, place_experts
-from fairseq_moe_ext.serving.report import write_json
 
 BATCHES = 3  # of every rank
 ROUNDS = 7

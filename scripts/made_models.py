@@ -8,7 +8,6 @@ Legend: E = experts, K = choices, D = model dim, F = hidden dim, V = vocabulary.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
+from fairseq_moe_ext.atomic_file import new_file
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401
 from fairseq_moe_ext.tasks import moe_language_modeling, moe_translation  # noqa: F401
 
@@ -61,7 +61,8 @@ def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int]
     for split, number in rows.items():
         lengths = torch.randint(low, high + 1, (number,), generator=generator).tolist()
         for language in ("en", "de") if shape.translates else (None,):
-            words.save(str(folder / (f"dict.{language}.txt" if language else "dict.txt")))
+            with new_file(folder / (f"dict.{language}.txt" if language else "dict.txt"), text=True) as opened:
+                words.save(opened)
             prefix = folder / (f"{split}.en-de.{language}" if language else split)
             builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocabulary)
             for length in lengths:
@@ -101,7 +102,6 @@ def write_checkpoint(
         "task_state": {},
         "extra_state": {},
     }
-    temporary = Path(f"{file}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
+    with new_file(file) as opened:
+        torch.save(state, opened)
     return file

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fairseq_moe_ext.atomic_file import new_file  # noqa: E402
 from fairseq_moe_ext.balancing.placement import contiguous, load_placement  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES  # noqa: E402
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks  # noqa: E402
@@ -47,7 +48,7 @@ def write_table(file: Path, outcomes: Sequence[Outcome]) -> None:
     """
     minimum = {(each.layer, each.size, each.order): each.misses for each in outcomes if each.policy == MIN}
     groups: dict[tuple, list[Outcome]] = {}
-    with open(file, "w", newline="", encoding="utf-8") as opened:
+    with new_file(file, text=True) as opened:
         table = csv.writer(opened)
         table.writerow(COLUMNS)
         for each in outcomes:
@@ -90,7 +91,8 @@ def draw(file: Path, outcomes: Sequence[Outcome]) -> None:
         panel.set(title=order, xlabel="experts in the buffer")
     figure.axes[0].set_ylabel("miss rate (dashed: worst layer)")
     figure.axes[0].legend()
-    figure.savefig(file, dpi=120)
+    with new_file(file) as opened:
+        figure.savefig(opened, dpi=120, format="png")
 
 
 def report(layers: Sequence[LayerLoads], outcomes: Sequence[Outcome]) -> None:

@@ -10,8 +10,6 @@ kernels on the CPU, which says whether they run and nothing about their time.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -25,6 +23,7 @@ from device_timing import measure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.gating.device_experts import plan_grouped  # noqa: E402
 from fairseq_moe_ext.gating.experts import packed_shapes  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
@@ -126,9 +125,7 @@ def main() -> None:
             for tiles, value in times.items()
         ]
         if args.output is not None:
-            temporary = Path(f"{args.output}.tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, args.output)
+            write_json(args.output, results, "--output")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from full_disk import full_at
 
 from fairseq_moe_ext import atomic_file
 from fairseq_moe_ext.atomic_file import WriteError, check_writable, copy_file, new_file, write_bytes, write_text
@@ -149,9 +149,9 @@ def test_folders_and_files_of_others(open_folder):
     file.write_text("old")
     with as_nobody():
         for path in (file, open_folder / "new"):
-            with pytest.raises(WriteError, match=f"{path} cannot be written: {os.strerror(errno.EACCES)}"):
+            with pytest.raises(WriteError, match=f"{path}: it cannot be written: {os.strerror(errno.EACCES)}"):
                 check_writable(path)
-            with pytest.raises(WriteError, match=f"{path} cannot be written: {os.strerror(errno.EACCES)}"):
+            with pytest.raises(WriteError, match=f"{path}: it cannot be written: {os.strerror(errno.EACCES)}"):
                 write_text(path, "new")
     assert file.read_text() == "old"
 
@@ -261,7 +261,7 @@ def test_a_descriptor_that_only_reads_or_is_closed(tmp_path):
     with open(tmp_path / "file", encoding="utf-8") as opened:
         path = f"/dev/fd/{opened.fileno()}"
         for attempt in (lambda: check_writable(path), lambda: write_text(path, "new")):
-            with pytest.raises(WriteError, match=f"{path} cannot be written: it is open for reading only"):
+            with pytest.raises(WriteError, match=f"{path}: it cannot be written: it is open for reading only"):
                 attempt()
     with pytest.raises(WriteError, match=os.strerror(errno.EBADF)):
         write_text(path, "new")
@@ -269,17 +269,6 @@ def test_a_descriptor_that_only_reads_or_is_closed(tmp_path):
 
 
 # --- failures on the way
-
-
-@contextmanager
-def full_at(size: int):
-    """No file of this process may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000], ids=["at the end", "on the way"])

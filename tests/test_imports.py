@@ -56,7 +56,7 @@ def test_gating_knows_of_no_other_room(file):
 @pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "buffering"], ids=name_of)
 def test_buffering_knows_the_experts_and_traces_alone(file):
     names = {name for name in imports(file) if name.startswith(f"{PACKAGE}.")}
-    known = (f"{PACKAGE}.buffering", f"{PACKAGE}.gating.experts", f"{PACKAGE}.trace")
+    known = tuple(f"{PACKAGE}.{name}" for name in ("buffering", "gating.experts", "trace", "atomic_file"))
     assert not [name for name in names if not f"{name}.".startswith((*(f"{each}." for each in known),))]
 
 

@@ -17,13 +17,17 @@ The same seed, sizes and Python version give the same files; another Python vers
 """
 
 import argparse
-import os
 import random
 import re
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fairseq_moe_ext.atomic_file import write_text  # noqa: E402
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 PIECE = re.compile(r"[A-Za-z]+|.")
@@ -95,9 +99,7 @@ def take_files(files: Iterable[Path], limit: int) -> list[str]:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines to path; the file appears under its name only when it is complete."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def positive(text: str) -> int:

@@ -10,7 +10,6 @@ model in their place is translated by the same commands.
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sentencepiece import SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fairseq_moe_ext.atomic_file import new_file, write_bytes, write_json, write_text  # noqa: E402
 from fairseq_moe_ext.serving.nllb_config import NllbConfig  # noqa: E402
 from fairseq_moe_ext.serving.nllb_names import named_tensors  # noqa: E402
 
@@ -46,15 +46,15 @@ def main(folder: Path) -> None:
     for made in (hf, flores):
         made.mkdir(parents=True, exist_ok=True)
     for language, sentences in SENTENCES.items():
-        (flores / f"devtest.{language}").write_text("".join(f"{line}\n" for line in sentences), encoding="utf-8")
+        write_text(flores / f"devtest.{language}", "".join(f"{line}\n" for line in sentences))
     model = io.BytesIO()
     lines = [line for sentences in SENTENCES.values() for line in sentences] * 5
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=PIECES, model_type="bpe", minloglevel=2
     )
-    (hf / "sentencepiece.bpe.model").write_bytes(model.getvalue())
-    (hf / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": LANGUAGES}))
-    (hf / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    write_bytes(hf / "sentencepiece.bpe.model", model.getvalue())
+    write_json(hf / "special_tokens_map.json", {"additional_special_tokens": LANGUAGES})
+    write_json(hf / "config.json", CONFIG)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for tensor in named_tensors(NllbConfig.from_hf(CONFIG, "config")):
@@ -66,9 +66,10 @@ def main(folder: Path) -> None:
     for number in (0, 1):
         name = f"model-{number + 1:05d}-of-00002.safetensors"
         part = dict(list(tensors.items())[number::2])
-        save_file(part, hf / name)
+        with new_file(hf / name) as file:
+            save_file(part, file.name)
         weight_map |= dict.fromkeys(part, name)
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_json(hf / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ sizes of the other two.
 
 import argparse
 import datetime
-import os
 import random
 import re
 import sys
@@ -32,6 +31,10 @@ try:
     from babel import Locale, dates, lists, numbers, units
 except ImportError:
     sys.exit("make_data.py: the CLDR tables come with Babel, which is not installed: pip install Babel")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fairseq_moe_ext.atomic_file import write_text  # noqa: E402
 
 SOURCE = "en"
 TARGETS = ("de", "fr", "es", "ja")
@@ -184,9 +187,7 @@ def draw_pairs(seed: int) -> Iterator[tuple[str, str]]:
 
 def write_lines(path: Path, lines: list[str]) -> None:
     """Write lines to path; the file appears under its name only when it is complete."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def positive(text: str) -> int:

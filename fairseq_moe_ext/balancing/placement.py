@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_moe_ext.atomic_file import write_json
+
 # per expert of one layer, the ranks that hold a copy of it
 LayerPlacement = tuple[tuple[int, ...], ...]
 
@@ -78,15 +80,13 @@ def experts_of_rank(ranks_of_experts: Sequence[Sequence[int]], rank: int) -> tup
 
 
 def save_placement(path: str | os.PathLike, placement: Placement) -> None:
-    """Write `placement` to `path`, under a temporary name first."""
+    """Write `placement` to `path`."""
     content = {
         "world_size": placement.world_size,
         "method": placement.method,
         "layers": {name: [list(ranks) for ranks in layer] for name, layer in placement.layers.items()},
     }
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, content, indent=None)
 
 
 def load_placement(path: str | os.PathLike) -> Placement:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fairseq_moe_ext.atomic_file import new_file
 from fairseq_moe_ext.balancing.fit import LayerFit
 from fairseq_moe_ext.balancing.load import rank_shares, shares
 
@@ -31,7 +32,8 @@ def plot_fit(path: str | os.PathLike, layers: Sequence[LayerFit], method: str, w
         _plot_ranks(bars, layer, method, world_size)
         image = _plot_experts(heat, layer)
         figure.colorbar(image, ax=heat, label="% of the load")
-    figure.savefig(path, format="png", dpi=110)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _plot_ranks(axes, layer: LayerFit, method: str, world_size: int) -> None:

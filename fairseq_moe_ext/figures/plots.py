@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from fairseq_moe_ext.atomic_file import new_file
 
 # told apart by colour-blind readers (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,7 +27,6 @@ def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.8, **h
 
 
 def save(figure, file: Path) -> None:
-    """A figure of `panels` as PNG, under a temporary name first."""
-    temporary = Path(f"{file}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, file)
+    """A figure of `panels` as PNG."""
+    with new_file(file) as opened:
+        figure.savefig(opened, dpi=120, format="png")

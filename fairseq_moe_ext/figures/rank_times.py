@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.figures.layer_costs import K
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.exchange import Exchange
 from fairseq_moe_ext.gating.layer import StaticOptions
-from fairseq_moe_ext.serving.report import write_json
 
 SMALL, LARGE = 1 << 10, 1 << 20  # bytes to each rank
 EXCHANGE_ROUNDS = 30

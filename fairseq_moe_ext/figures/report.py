@@ -14,14 +14,14 @@ import argparse
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from fairseq_moe_ext.atomic_file import copy_file, write_text
 from fairseq_moe_ext.figures.models import ROOT
-from fairseq_moe_ext.figures.tables import markdown, write_text
+from fairseq_moe_ext.figures.tables import markdown
 
 # folder under results/ -> the command that fills it; in the order of the papers
 SECTIONS = {
@@ -127,7 +127,7 @@ def copy_beside(page: Path):
 
     def picture(file: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / file.name)
+        copy_file(file, folder / file.name)
         return f"{folder.name}/{file.name}"
 
     return picture

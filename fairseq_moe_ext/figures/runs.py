@@ -18,8 +18,8 @@ from typing import Any
 import sacrebleu
 from fairseq_cli import eval_lm, generate
 
+from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.figures.models import ROOT, Model, arguments_of, configuration
-from fairseq_moe_ext.serving.report import write_json
 from fairseq_moe_ext.trace import PhaseTrace, load_trace, save_trace
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from fairseq_moe_ext.atomic_file import write_text
 from fairseq_moe_ext.figures.models import ROOT, Model, add_model_arguments, find_models
 from fairseq_moe_ext.figures.runs import RunError
-from fairseq_moe_ext.figures.tables import write_text
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from fairseq_moe_ext.atomic_file import new_file
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
@@ -17,21 +18,12 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
 
 
 def write_csv(file: Path, rows: Sequence[Any]) -> None:
-    """One line per row, under a temporary name first; rows: dataclasses of one kind, or mappings of the same keys."""
+    """One line per row; rows: dataclasses of one kind, or mappings of the same keys."""
     names = [item.name for item in fields(rows[0])] if is_dataclass(rows[0]) else list(rows[0])
-    temporary = Path(f"{file}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as opened:
+    with new_file(file, text=True) as opened:
         table = csv.DictWriter(opened, names)
         table.writeheader()
         table.writerows(row if isinstance(row, Mapping) else asdict(row) for row in rows)
-    os.replace(temporary, file)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Under a temporary name first."""
-    temporary = Path(f"{file}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ lies in memory once; of `split`, one file at a time.
 from __future__ import annotations
 
 import copy
-import os
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.atomic_file import WriteError, new_file
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.conversion_lock import only_writer
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.find_files import NAME
 from fairseq_moe_ext.serving.state_keys import EXPERT_KEY, expert_count, is_expert_key
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
@@ -29,9 +31,10 @@ def merge(source: str, target: str, drop_optimizer: bool = False, force: bool = 
     CheckpointError where `source` has an optimizer state, which cannot be merged, and drop_optimizer is not given;
     where `target` exists and force is not given; where it cannot be written.
     """
-    state = _read(source, drop_optimizer)
     file = _target(target)
-    return _write({file: lambda: {**state, "model": _ordinary(state["model"])}}, force)
+    with only_writer(file):
+        state = _read(source, drop_optimizer)
+        return _write({file: lambda: {**state, "model": _ordinary(state["model"])}}, force)
 
 
 def split(source: str, target: str, ranks: int, drop_optimizer: bool = False, force: bool = False) -> list[Path]:
@@ -40,8 +43,15 @@ def split(source: str, target: str, ranks: int, drop_optimizer: bool = False, fo
     Rank r holds the experts from r * E / ranks on under local numbers, and says its rank in its configuration.
     Errors as in `merge`, and where the number of experts E is no multiple of `ranks`.
     """
-    state = _read(source, drop_optimizer)
     file = _target(target)
+    with only_writer(file):
+        return _write(_parts(source, _read(source, drop_optimizer), file, ranks), force)
+
+
+def _parts(
+    source: str, state: dict[str, Any], file: Path, ranks: int
+) -> dict[Path, Callable[[], dict[str, Any]]]:
+    """The files of `split` and what makes their content."""
     num_experts = expert_count(state["model"])
     if num_experts == 0:
         raise CheckpointError(f"{source}: a checkpoint must have MoE layers to be split, found no gate")
@@ -59,7 +69,7 @@ def split(source: str, target: str, ranks: int, drop_optimizer: bool = False, fo
             **_of_rank(state, rank),
             "model": _ordinary(_local_experts(state["model"], rank, num_experts // ranks)),
         }
-    return _write(contents, force)
+    return contents
 
 
 def _read(source: str, drop_optimizer: bool) -> dict[str, Any]:
@@ -125,24 +135,16 @@ def _ordinary(model: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(contents: dict[Path, Callable[[], dict[str, Any]]], force: bool) -> list[Path]:
-    """All files or none: each under a temporary name, renamed when the last one is written."""
+    """All files or none: each gets its name when the last one is written."""
     for file in contents:
         if file.exists() and not force:
             raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
-    temporary = {file: file.with_name(f"{file.name}.tmp") for file in contents}
     try:
-        for file, content in contents.items():
-            _save(content(), file, temporary[file])
-        for file in contents:
-            os.replace(temporary[file], file)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        with ExitStack() as written:
+            for file, content in contents.items():
+                opened = written.enter_context(new_file(file))
+                torch.save(content(), opened)
+                opened.close()  # there may be hundreds
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
     return list(contents)
-
-
-def _save(content: dict[str, Any], file: Path, temporary: Path) -> None:
-    try:
-        torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own writer has the latter for a full disk
-        raise CheckpointError(f"{file}: it cannot be written; is the disk full? {one_line(error)}") from error

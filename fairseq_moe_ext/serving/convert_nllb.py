@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_moe_ext.atomic_file import write_text
+from fairseq_moe_ext.serving.conversion_lock import only_writer
 from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.hf_folder import HfFolder, values
@@ -60,7 +62,15 @@ def convert_nllb(
     order. dtype: of all weights; None: as they are. CheckpointError where the folder or the dictionary is wrong, where
     `target` exists and force is not given, or where it cannot be written. A broken-off run goes on where it was.
     """
-    source, file = HfFolder(Path(folder)), _target(target, force)
+    file = _target(target)
+    with only_writer(file):
+        if file.exists() and not force:
+            raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
+        return _convert(folder, file, dictionary, dtype)
+
+
+def _convert(folder: str, file: Path, dictionary: str | None, dtype: torch.dtype | None) -> Converted:
+    source = HfFolder(Path(folder))
     config = NllbConfig.from_hf(source.config, str(source.path / "config.json"))
     if not config.has_moe_layers:
         logger.info("%s: a dense model without experts, converted as the dense model that it is", folder)
@@ -149,12 +159,10 @@ def _vocabulary(folder: Path, config: NllbConfig, dictionary: str | None) -> tup
     return ours, rows
 
 
-def _target(target: str, force: bool) -> Path:
+def _target(target: str) -> Path:
     file = Path(target)
     if file.suffix != ".pt" or not file.parent.is_dir():
         raise CheckpointError(f"{target}: the new checkpoint must be named X.pt in an existing folder")
-    if file.exists() and not force:
-        raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
     return file
 
 
@@ -224,5 +232,5 @@ def _write_vocabulary(file: Path, vocabulary: FairseqVocabulary) -> Sequence[Pat
     files = []
     for kind, text in texts.items():
         files.append(file.with_name(f"{file.stem}.{kind}.txt"))
-        files[-1].write_text(text, encoding="utf-8")
+        write_text(files[-1], text)
     return files

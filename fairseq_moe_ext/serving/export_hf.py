@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_moe_ext.atomic_file import WriteError, copy_file, new_file, write_json
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.conversion_lock import only_writer
 from fairseq_moe_ext.serving.convert_nllb import HF_FIELDS
 from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
@@ -58,8 +61,24 @@ def export_hf(
     the model is not of NLLB's kind, a tensor has no place in that layout, or the folder is there already.
     """
     target = Path(folder)
-    if target.exists():
-        raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: it cannot be written: {one_line(error)}") from error
+    with only_writer(target):
+        if target.exists():
+            raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
+        return _export(checkpoint, target, dictionary, tokenizer, dtype, shard_bytes)
+
+
+def _export(
+    checkpoint: str,
+    target: Path,
+    dictionary: str | None,
+    tokenizer: str | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> list[Path]:
     state = read_checkpoint(checkpoint)
     model = state["model"]
     config = _config(checkpoint, state, dtype)
@@ -70,17 +89,18 @@ def export_hf(
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         for name in TOKENIZER_FILES if tokenizer is not None else ():
             if (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, partial / name)
+                copy_file(Path(tokenizer) / name, partial / name)
         dtypes = {model[tensor.fairseq[0]].dtype if dtype is None else dtype for tensor in named}
         torch_dtype = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-        _write_json(partial / "config.json", {**kept, **config.to_hf(), "torch_dtype": torch_dtype})
+        write_json(partial / "config.json", {**kept, **config.to_hf(), "torch_dtype": torch_dtype}, indent=2)
         _write_shards(partial, model, named, order, dtype, shard_bytes)
         partial.rename(target)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{target}: it cannot be written: {one_line(error)}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.reason if isinstance(error, WriteError) else one_line(error)
+        raise CheckpointError(f"{target}: it cannot be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sorted(target.iterdir())
@@ -208,10 +228,12 @@ def _write_shards(
                 values = values[order] if tensor.rows and order is not None else values
                 tensors[tensor.hf[0]] = values.to(dtype or values.dtype).contiguous()
                 bar.update(sizes[tensor])
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            with new_file(folder / name) as file:
+                save_file(tensors, file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / _INDEX, index, indent=2)
 
 
 def _shards(sizes: dict[NamedTensor, int], shard_bytes: int) -> Iterator[list[NamedTensor]]:
@@ -224,7 +246,3 @@ def _shards(sizes: dict[NamedTensor, int], shard_bytes: int) -> Iterator[list[Na
         shard.append(tensor)
         filled += size
     yield shard
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

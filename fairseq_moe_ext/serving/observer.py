@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
+from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.serving.ranks import Ranks
-from fairseq_moe_ext.serving.report import Report, write_json
+from fairseq_moe_ext.serving.report import Report
 from fairseq_moe_ext.serving.totals import PassTotals
 from fairseq_moe_ext.trace import TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
 
@@ -101,11 +102,11 @@ class Observer:
             phases = merge_traces([phases, *others])
         if self._trace_path:
             if phases:
-                save_trace(self._trace_path, phases)
+                save_trace(self._trace_path, phases, "--moe-trace")
             else:
                 logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
         if self._report_path:
-            write_json(self._report_path, self.report.as_dict())
+            write_json(self._report_path, self.report.as_dict(), "--moe-report")
         logger.info(self.report.summary())
 
     @contextmanager

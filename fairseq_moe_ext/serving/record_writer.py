@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fairseq_moe_ext.atomic_file import WriteError, give_name, write_json
 from fairseq_moe_ext.serving.checkpoint_file import read_file
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
@@ -33,7 +34,8 @@ class RecordWriter:
     """Writes the tensors of `shapes` into the checkpoint `target`.
 
     shapes: names that share one tensor -> (dtype, shape). state: what else the file holds. fingerprint: of what the
-    values come from; what an earlier run of the same fingerprint has done is kept. CheckpointError without space.
+    values come from; what an earlier run of the same fingerprint has done is kept. CheckpointError without space. The
+    caller sees to it that it is the only one (conversion_lock.py).
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class RecordWriter:
         fingerprint: str,
     ):
         self.target = target
-        self._partial = target.with_name(f"{target.name}.partial")
-        self._journal = target.with_name(f"{target.name}.partial.json")
+        real = Path(os.path.realpath(target))
+        self._partial = real.with_name(f"{real.name}.partial")
+        self._journal = real.with_name(f"{real.name}.partial.json")
         self._fingerprint = fingerprint
         self._done: list[str] = []
         self._checksums: dict[str, int] = {}
@@ -97,7 +100,7 @@ class RecordWriter:
             _set_checksums(self._file, by_offset)
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.target)
+            give_name(self._partial, self.target)
             self._journal.unlink()
         except OSError as error:
             raise self._no_space(error) from error
@@ -116,7 +119,7 @@ class RecordWriter:
         self._journal.unlink(missing_ok=True)
         self._partial.unlink(missing_ok=True)
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes.values())
-        free = shutil.disk_usage(self.target.parent).free
+        free = shutil.disk_usage(self._partial.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes needed, {free:,} free")
         model: dict[str, Tensor] = {}
@@ -135,12 +138,12 @@ class RecordWriter:
     def _note(self, part: str | None) -> None:
         self._done += [] if part is None else [part]
         content = {"fingerprint": self._fingerprint, "done": self._done, "checksums": self._checksums}
-        temporary = self._journal.with_name(f"{self._journal.name}.tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, self._journal)
+        write_json(self._journal, content, indent=None)
 
     def _no_space(self, error: Exception) -> CheckpointError:
         # torch's own writer has a RuntimeError for a full disk
+        if isinstance(error, WriteError):
+            return CheckpointError(f"{self.target}: it cannot be written: {error.reason}")
         reason = getattr(error, "strerror", None) or f"is the disk full? {one_line(error)}"
         return CheckpointError(f"{self.target}: it cannot be written: {reason}")
 

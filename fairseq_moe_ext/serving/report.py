@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 from dataclasses import asdict
 from pathlib import Path
@@ -206,10 +204,3 @@ def peak_resident_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):  # not Linux; this figure may be the parent process's
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Write `content` to `path`, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,6 +10,7 @@ from serve import Prepared, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fairseq_moe_ext.atomic_file import new_file  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate  # noqa: E402
 
 
@@ -25,7 +26,8 @@ def prepare(size: dict) -> Prepared:
     calls |= floor_calls(
         lambda: F.linear(F.relu(F.linear(rows, fc1_weight, fc1_bias)), fc2_weight, fc2_bias), problem, values
     )
-    torch.save(calls["ours, dynamic"](), size["output"])
+    with new_file(size["output"]) as file:
+        torch.save(calls["ours, dynamic"](), file)
     return Prepared(calls, facts={"active_experts": problem.active_experts(), "weight_bytes": 4 * values})
 
 

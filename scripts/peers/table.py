@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -10,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peers.environments import TRANSFORMERS_MIXTRAL, TRANSFORMERS_NLLB
+
+from fairseq_moe_ext.atomic_file import write_json, write_text
 
 OURS = ("our_layer.py", "ours, dynamic")
 FLOOR = ("dense", "weights")
@@ -55,10 +56,8 @@ def machine(threads: int) -> dict:
 def write_tables(folder: Path, content: dict) -> str:
     """Write peers.json and peers.md into `folder`; returns the latter."""
     text = markdown(content)
-    for name, written in (("peers.json", json.dumps(content, indent=1) + "\n"), ("peers.md", text)):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(written, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    write_json(folder / "peers.json", content)
+    write_text(folder / "peers.md", text)
     return text
 
 

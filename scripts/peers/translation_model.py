@@ -20,6 +20,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from fairseq_moe_ext.atomic_file import new_file  # noqa: E402
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel  # noqa: E402
 
 SIDE = {"layers": 8, "embed_dim": 256, "ffn_embed_dim": 1024, "attention_heads": 8}
@@ -47,10 +48,12 @@ def write_model(folder: Path, seed: int, words: int) -> None:
             if name.endswith("wg.weight"):  # else a random gate hardly tells tokens apart
                 values.normal_()
     for language in PAIR:
-        vocabulary.source_dictionary.save(str(folder / f"dict.{language}.txt"))
+        with new_file(folder / f"dict.{language}.txt", text=True) as file:
+            vocabulary.source_dictionary.save(file)
     history = [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}]
     content = {"args": args, "cfg": None, "criterion": None, "model": model.state_dict(), "optimizer_history": history}
-    torch.save({**content, "task_state": {}, "extra_state": {}}, folder / "model.pt")
+    with new_file(folder / "model.pt") as file:
+        torch.save({**content, "task_state": {}, "extra_state": {}}, file)
     command = [sys.executable, str(ROOT / "scripts" / "convert_nllb_moe.py"), str(folder / "model.pt"), "--to-hf"]
     subprocess.run([*command, "--output", str(folder / "hf")], check=True)
 
