@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 
@@ -15,13 +16,28 @@ from fairseq_moe_ext.models.transformer_layer import (
 )
 
 
-class MoETransformerEncoder(TransformerEncoderBase):
+class _ObservedStack:
+    """Mixin before one of fairseq's stacks: its `observer`, where it has one, is told of every layer's output."""
+
+    observer = None
+
+    def _watch_layers(self, side: str) -> None:
+        for number, layer in self.layers.named_children():
+            layer.register_forward_hook(partial(self._tell, f"{side}.layers.{number}"))
+
+    def _tell(self, name: str, _layer, _inputs, output) -> None:
+        if self.observer is not None:
+            self.observer.layer_output(name, output[0] if isinstance(output, tuple) else output)
+
+
+class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
     """An encoder whose `observer`, where it has one, is told of every pass."""
 
     def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, return_fc: bool = False):
-        self._moe, self._built, self.observer = moe, 0, None
+        self._moe, self._built = moe, 0
         super().__init__(cfg, dictionary, embed_tokens, return_fc=return_fc)
         mend_activations(self)
+        self._watch_layers("encoder")
 
     def build_encoder_layer(self, cfg):
         number, self._built = self._built, self._built + 1
@@ -39,16 +55,17 @@ class MoETransformerEncoder(TransformerEncoderBase):
     def _observed(self, src_tokens):
         if self.observer is None:
             return nullcontext()
-        return self.observer.encoder_pass(src_tokens.numel() - int(src_tokens.eq(self.padding_idx).sum()))
+        return self.observer.encoder_pass(src_tokens.ne(self.padding_idx))
 
 
-class MoETransformerDecoder(TransformerDecoderBase):
+class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
     """A decoder whose `observer`, where it has one, is told of every pass; also a language model's stack."""
 
     def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, no_encoder_attn: bool = False):
-        self._moe, self._built, self.observer = moe, 0, None
+        self._moe, self._built = moe, 0
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
         mend_activations(self)
+        self._watch_layers("decoder")
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         number, self._built = self._built, self._built + 1
@@ -67,5 +84,4 @@ class MoETransformerDecoder(TransformerDecoderBase):
         if self.observer is None:
             return nullcontext()
         entering = prev_output_tokens[:, -1:] if incremental else prev_output_tokens
-        tokens = entering.numel() - int(entering.eq(self.padding_idx).sum())
-        return self.observer.decoder_pass(tokens, incremental)
+        return self.observer.decoder_pass(entering.ne(self.padding_idx), incremental)

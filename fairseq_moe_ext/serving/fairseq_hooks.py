@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
-from fairseq_moe_ext.serving.generator import take_turn
+from fairseq_moe_ext.serving.generator import count_results, take_turn
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
 from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS, revive
 from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
@@ -52,7 +52,9 @@ def _replacing(original, replacement):
 
 def _score(original, scorer, models, sample, **kwargs):
     """fairseq-eval-lm makes its scorer by itself."""
-    return take_turn(sample, lambda: original(scorer, models, sample, **kwargs))
+    hypotheses = take_turn(sample, lambda: original(scorer, models, sample, **kwargs))
+    count_results(sample, hypotheses)
+    return hypotheses
 
 
 def _find(_original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:

@@ -15,8 +15,11 @@ from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
 from fairseq_moe_ext.serving.continuous_batching import ContinuousGenerator
+from fairseq_moe_ext.serving.finite import FiniteSearch
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import TURN, Ranks
+
+OBSERVER = "moe_observer"  # the key under which a served batch carries its observer
 
 
 class _CountedGeneration:
@@ -28,8 +31,14 @@ class _CountedGeneration:
 
     observer: Observer | None = None
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._finite = FiniteSearch(self)
+
     def generate(self, models, sample, **kwargs):
-        return take_turn(sample, lambda: self._generate_here(models, sample, **kwargs))
+        hypotheses = take_turn(sample, lambda: self._generate_here(models, sample, **kwargs))
+        count_results(sample, hypotheses, self.observer)
+        return hypotheses
 
     @torch.no_grad()
     def _generate_here(self, models, sample, **kwargs):
@@ -37,9 +46,12 @@ class _CountedGeneration:
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
             sample = {key: value for key, value in sample.items() if key != "id"}
-        with shared_encoder_output(self.model.models, self.beam_size):
+        with shared_encoder_output(self.model.models, self.beam_size), self._finite.around():
             hypotheses = super().generate(models, sample, **kwargs)
+        broken_beams = self._finite.count()
+        hypotheses = self._finite.without_broken(hypotheses)
         if self.observer is not None:
+            self.observer.count_broken_beams(broken_beams)
             self.observer.report.count_hypotheses(hypotheses)
         return hypotheses
 
@@ -87,6 +99,14 @@ def take_turn(sample: dict, compute: Callable[[], Any]) -> Any:
     """A batch's hypotheses; under several ranks the batch knows whose turn it is to compute them."""
     turn = sample.get(TURN)
     return compute() if turn is None else turn.result(compute)
+
+
+def count_results(sample: dict, hypotheses: list[list[dict]], observer: Observer | None = None) -> None:
+    """Let the batch's observer, or `observer`, look at what the batch came to."""
+    observer = sample.get(OBSERVER, observer)
+    if observer is not None:
+        numbers = sample.get("id")
+        observer.count_results(hypotheses, None if numbers is None else numbers.tolist())
 
 
 def keep_every_sentence(dataset: FairseqDataset) -> None:
@@ -162,8 +182,10 @@ class ServedBatches:
             self._source = iter(self._batches)
             while (batch := self._ahead.popleft() if self._ahead else next(self._source, None)) is not None:
                 self._observer.begin_batch()
-                yield batch
+                yield self._watched(batch)
             self._observer.finish()
+            if not self._observer.goes_on:
+                self._observer.check_results()
             return
         for position, batch in enumerate(self._batches):
             if not batch:  # fairseq fills the last round of its shards with empty batches
@@ -172,7 +194,13 @@ class ServedBatches:
             if turn.is_ours:
                 self._observer.begin_batch(turn.number)
             if turn.is_ours or self._ranks.rank == 0:
-                yield batch
+                yield self._watched(batch)
         self._ranks.drain()
         self._observer.finish()
         self._ranks.leave()
+        self._observer.check_results()
+
+    def _watched(self, batch: dict) -> dict:
+        if batch:  # fairseq fills up its shards with empty ones, and knows them by that
+            batch[OBSERVER] = self._observer
+        return batch

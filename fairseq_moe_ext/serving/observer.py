@@ -5,15 +5,19 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import Report
 from fairseq_moe_ext.serving.totals import PassTotals
@@ -43,6 +47,9 @@ class Observer:
         self.has_model = False
         self._batch = -1
         self._calls: list[tuple[str, LayerCall]] = []  # of the pass under way
+        self._outputs = PassOutputs()  # of the pass under way
+        self._results = Results()
+        self._told_of_non_finite = False
         self._at_exit = False
         self._on_gpu = False
 
@@ -55,13 +62,43 @@ class Observer:
         """Batch `number` of all ranks' begins; None: the next one."""
         self._batch = self._batch + 1 if number is None else number
 
-    def encoder_pass(self, tokens: int):
-        """Context of one encoder pass that `tokens` enter."""
-        return self._pass("encoder", self.report.encoder, tokens)
+    def encoder_pass(self, real: Tensor):
+        """Context of one encoder pass; real (B, L) bool: False on padding."""
+        return self._pass("encoder", self.report.encoder, real)
 
-    def decoder_pass(self, tokens: int, incremental: bool):
-        """Context of one decoder pass that `tokens` enter: a decode step, or a teacher-forced pass."""
-        return self._pass("decode" if incremental else "prefill", self.report.decoder, tokens)
+    def decoder_pass(self, real: Tensor, incremental: bool):
+        """Context of one decoder pass: a decode step, or a teacher-forced pass; real (B, L) bool: False on padding."""
+        return self._pass("decode" if incremental else "prefill", self.report.decoder, real)
+
+    def layer_output(self, name: str, output: Tensor) -> None:
+        """The transformer layer called `name` gives output (L, B, D) in the pass under way."""
+        self._outputs.add(name, output)
+
+    def count_broken_beams(self, number: int) -> None:
+        """A search gave up so many rows of scores, which were no numbers."""
+        if number:
+            self.report.non_finite.beams += number
+            self._tell_of_non_finite()
+
+    def count_results(self, hypotheses: list[list[dict]], numbers: Sequence[int] | None = None) -> None:
+        """Per sentence of a batch its hypotheses, as they are given out by one process or by rank 0.
+
+        numbers: the sentences'; None: they go on counting.
+        """
+        if self._ranks is None or self._ranks.rank == 0:
+            if numbers is None:
+                numbers = range(self._results.served, self._results.served + len(hypotheses))
+            self.report.non_finite.results += self._results.add(hypotheses, numbers)
+            self._tell_of_non_finite()
+
+    def check_results(self) -> None:
+        """Raise NotFiniteError where results that were given out are no numbers; for when all is written."""
+        self._results.check(self.report.non_finite.describe(self.report.dtype))
+
+    def _tell_of_non_finite(self) -> None:
+        if self.report.non_finite and not self._told_of_non_finite:
+            self._told_of_non_finite = True
+            logger.warning(self.report.non_finite.describe(self.report.dtype))
 
     def layer_hook(self, name: str) -> Callable[[LayerCall], None]:
         """What the MoE layer called `name` tells of every call."""
@@ -82,11 +119,24 @@ class Observer:
         if not self._at_exit:
             self._finish()
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there will be batches after the last, until the process ends."""
+        return self._at_exit
+
     def finish_at_exit(self) -> None:
         """Finish once, when the process ends: fairseq-interactive comes to a last batch with every input."""
         if not self._at_exit:
             self._at_exit = True
-            atexit.register(self._finish)
+            atexit.register(self._finish_and_check)
+
+    def _finish_and_check(self) -> None:
+        self._finish()
+        if self._results.broken:
+            print(self.report.non_finite.describe(self.report.dtype), file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # nothing else changes the exit code of a process that has come to its end
 
     def _finish(self) -> None:
         phases = self._recorder.trace() if self._recorder is not None else {}
@@ -100,6 +150,7 @@ class Observer:
                 self.report.add_rank(json.loads(self._ranks.read("report", rank)))
             others = [unpack_trace(self._ranks.read("trace", rank)) for rank in range(1, self._ranks.world_size)]
             phases = merge_traces([phases, *others])
+        self._tell_of_non_finite()
         if self._trace_path:
             if phases:
                 save_trace(self._trace_path, phases, "--moe-trace")
@@ -110,7 +161,8 @@ class Observer:
         logger.info(self.report.summary())
 
     @contextmanager
-    def _pass(self, phase: str, totals: PassTotals, tokens: int) -> Iterator[None]:
+    def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:
+        tokens = int(real.sum())
         if self._recorder is not None:
             self._recorder.begin_step(phase, max(self._batch, 0))
         self._synchronize()
@@ -121,6 +173,13 @@ class Observer:
         totals.tokens += tokens
         totals.steps += 1
         self._take_in_calls()
+        self._look_for_non_finite(real)
+
+    def _look_for_non_finite(self, real: Tensor) -> None:
+        layer = self._outputs.first_not_finite(real)
+        if layer is not None:
+            self.report.non_finite.add(NonFinite(passes=1, first_layer=layer))
+            self._tell_of_non_finite()
 
     def _synchronize(self) -> None:
         # a pass ends when the device has finished it, not when the host has queued it

@@ -11,6 +11,7 @@ import torch
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.exchange import Exchange
 from fairseq_moe_ext.gating.experts import BufferCall
+from fairseq_moe_ext.serving.finite import NonFinite
 from fairseq_moe_ext.serving.totals import LayerTotals, PassTotals
 
 
@@ -25,6 +26,7 @@ class Report:
         self.decoder = PassTotals()
         self.sentences = 0
         self.hypothesis_tokens = 0
+        self.non_finite = NonFinite()
         self.layers: dict[str, LayerTotals] = {}
         self._experts: dict[str, torch.nn.Module] = {}  # of the layers
         self.device = "cpu"
@@ -65,6 +67,7 @@ class Report:
             "decoder": asdict(self.decoder),
             "sentences": self.sentences,
             "hypothesis_tokens": self.hypothesis_tokens,
+            "non_finite": asdict(self.non_finite),
             "layers": [asdict(layer) for layer in self.layers.values()],
             "rank": self._ranks[0],
         }
@@ -77,6 +80,7 @@ class Report:
             totals.seconds = max(totals.seconds, other["seconds"])
         self.sentences += figures["sentences"]
         self.hypothesis_tokens += figures["hypothesis_tokens"]
+        self.non_finite.add(NonFinite(**figures["non_finite"]))
         for layer in figures["layers"]:
             self.layers[layer["name"]].add_totals(LayerTotals(**{**layer, "buffer": BufferCall(**layer["buffer"])}))
         self._ranks.append(figures["rank"])
@@ -131,6 +135,7 @@ class Report:
         }
         if self.sentences:
             report["generation"] = {"sentences": self.sentences, "hypothesis_tokens": self.hypothesis_tokens}
+        report["non_finite"] = asdict(self.non_finite)
         report["memory"] = {
             "peak_device_bytes": max(rank["peak_device_bytes"] for rank in ranks),
             "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in ranks),
