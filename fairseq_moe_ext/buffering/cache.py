@@ -41,20 +41,21 @@ MakeStore = Callable[[list[list[Tensor]], torch.dtype], ExpertStore]
 
 @dataclass
 class _Batch:
-    """One call under way. accesses: in the order to compute; copies: of the misses that were started, with their slot;
-    to_start: the misses whose copies were not."""
+    """One call under way. accesses: in the order to compute; copies: of the misses that were started, as (expert, slot,
+    copy); to_start: the misses whose copies were not."""
 
     counts: list[int]
     accesses: list[Access]
     to_start: deque[int]
-    copies: deque[tuple[int, Future]] = field(default_factory=deque)
+    copies: deque[tuple[int, int, Future]] = field(default_factory=deque)
 
 
 class BufferedExperts(nn.Module):
     """Stands in for ResidentExperts in serving: the same results bit by bit, state-dict keys and calls.
 
     Weights come by `load_state_dict`, which hands them to `make_store`; `start` makes the slots, packed as
-    ResidentExperts are, once the model has its device and dtype.
+    ResidentExperts are, once the model has its device and dtype. A started model may go to another dtype or device at
+    any time between two calls, also between a call and its announcement.
 
     policy, order: eviction.py. held: the numbers of the experts that lie here, rising; None holds all.
     """
@@ -81,6 +82,8 @@ class BufferedExperts(nn.Module):
         self._make_store = make_store
         self._policy, self._order = policy, order
         self._store: ExpertStore | None = None
+        self._source: ExpertStore | None = None  # what slots are filled from: the store, or main memory before it
+        self._host_capacity: int | None = None
         self._lane: CopyLane | None = None  # None until the start
         self._batch: _Batch | None = None  # between announcement and call
         self.last_call = BufferCall()
@@ -117,31 +120,39 @@ class BufferedExperts(nn.Module):
         """The numbers of the experts in the buffer."""
         return [self.held[index] for index in self._buffer.resident]
 
+    @property
+    def is_started(self) -> bool:
+        return self._lane is not None
+
     def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
-        """Make the slots of a buffer with `size` places, at most H, and fill it.
+        """Make the slots of a buffer with `size` places, at most H, and fill it; another start begins anew.
 
         ranking: experts' numbers; the first that are held are resident at the start; default: by rising number.
-        host_capacity: how many experts lie in main memory between the store and a GPU; None: none.
+        host_capacity: how many experts lie in main memory between the store and slots on a GPU; None: none.
         """
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
         if not 1 <= size <= len(self.held):
             raise ValueError(f"the buffer's size must be from 1 to the {len(self.held)} experts, got {size}")
+        self.stop()
         self._slots = min(size + STAGING_SLOTS, len(self.held))
         for name, shape in packed_shapes(self._slots, *self._dims).items():
             self.register_parameter(name, nn.Parameter(self._like.new_empty(shape), requires_grad=False))
-        if host_capacity is not None:
-            self._store = HostTier(self._store, host_capacity)
         index = {expert: number for number, expert in enumerate(self.held)}
         ranked = [index[expert] for expert in (self.held if ranking is None else ranking) if expert in index]
-        self._size = size
-        self._move_to_device()
+        self._size, self._host_capacity = size, host_capacity
         self._empty()
         self._buffer = Buffer(size, self._policy, self._order, ranked[:size])
-        for slot, expert in enumerate(self._buffer.resident):
-            self._lane.finish(self._copy(expert, slot))
-            self._slot_of[expert] = slot
-            self._free.remove(slot)
+        self._slot_of = {expert: slot for slot, expert in enumerate(self._buffer.resident)}
+        self._free = [slot for slot in self._free if slot not in self._slot_of.values()]
+        self._connect()
+        self._fill()
+
+    def stop(self) -> None:
+        """No copy is under way from here on and no thread left; the slots are let go."""
+        self._disconnect()
+        for name in EXPERT_KEYS:
+            self._parameters.pop(name, None)
 
     def announce(self, tokens_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""
@@ -188,7 +199,7 @@ class BufferedExperts(nn.Module):
 
     def _take_in(self, access: Access) -> int:
         """The slot of a missed expert, once it is there; the one that it pushes out makes way for the next copy."""
-        slot, copy = self._batch.copies.popleft()
+        _, slot, copy = self._batch.copies.popleft()
         start = time.perf_counter()
         self._read.append(self._lane.finish(copy))
         self._waited += time.perf_counter() - start
@@ -201,11 +212,11 @@ class BufferedExperts(nn.Module):
     def _start_copies(self) -> None:
         batch = self._batch
         while self._free and batch.to_start:
-            slot = self._free.pop()
-            batch.copies.append((slot, self._copy(batch.to_start.popleft(), slot)))
+            slot, expert = self._free.pop(), batch.to_start.popleft()
+            batch.copies.append((expert, slot, self._copy(expert, slot)))
 
     def _copy(self, expert: int, slot: int) -> Future:
-        return self._lane.start(lambda: self._store.load(expert, self._parts(slot)))
+        return self._lane.start(lambda: self._source.load(expert, self._parts(slot)))
 
     def _parts(self, slot: int) -> list[Tensor]:
         return [getattr(self, name).detach()[slot] for name in EXPERT_KEYS]
@@ -226,24 +237,61 @@ class BufferedExperts(nn.Module):
     def _empty(self) -> None:
         """Nobody is resident from here on, and no copy under way."""
         if self._batch is not None:
-            wait([copy for _, copy in self._batch.copies])
+            wait([copy for *_, copy in self._batch.copies])
         self._batch = None
         self._buffer = Buffer(self._size, self._policy, self._order)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(self._slots))
 
-    def _move_to_device(self) -> None:
-        self._store.prepare(self._like.device)
-        self._lane = CopyLane(self._like.device)
+    def _connect(self) -> None:
+        """Copies can be started, into the slots where they lie now."""
+        on_cpu = self.device.type == "cpu"
+        tiers = not on_cpu and self._host_capacity is not None
+        self._source = HostTier(self._store, self._host_capacity) if tiers else self._store
+        self._source.prepare(self.device)
+        self._lane = CopyLane(self.device, self.parameters())
+
+    def _disconnect(self) -> _Batch | None:
+        """No copy is under way from here on, and none can be started; gives the batch that was."""
+        batch, self._batch = self._batch, None
+        if self._lane is not None:
+            lane, self._lane = self._lane, None
+            lane.close()
+        return batch
+
+    def _fill(self) -> None:
+        """Every expert that lies in a slot, or was on its way to one, is fetched into it."""
+        copies = [self._copy(expert, slot) for expert, slot in self._slot_of.items()]
+        if self._batch is not None:
+            for expert, slot, _ in tuple(self._batch.copies):
+                self._batch.copies.popleft()
+                self._batch.copies.append((expert, slot, self._copy(expert, slot)))
+        try:
+            for copy in copies:
+                self._lane.finish(copy)
+        except BaseException:
+            self._disconnect()  # some slots are half filled
+            raise
 
     def _apply(self, fn, recurse=True):
-        before = self._like
+        was_started, batch = self.is_started, self._disconnect()
+        dtype, places = self.dtype, self._addresses()
         super()._apply(fn, recurse)
-        if self._store is not None and self._like.dtype != before.dtype:
-            self._store.convert(self._like.dtype)
-        if self._lane is not None:
-            self._move_to_device()
+        if self._store is not None and self.dtype != dtype:
+            self._store.convert(self.dtype)
+        if was_started:
+            self._batch = batch
+            self._connect()
+            if self._addresses() != places:  # other memory, which `fn` need not have filled
+                self._fill()
         return self
+
+    def _addresses(self) -> list[tuple]:
+        return [(slots.data_ptr(), slots.device, slots.dtype) for slots in self.parameters()]
+
+    def __del__(self):
+        if getattr(self, "_lane", None) is not None:  # before the memory that it copies between
+            self._lane.close(wait=False)  # a thread cannot wait for itself, nor for others within a garbage collection
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._store is None:
@@ -269,5 +317,6 @@ class BufferedExperts(nn.Module):
         if strict:
             unexpected_keys += self._keys.unexpected(state_dict, prefix)
         if not missing and not misfits:
-            self._store = self._make_store(weights, self._like.dtype)
-            self._lane = None  # the slots hold other weights: start again
+            store = self._make_store(weights, self._like.dtype)
+            self.stop()  # the slots hold other weights: start again
+            self._store = self._source = store

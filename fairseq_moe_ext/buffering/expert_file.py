@@ -99,7 +99,7 @@ class ExpertFile:
     def fill(self, expert: int, part: int, target: Tensor) -> int:
         number = expert * len(EXPERT_KEYS) + part
         name, entry = self._tensors[number]
-        direct = target.dtype == self.dtype(part) and target.is_contiguous()
+        direct = target.dtype == self.dtype(part) and target.is_contiguous() and target.device.type == "cpu"
         values = target if direct else torch.empty(entry["shape"], dtype=self.dtype(part))
         first, end = entry["data_offsets"]
         try:

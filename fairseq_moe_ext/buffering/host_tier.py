@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fairseq_moe_ext.buffering.store import ExpertStore, pin
 
+_ALIGNMENT = 64
 
-@dataclass
+
 class _Place:
-    """One expert's parts in pinned memory. copied: when the last copy out of it is done; None on a CPU."""
+    """Room for one expert's parts: one allocation, and one event, since all of it is copied at a time."""
 
-    parts: list[Tensor]
-    copied: torch.cuda.Event | None = None
+    def __init__(self, targets: Sequence[Tensor]):
+        sizes = [-(-target.nbytes // _ALIGNMENT) * _ALIGNMENT for target in targets]
+        self.memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.parts = [
+            room[: target.nbytes].view(target.dtype).view(target.shape)
+            for room, target in zip(self.memory.split(sizes), targets, strict=True)
+        ]
+        self._copied: torch.cuda.Event | None = None
+
+    def copy_to(self, targets: Sequence[Tensor], stream: torch.cuda.Stream | None) -> None:
+        """stream: on which the copies are only queued; None: they are done when this returns."""
+        try:
+            for target, part in zip(targets, self.parts, strict=True):
+                target.copy_(part, non_blocking=True)
+        finally:
+            if stream is not None:
+                self._copied = stream.record_event()
+
+    def wait(self) -> None:
+        """Until no copy out of it is queued."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
 
 
 class HostTier:
@@ -33,7 +54,7 @@ class HostTier:
         self._capacity = capacity
         self._places: OrderedDict[int, _Place] = OrderedDict()  # the least recently used first
         self._unused: list[_Place] = []  # whose expert could not be read
-        self._pinned = False
+        self._on_gpu = self._pins = False
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
         count = 0
@@ -43,34 +64,33 @@ class HostTier:
             place = self._free_place(targets)
             try:
                 count = self._below.load(expert, place.parts)
-            except Exception:
+            except BaseException:
                 self._unused.append(place)
                 raise
             self._places[expert] = place
-        place = self._places[expert]
-        for target, part in zip(targets, place.parts, strict=True):
-            target.copy_(part, non_blocking=True)
-        if self._pinned:
-            place.copied = torch.cuda.current_stream(targets[0].device).record_event()
+        stream = torch.cuda.current_stream(targets[0].device) if self._on_gpu else None
+        self._places[expert].copy_to(targets, stream)
         return count
 
     def _free_place(self, targets: Sequence[Tensor]) -> _Place:
         if self._unused:
             return self._unused.pop()
         if len(self._places) < self._capacity:
-            place = _Place([torch.empty_like(target, device="cpu") for target in targets])
-            self._pinned = self._pinned and pin(place.parts)
+            place = _Place(targets)
+            self._pins = self._pins and pin([place.memory])  # not again once it was refused
             return place
-        _, place = self._places.popitem(last=False)
-        if place.copied is not None:
-            place.copied.synchronize()  # the last copy out of it may still be queued
+        expert, place = next(iter(self._places.items()))
+        place.wait()
+        del self._places[expert]
         return place
 
     def convert(self, dtype: torch.dtype) -> None:
         self._below.convert(dtype)
+        for place in self._places.values():
+            place.wait()
         self._places.clear()
         self._unused.clear()
 
     def prepare(self, device: torch.device) -> None:
         self._below.prepare(device)
-        self._pinned = device.type == "cuda"
+        self._on_gpu = self._pins = device.type == "cuda"
