@@ -1,10 +1,9 @@
-"""fairseq's own commands for the tests: in this process, or as a user starts them; and readers of what they print."""
+"""fairseq's own commands for the tests: in this process, or as a user starts them; and readers of their output."""
 
 from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import processes
 import torch
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -143,7 +143,7 @@ def load(command: str, *arguments: str | Path, overrides: dict | None = None):
 def command_line(
     command: str, *arguments: str | Path, user_dir: Path | None = USER_DIR, ranks: int | None = None, script=False
 ) -> list[str]:
-    """`fairseq-<command>` as a process of its own is started: by torchrun where `ranks` is a number, or its script."""
+    """`fairseq-<command>` as a user starts it: by torchrun where `ranks` is a number, or its script."""
     parts = [sys.executable, "-m", f"fairseq_cli.{command.replace('-', '_')}"]
     if ranks is not None:
         parts[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -158,12 +158,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def run(command: str, *arguments: str | Path, check: bool = True, stdin: str = "", **how):
-    """Run `command_line`'s process; `check` fails the test where the command fails."""
+def run(command: str, *arguments: str | Path, check: bool = True, stdin: str = "", fresh: bool = False, **how):
+    """Run `command_line` by tests/processes.py, a `fresh` interpreter where that is asked.
+
+    `check` fails the test where the command fails.
+    """
     parts = command_line(command, *arguments, **how)
-    done = subprocess.run(
-        parts, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment()
-    )
+    done = processes.run(parts, stdin=stdin, env=environment(), fresh=fresh)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(parts)} failed:\n{done.stderr[-4000:]}")
     return done

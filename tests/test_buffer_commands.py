@@ -51,13 +51,12 @@ def test_errors_a_user_sees(shared_goldens, flags, words):
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_interactive(shared_goldens):
     golden = shared_goldens / "mt_plain"
     arguments = [part for part in commands.MT if part not in ("--gen-subset", "test", "--scoring", "sacrebleu")]
     arguments += ["--path", golden / "checkpoint_last.pt", "-s", "en", "-t", "de", "--buffer-size", 1]
     stdin = "▁a ▁man .\n▁two ▁dogs .\n▁a ▁man .\n"
-    wanted = commands.run("interactive", golden / "data-bin", *arguments, stdin=stdin)
+    wanted = commands.run("interactive", golden / "data-bin", *arguments, stdin=stdin, fresh=True)
     flags = ("--expert-buffer-size", 1, "--expert-store", "disk")
     found = commands.run("interactive", golden / "data-bin", *arguments, *flags, stdin=stdin)
 

@@ -58,7 +58,7 @@ def test_eval_lm_prints_upstreams_perplexity(shared_goldens, tmp_path, model, fl
 
 
 def test_generate_prints_upstreams_translations_and_nothing_else(shared_goldens):
-    done = generate(shared_goldens, "mt_plain", *commands.MT)
+    done = generate(shared_goldens, "mt_plain", *commands.MT, script=True, fresh=True)
     assert_prints(done.stdout, shared_goldens / "mt_plain" / "golden" / "gen_en-de_cap1.0_b36.txt")
     assert "BLEU = 20.62 " in done.stdout.splitlines()[-1]
     assert done.stderr.count("served: ") == 1

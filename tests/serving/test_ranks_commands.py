@@ -224,6 +224,6 @@ def test_a_placement_with_replicas_on_more_ranks_than_some_experts_need(shared_g
 @pytest.mark.slow
 def test_fairseqs_own_scripts_start_ranks_too(shared_goldens):
     arguments = arguments_of(shared_goldens, "lm_top2_ws2", "--batch-size", 8, "--distributed-world-size", 2)
-    done = commands.run("eval-lm", *arguments, script=True)
+    done = commands.run("eval-lm", *arguments, script=True, fresh=True)
     assert loss_of(done) == ("7.4446", "174.20")
     assert "2 ranks serve" in done.stderr
