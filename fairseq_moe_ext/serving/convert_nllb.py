@@ -41,6 +41,7 @@ logger = logging.getLogger("fairseq_moe_ext")
 _PIECE = 1 << 26  # bytes of a tensor that are converted at a time
 _VERSION = 3.0  # of fairseq's encoder and decoder, which they keep as a tensor
 HF_FIELDS = "hf_config"  # of extra_state: config.json's fields that fairseq has no place for
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _VERSIONS = ("encoder.version", "decoder.version")
 
 
@@ -77,10 +78,9 @@ def _convert(folder: str, file: Path, dictionary: str | None, dtype: torch.dtype
     found = source.shapes()
     tensors = match_tensors(named_tensors(config), found, folder)
     vocabulary, rows = _vocabulary(source.path, config, dictionary)
-    shapes = {
-        tensor.fairseq: (dtype or found[next(name for name in tensor.hf if name in found)][1], tensor.shape)
-        for tensor in dict.fromkeys(tensors.values())
-    }
+    shapes: dict[tuple[str, ...], tuple[torch.dtype, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        shapes.setdefault(tensor.fairseq, (dtype or found[key][1], tensor.shape))
     _check_gating(config, shapes, folder)
     shapes |= {(name,): (torch.float32, (1,)) for name in _VERSIONS}
     state = _state(config, vocabulary, _dropped(source, config))
@@ -105,21 +105,23 @@ def _convert(folder: str, file: Path, dictionary: str | None, dtype: torch.dtype
 
 
 def match_tensors(named: Iterator[NamedTensor], found: Mapping[str, Any], folder: str) -> dict[str, NamedTensor]:
-    """Key in the folder -> its tensor; CheckpointError where one is missing, unknown or of another shape.
+    """Key in the folder -> its tensor; CheckpointError where one is missing, unknown, of another shape or no float.
 
-    found: key -> (shard, dtype, shape).
+    found: key -> (shard, dtype, shape). A model that was saved without its head has keys without the prefix `model.`.
     """
     tensors: dict[str, NamedTensor] = {}
     missing = []
     for tensor in named:
-        there = [name for name in tensor.hf if name in found]
+        keys = dict.fromkeys(key for name in tensor.hf for key in (name, name.removeprefix("model.")))
+        there = [key for key in keys if key in found]
         tensors |= dict.fromkeys(there, tensor)
         missing += [] if there else [tensor.hf[0]]
-        for name in there:
-            if found[name][2] != tensor.shape:
-                raise CheckpointError(
-                    f"{found[name][0]}: {name} must be {tensor.shape} by config.json, got {found[name][2]}"
-                )
+        for key in there:
+            shard, dtype, shape = found[key]
+            if shape != tensor.shape:
+                raise CheckpointError(f"{shard}: {key} must be {tensor.shape} by config.json, got {shape}")
+            if dtype not in FLOATS:
+                raise CheckpointError(f"{shard}: {key} must be of {', '.join(map(str, FLOATS))}, got {dtype}")
     unknown = sorted(set(found) - set(tensors) - set(COMPUTED))
     for keys, what in ((missing, "are missing"), (unknown, "are not NLLB's")):
         if keys:

@@ -22,6 +22,7 @@ from fairseq_moe_ext.serving.safetensors_file import FileTensor, read_safetensor
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".gguf", ".ckpt", ".pt", ".pth", ".onnx")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -58,7 +59,23 @@ class HfFolder:
                 return [self.path / file for file in files], weight_map
             if whole.is_file():
                 return [whole], {}
-        raise CheckpointError(f"{self.path}: no weights: neither {' nor '.join(WEIGHTS)}, whole or with an index")
+            shards = sorted(self.path.glob(f"{whole.stem}-?????-of-?????{whole.suffix}"))
+            if shards:
+                return self._without_index(shards, index.name), {}
+        others = sorted(file.name for file in self.path.iterdir() if file.suffix in _OTHER_WEIGHTS)
+        found = f"; what is there is of another kind or name: {', '.join(others[:3])}" if others else ""
+        raise CheckpointError(f"{self.path}: no weights: neither {' nor '.join(WEIGHTS)}, whole or in parts{found}")
+
+    def _without_index(self, shards: list[Path], index: str) -> list[Path]:
+        """All parts of one model, by their names: what each holds is read off them."""
+        stem, number = shards[0].stem.partition("-")[0], shards[0].stem.rpartition("-of-")[2]
+        names = [f"{stem}-{part:05d}-of-{number}{shards[0].suffix}" for part in range(1, len(shards) + 1)]
+        if number != f"{len(shards):05d}" or [shard.name for shard in shards] != names:
+            raise CheckpointError(
+                f"{self.path}: incomplete download: {index} is not there, and the {len(shards)} parts beside it, from "
+                f"{shards[0].name} to {shards[-1].name}, are not all of one model"
+            )
+        return shards
 
     def shapes(self) -> dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]:
         """Tensor -> (its shard, dtype, shape); reads no weights, but every file's head and length."""

@@ -80,7 +80,7 @@ COPIED: dict[str, tuple[Any, Rule]] = {
 COPIED_OF_EXPERTS: dict[str, tuple[Any, Rule]] = {
     "encoder_sparse_step": (4, _whole(0)),
     "decoder_sparse_step": (4, _whole(0)),
-    "num_experts": (128, _whole(1)),
+    "num_experts": (128, _whole(2)),  # of which the gate chooses two
     "second_expert_policy": ("all", POLICY),
     "normalize_router_prob_before_dropping": (False, FLAG),
     "batch_prioritized_routing": (False, FLAG),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig
 
 # sinusoids that old versions of transformers stored; both sides compute them
-COMPUTED = tuple(f"model.{side}.embed_positions.weights" for side in SIDES)
+COMPUTED = tuple(f"{prefix}{side}.embed_positions.weights" for side in SIDES for prefix in ("model.", ""))
 
 
 @dataclass(frozen=True)

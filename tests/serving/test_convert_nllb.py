@@ -98,6 +98,21 @@ class TestTensors:
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
+    @pytest.mark.parametrize("kind", ["bin", "safetensors"])
+    def test_parts_without_an_index_are_read(self, made, tmp_path, kind):
+        hf_makers.write_model(tmp_path / "hf", kind=kind, shards=2)
+        next((tmp_path / "hf").glob("*.index.json")).unlink()
+        wanted, found = converted(made[0], tmp_path / "x.pt"), converted(tmp_path / "hf", tmp_path / "y.pt")
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+    def test_a_model_without_its_head_has_keys_without_a_prefix(self, made, copy, tmp_path):
+        """As transformers' NllbMoeModel is saved."""
+        for shard in copy.glob("model-*.safetensors"):
+            save_file({key.removeprefix("model."): tensor for key, tensor in load_file(shard).items()}, shard)
+        (copy / "model.safetensors.index.json").unlink()
+        wanted, found = converted(made[0], tmp_path / "x.pt"), converted(copy, tmp_path / "y.pt")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
     def test_the_file_is_what_torch_save_writes_with_checksums(self, made, tmp_path):
         done = convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
         with zipfile.ZipFile(done.files[0]) as archive:
@@ -147,6 +162,25 @@ class TestFaults:
     def test_missing_shard(self, copy, tmp_path):
         (copy / "model-00002-of-00003.safetensors").unlink()
         self.fails(copy, tmp_path, "incomplete download: .* names 3 files, 1 are not there: model-00002")
+
+    def test_missing_index_and_part(self, copy, tmp_path):
+        (copy / "model.safetensors.index.json").unlink()
+        (copy / "model-00003-of-00003.safetensors").unlink()
+        self.fails(copy, tmp_path, "model.safetensors.index.json is not there, and the 2 parts .* not all of one model")
+
+    def test_weights_of_another_kind_are_named(self, copy, tmp_path):
+        for file in copy.glob("model*"):
+            file.unlink()
+        self.fails(copy, tmp_path, "no weights: neither model.safetensors nor pytorch_model.bin, whole or in parts$")
+        for name in ("flax_model.msgpack", "model.fp16.safetensors"):
+            (copy / name).touch()
+        self.fails(copy, tmp_path, "of another kind or name: flax_model.msgpack, model.fp16.safetensors$")
+
+    def test_weights_that_are_no_floats(self, tmp_path):
+        tensors = hf_makers.write_model(tmp_path / "hf", kind="bin", shards=1)
+        name = next(key for key in tensors if "expert_3" in key)
+        torch.save({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "hf" / "pytorch_model.bin")
+        self.fails(tmp_path / "hf", tmp_path, f"pytorch_model.bin: {name} must be of torch.float32.* got torch.int8")
 
     def test_truncated_shard(self, copy, tmp_path):
         shard = copy / "model-00003-of-00003.safetensors"

@@ -188,7 +188,7 @@ class TestRefusedOnTheWayIn:
             *(("moe_eval_capacity_token_fraction", float("inf")), ("moe_eval_capacity_token_fraction", "0.25")),
             *(("scale_embedding", "false"), ("scale_embedding", 0), ("normalize_router_prob_before_dropping", 1)),
             *(("batch_prioritized_routing", "no"), ("encoder_sparse_step", 2.5), ("decoder_sparse_step", -1)),
-            *(("encoder_sparse_step", None), ("num_experts", 0), ("num_experts", True), ("num_experts", "8")),
+            *(("encoder_sparse_step", None), ("num_experts", 1), ("num_experts", True), ("num_experts", "8")),
             *(("d_model", 0), ("d_model", 16.0), ("encoder_layers", None), ("vocab_size", True)),
             *(
                 ("encoder_attention_heads", 3),
