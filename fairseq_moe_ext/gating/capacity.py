@@ -213,7 +213,8 @@ class _Batch:
     def _priority(self, expert_ids: Tensor) -> Tensor:
         """(T, K), the larger the rather an assignment stays; equals stay in the order of tokens, then choices."""
         if self._rules.metric == "score":
-            return self._routing.probabilities.gather(1, expert_ids)
+            score = self._routing.probabilities.gather(1, expert_ids)
+            return score.nan_to_num(nan=-1.0)  # what is no number leaves first
         if self._rules.metric == "random":
             return self._random
         token = torch.arange(expert_ids.size(0), device=expert_ids.device).unsqueeze(1).expand_as(expert_ids)

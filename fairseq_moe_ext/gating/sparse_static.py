@@ -31,4 +31,5 @@ def sparse_combine(outputs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     if outputs.size(0) == 0:  # no tokens, hence no slots
         return outputs
     chosen = outputs.index_select(0, rows.view(-1)).view(*rows.shape, outputs.size(1))
+    chosen = chosen.masked_fill(weights.unsqueeze(2) == 0, 0)  # what is not kept points at another token's row
     return torch.einsum("tk,tkd->td", weights, chosen)

@@ -35,7 +35,7 @@ def assign_slots(routing: Routing, batch_prioritized: bool = False) -> Tensor:
     """
     order = None
     if batch_prioritized:
-        order = (-routing.probabilities.max(dim=1).values).argsort(dim=0)
+        order = (-routing.probabilities.max(dim=1).values).argsort(dim=0, stable=True)
     slots, taken = [], 0
     for k in range(routing.expert_ids.size(1)):
         expert_ids = routing.expert_ids[:, k : k + 1]
