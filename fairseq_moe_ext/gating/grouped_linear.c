@@ -168,12 +168,21 @@ __attribute__((target("avx2,fma"))) static void with_avx2(ARGUMENTS, int relu, i
 }
 #endif
 
+/* Whether this CPU can run grouped_linear with `avx2`. */
+int32_t has_avx2(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 0;
+#endif
+}
+
 /* x (N, K) in expert order, rows_per_expert `experts` counts that sum to N, weight (experts, M, K), bias (experts, M)
    -> out (N, M), with relu or without; all contiguous and of one type. Rows of an expert that has more than `most` are
-   left as they are. */
-void grouped_linear(ARGUMENTS, int32_t relu, int32_t is_bfloat16) {
+   left as they are. avx2: with these instructions and FMA, or with those that every CPU of its kind has. */
+void grouped_linear(int32_t avx2, ARGUMENTS, int32_t relu, int32_t is_bfloat16) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (avx2) {
     with_avx2(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16);
     return;
   }

@@ -2,6 +2,7 @@
 expert, PyTorch's own product for many.
 
 The kernel is compiled at installation where there is a C compiler; without it PyTorch's products do everything, slower.
+The environment variable FAIRSEQ_MOE_CPU_KERNEL says which of its instructions run, or that it does not.
 
 Legend: H = experts, N = rows in expert order, K = input features, M = output features.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 
 logger = logging.getLogger("fairseq_moe_ext")
 
+VARIABLE = "FAIRSEQ_MOE_CPU_KERNEL"
+CHOICES = ("auto", "avx2", "plain", "off")  # the best that the CPU has; these instructions; PyTorch's products alone
 ALIGNMENT = 64  # bytes, at which PyTorch's CPU tensors begin
 # Rows per expert up to which the kernel is faster than PyTorch's product in float32
 FEW_ROWS = 48
@@ -44,7 +48,7 @@ def grouped_linear(
     of_one_type = rows.dtype == weight.dtype == bias.dtype and rows.device == weight.device
     most = most_rows(rows.dtype, rows.device) if of_one_type else 0
     if most:
-        _run_kernel(rows.contiguous(), list(rows_per_expert), weight, bias, output, relu, most)
+        run_kernel(rows.contiguous(), list(rows_per_expert), weight, bias, output, relu, most)
     first = 0
     for expert, count in enumerate(rows_per_expert):
         if count > most:
@@ -74,25 +78,54 @@ def has_bfloat16_units() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def load_kernel() -> Callable[..., None] | None:
+    """The compiled kernel, as FAIRSEQ_MOE_CPU_KERNEL wants it; None where that is off, or by default not compiled.
+
+    ValueError where the variable is none of CHOICES or asks for what this machine lacks.
+    """
+    return _kernel(os.environ.get(VARIABLE) or "auto")
+
+
+def check_kernel() -> None:
+    """`load_kernel`'s errors, without its warning: where all runs on a GPU the kernel is not needed."""
+    if os.environ.get(VARIABLE):
+        load_kernel()
+
+
 @lru_cache
-def load_kernel() -> ctypes._CFuncPtr | None:
-    """The compiled kernel; None where the installation did not compile it."""
-    spec = find_spec("fairseq_moe_ext.gating._grouped_linear")
-    if spec is None or spec.origin is None:
+def _kernel(choice: str) -> Callable[..., None] | None:
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "off":
+        return None
+    library = _library()
+    if library is None:
+        if choice != "auto":
+            raise ValueError(f"{VARIABLE} {choice} needs the C kernel, which `pip install -e .` compiles")
         logger.warning("experts run slower without the C kernel for few rows, which `pip install -e .` compiles")
         return None
-    kernel = ctypes.CDLL(spec.origin).grouped_linear
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    kernel.argtypes = [pointer, pointer, size, size, pointer, pointer, pointer, size, size, ctypes.c_int32]
-    kernel.argtypes += [ctypes.c_int32]
+    if choice == "avx2" and not library.has_avx2():
+        raise ValueError(f"{VARIABLE} avx2 needs a CPU with AVX2 and FMA")
+    kernel, pointer, size, flag = library.grouped_linear, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    kernel.argtypes = [flag, pointer, pointer, size, size, pointer, pointer, pointer, size, size, flag, flag]
     kernel.restype = None
-    return kernel
+    return partial(kernel, choice == "avx2" or (choice == "auto" and library.has_avx2()))
 
 
-def _run_kernel(
+def _library() -> ctypes.CDLL | None:
+    """What the installation compiled; None where it did not, or did so for another version of this file."""
+    spec = find_spec("fairseq_moe_ext.gating._grouped_linear")
+    library = None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+    return library if hasattr(library, "has_avx2") else None
+
+
+def run_kernel(
     rows: Tensor, counts: list[int], weight: Tensor, bias: Tensor, output: Tensor, relu: bool, most: int
 ) -> None:
-    """Fill `output` where an expert has at most `most` rows; PyTorch's threads share the experts."""
+    """Fill `output` where an expert has at most `most` rows; PyTorch's threads share the experts.
+
+    The arguments of `grouped_linear`, of one dtype, float32 or bfloat16; `rows` and `output` contiguous.
+    """
     kernel, size = load_kernel(), rows.element_size()
     weight, bias = weight.contiguous(), bias.contiguous()
     _, outputs, inputs = weight.shape

@@ -11,6 +11,7 @@ from fairseq.dataclass import ChoiceEnum
 
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.device_experts import KERNELS
+from fairseq_moe_ext.gating.grouped_linear import check_kernel
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
@@ -65,6 +66,7 @@ def check_flags(flags: Any) -> None:
         raise ValueError(f"--moe-kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if kernel == "triton" and find_spec("triton") is None:
         raise ValueError("--moe-kernel triton needs the package triton, which is not installed")
+    check_kernel()
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())

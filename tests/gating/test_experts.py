@@ -6,8 +6,10 @@ from cases import Case, examples, expert_list
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_moe_ext.gating import ResidentExperts
+from fairseq_moe_ext.gating.grouped_linear import ALIGNMENT, FEW_ROWS, VARIABLE, most_rows
 
 
 def make_experts(num_experts=3, model_dim=4, hidden_dim=5, **options):
@@ -30,17 +32,39 @@ def test_each_chunk_goes_through_its_expert(counts, activation):
         torch.testing.assert_close(output, state[f"{owner}.fc2.weight"] @ hidden + state[f"{owner}.fc2.bias"])
 
 
+class Operands(TorchDispatchMode):
+    """Where the matrices of PyTorch's products begin, modulo the alignment."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "addmm" in str(func):
+            self.begin |= {matrix.data_ptr() % ALIGNMENT for matrix in (*args[1:], (kwargs or {}).get("out", args[1]))}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+@pytest.mark.parametrize("rows_before", [0, 1, 5])
+@pytest.mark.parametrize("num_rows", [3, FEW_ROWS + 3])
 @pytest.mark.parametrize("dims", [(6, 5), (9, 7), (33, 17)])
-def test_an_experts_outputs_do_not_depend_on_its_place(dims):
-    """Matrix libraries round by where a matrix begins; with odd dims every place begins elsewhere."""
+def test_an_experts_outputs_do_not_depend_on_its_place(monkeypatch, dims, num_rows, rows_before, choice):
+    """Matrix libraries round by where a matrix begins; with odd dims every place and every row begins elsewhere."""
+    monkeypatch.setenv(VARIABLE, choice)
     experts = make_experts(8, *dims).eval()
-    with torch.no_grad():
+    with torch.no_grad(), Operands() as operands:
         for parameter in experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter).clone())
-        rows = torch.randn(3, dims[0])
-        outputs = [experts(rows, [3 * (expert == place) for expert in range(8)]) for place in range(8)]
+        rows, others = torch.randn(num_rows, dims[0]), torch.randn(rows_before, dims[0])
+        outputs = [experts(rows, [num_rows, *[0] * 7])]
+        for place in range(1, 8):
+            counts = [rows_before, *(num_rows * (expert == place) for expert in range(1, 8))]
+            outputs.append(experts(torch.cat((others, rows)), counts)[rows_before:])
     for place in range(1, 8):
         assert torch.equal(outputs[0], outputs[place]), place
+    assert operands.begin <= {0}
+    assert operands.begin or (num_rows <= FEW_ROWS and most_rows(torch.float32, rows.device))
 
 
 def test_counts_must_sum_to_the_rows():

@@ -101,3 +101,12 @@ def test_training_keeps_its_world_size():
     parser = options.get_training_parser("moe_language_modeling")
     MoELanguageModelingTask.add_args(parser)
     assert parser.parse_args(["data", "--distributed-world-size", "8"]).distributed_world_size == 8
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_the_environment_asks_of_the_kernel_is_checked_with_the_flags(task, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_MOE_CPU_KERNEL", "off")
+    check_flags(parsed(task))
+    monkeypatch.setenv("FAIRSEQ_MOE_CPU_KERNEL", "sse")
+    with pytest.raises(ValueError, match="FAIRSEQ_MOE_CPU_KERNEL must be one of auto, avx2, plain, off, got 'sse'"):
+        check_flags(parsed(task))
