@@ -64,7 +64,10 @@ def _expert_count_in(file: Path, content: FileContent) -> int:
 
 
 def _merge(files: CheckpointFiles, loading: Loading) -> FileContent:
-    """The shared file's model and the rank files' experts; everything else is rank 0's, as upstream merges them."""
+    """The shared file's model and the rank files' experts; everything else is rank 0's, as upstream merges them.
+
+    What rank 0 does not say is the shared file's: tools that cut a checkpoint leave rank files with experts alone.
+    """
     if files.shards:
         content = read_shards(files.shards, loading, has_experts=False)
     else:
@@ -89,7 +92,8 @@ def _merge(files: CheckpointFiles, loading: Loading) -> FileContent:
     for rank, (file, each) in enumerate(zip(files.ranks, states, strict=False)):
         experts.update(global_experts(each["model"], file, first=rank * per_file))
     not_experts = {key: tensor for key, tensor in shared["model"].items() if not is_expert_key(key)}
-    return FileContent({**state, "model": {**not_experts, **experts}}, content.had_optimizer)
+    told = {name: value for name, value in shared.items() if state.get(name) is None}
+    return FileContent({**state, **told, "model": {**not_experts, **experts}}, content.had_optimizer)
 
 
 def _needed_ranks(files: CheckpointFiles, num_experts: int, per_file: int) -> int:

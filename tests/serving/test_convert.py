@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import commands
@@ -15,6 +16,8 @@ import torch
 from checkpoint_makers import assert_same_state, proving_state, whole
 from checkpoint_makers import split as cut
 from full_disk import full_at
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.checkpoint_summary import summarize
@@ -96,6 +99,49 @@ def test_tied_tensors_are_stored_once_and_packed_ones_apart(tmp_path):
     for tensor in commands.read_state(tmp_path / "X-rank-0.pt")["model"].values():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert_same_state(read_checkpoint(str(tmp_path / "X.pt"))["model"], model)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=12,
+)
+FIELDS = st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), PLAIN, max_size=6)
+FALSY = {"moe_eval_capacity_token_fraction": 0.0, "moe_freq": 0, "moe_eom": None, "langs": [], "lang_dict": ""}
+
+
+@given(args=st.none() | FIELDS, cfg=st.dictionaries(st.sampled_from(["model", "task", "common"]), FIELDS, max_size=3),
+       extra=FIELDS, ranks=st.sampled_from([1, 2, 4]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@example(args=FALSY, cfg={"model": FALSY, "task": {"langs": ["b", "a"]}}, extra=FALSY, ranks=2, dtype=torch.float16)
+@settings(max_examples=15, deadline=None)
+def test_everything_but_the_weights_survives(tmp_path_factory, args, cfg, extra, ranks, dtype):  # fmt: skip
+    folder = tmp_path_factory.mktemp("fields")
+    model = {key: tensor.to(dtype) for key, tensor in proving_state(4).items()}
+    told = {
+        "args": None if args is None else Namespace(**args),
+        "cfg": {name: Namespace(**group) if name == "task" else group for name, group in cfg.items()},
+        "extra_state": extra,
+        "task_state": extra,
+        "criterion": {"a": torch.ones(1)},
+    }
+    torch.save(whole(model, last_optimizer_state=None, **told), folder / "one.pt")
+    split(str(folder / "one.pt"), str(folder / "X.pt"), ranks)
+    merge(str(folder / "X.pt"), str(folder / "back.pt"))
+    found = commands.read_state(folder / "back.pt")
+    assert {name: found[name] for name in told} == told
+    assert found["model"].keys() == model.keys()
+    assert all(torch.equal(found["model"][key], model[key]) for key in model)
+
+
+def test_what_only_the_shared_file_says_counts(tmp_path):
+    """As tools that cut a checkpoint by themselves leave it: rank files with experts and no more."""
+    cut(proving_state(4), 2, tmp_path, template=lambda model: {"model": model, "cfg": None})
+    content = torch.load(tmp_path / "X-shared.pt", weights_only=False)
+    told = {"cfg": {"model": {"_name": "transformer_lm", "moe_freq": 2}}, "extra_state": {"dictionary_checksum": "1f"}}
+    torch.save({**content, **told}, tmp_path / "X-shared.pt")
+    found = read_checkpoint(str(tmp_path / "X.pt"))
+    assert {name: found[name] for name in told} == told
+    assert_same_state(found["model"], proving_state(4))
 
 
 def test_names_of_upstreams_branches_are_kept(tmp_path):
