@@ -36,6 +36,8 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
         for name in ("character_embeddings", "adaptive_input"):
             if getattr(args, name, False):
                 raise ValueError(f"{name} is not supported in a MoE language model, got {getattr(args, name)}")
+        if getattr(args, "tie_adaptive_weights", False):
+            raise ValueError("tie_adaptive_weights must be False without adaptive_input, got True")
         if getattr(args, "decoder_layers_to_keep", None):
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         if getattr(args, "offload_activations", False):

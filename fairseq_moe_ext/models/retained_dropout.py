@@ -1,8 +1,9 @@
 """`--retain-dropout`: which dropouts stay on in serving, those inside the experts among them.
 
 fairseq's own way: every FairseqDropout is asked whether its module's name is among `--retain-dropout-modules`. The
-names are upstream's, those of the classes without the plugin's `MoE` or fairseq's `Base`. Masking of outputs
-(`moe_eom`, `moe_fom`) is no dropout of fairseq's: as upstream has it, serving scales by its mean.
+names are upstream's, those of the classes without the plugin's `MoE` or fairseq's `Base`; the experts go by the name of
+their layer, too. Masking of outputs (`moe_eom`, `moe_fom`) is no dropout of fairseq's: as upstream has it, serving
+scales by its mean.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def choose_dropouts(model: nn.Module, generation: Any) -> None:
         )
     for dropout in dropouts:
         dropout.module_name = wanted.get(_public(dropout.module_name or ""), dropout.module_name)
+    for module in model.modules():
+        if hasattr(module, "experts_dropout") and _public(type(module).__name__) in wanted:
+            module.experts_dropout.module_name = wanted[_public(type(module).__name__)]
     generation.retain_dropout_modules = names  # a list: in a text fairseq would find parts of names
 
 

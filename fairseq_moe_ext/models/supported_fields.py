@@ -5,6 +5,7 @@ Source: the fields that upstream's branches `moe` and `nllb` add to fairseq's tr
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from fairseq_moe_ext.models.moe_config import MoEModelFields
@@ -22,6 +23,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 REFUSED_WITH_EXPERTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "character_embeddings": ((False,), "embeddings made of characters"),
     "adaptive_input": ((False,), "embeddings of several sizes"),
+    "quant_noise_scalar": ((0,), "linear maps in 8 bits, which experts do not have"),
+    "base_layers": ((0,), "layers of another kind of experts, fairseq's own"),
 }
 
 # the release has these in decoders only, upstream in encoders too
@@ -93,6 +96,22 @@ def check_fields(args: Any, has_encoder: bool, has_experts: bool = True) -> None
             raise UnsupportedFieldError(
                 f"checkpoint field {name} is unknown here and may change the results: it must be unset, got {value!r}"
             )
+
+
+def check_layer_options(cfg: Any, trains: bool) -> None:
+    """ValueError at the first option of fairseq's own layers that does not reach layers with experts.
+
+    cfg: fairseq's TransformerConfig. trains: whether the model is built to be trained.
+    """
+    options = {"quant-noise-scalar": cfg.quant_noise.scalar, "base-layers": cfg.base_layers}
+    if trains:  # a trained model computes without it
+        options["quant-noise-pq"] = cfg.quant_noise.pq
+    for option, value in options.items():
+        if value:
+            raise ValueError(f"--{option} does not reach experts: it must be 0 with MoE layers, got {value}")
+    wrapping = sys.modules.get("fairscale.nn.wrap.auto_wrap")
+    if wrapping is not None and wrapping.ConfigAutoWrap.in_autowrap_context:
+        raise ValueError("--ddp-backend fully_sharded cannot take apart layers with experts: it must be another one")
 
 
 def _is_unknown(name: str) -> bool:

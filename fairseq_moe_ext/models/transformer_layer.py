@@ -18,17 +18,22 @@ import torch.nn.functional as F
 from fairseq import utils
 from fairseq.modules import transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.cmr import CMRLayer
 from fairseq_moe_ext.models.moe_config import MoEConfig
+from fairseq_moe_ext.models.supported_fields import check_layer_options
+
+UPSTREAMS_EXPERT = "FeedForwardNetwork"  # the class that upstream's experts are of
 
 
 def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_positions: int) -> MOELayer:
     """The MoE layer that a checkpoint's fields describe; `cfg` is fairseq's TransformerConfig."""
     if moe.moe_expert_count < 1:
         raise ValueError(f"moe_expert_count must be at least 1 where there are MoE layers, got {moe.moe_expert_count}")
+    check_layer_options(cfg, trains=moe.initialize_experts)
     if moe.moe_top1_expert:
         gate = Top1Gate(model_dim, moe.moe_expert_count, moe.moe_gating_use_fp32)
     else:
@@ -89,8 +94,9 @@ class _MoEFeedForward:
         self.moe_layer = build_moe_layer(self._moe, self._cfg, model_dim, hidden_dim, max_positions)
         self.moe_fom = self._moe.moe_fom
         self._dense_activation = activation_named(str(self._cfg.activation_fn or "relu"))
-        # fairseq's own dropout stays on in the shared branch of CMR, and says whether it does in the experts
-        self.experts_dropout = self.activation_dropout_module
+        self._dense_dropout = self.activation_dropout_module
+        # says whether the experts' own stays on in serving (retained_dropout.py)
+        self.experts_dropout = FairseqDropout(self._dense_dropout.p, UPSTREAMS_EXPERT)
         self.activation_fn, self.activation_dropout_module = _identity, nn.Identity()
         if self._moe.moe_cmr:
             self.cmr_layer = CMRLayer(self.moe_layer, self._dense_feed_forward, model_dim, self._moe.cmr_gate_drop)
@@ -119,7 +125,7 @@ class _MoEFeedForward:
 
     def _dense_feed_forward(self, x: Tensor) -> Tensor:
         """CMR's shared branch, by the modules that the methods below hide."""
-        x = self.experts_dropout(self._dense_activation(self._modules["fc1"](x)))
+        x = self._dense_dropout(self._dense_activation(self._modules["fc1"](x)))
         norm = self._modules.get("ffn_layernorm")
         return self._modules["fc2"](x if norm is None else norm(x))
 
@@ -128,6 +134,8 @@ class _MoEFeedForward:
         mask = self._padding_mask
         if mask is not None and mask.size(1) != x.size(0):
             mask = mask[:, -x.size(0) :]  # incremental decoding: the mask may cover tokens that are not in the input
+        if self.moe_layer.gating == "static" and self.moe_layer.static.count_padding:
+            mask = None  # as upstream has it, also for the gate of CMR
         module = self.cmr_layer if self._moe.moe_cmr else self.moe_layer
         x = module(x.transpose(0, 1), mask)
         if self.moe_fom > 0:

@@ -41,7 +41,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
 
     def build_encoder_layer(self, cfg):
         number, self._built = self._built, self._built + 1
-        if not self._moe.is_moe_layer("encoder", number):
+        if not self._moe.is_moe_layer("encoder", _number_before(cfg.encoder.layers_to_keep, number)):
             return super().build_encoder_layer(cfg)
         hidden_dim = self._moe.alternate_hidden_dim("encoder")
         if hidden_dim > 0:
@@ -69,7 +69,7 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         number, self._built = self._built, self._built + 1
-        if not self._moe.is_moe_layer("decoder", number):
+        if not self._moe.is_moe_layer("decoder", _number_before(cfg.decoder.layers_to_keep, number)):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         hidden_dim = self._moe.alternate_hidden_dim("decoder")
         if hidden_dim > 0:
@@ -85,3 +85,12 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
             return nullcontext()
         entering = prev_output_tokens[:, -1:] if incremental else prev_output_tokens
         return self.observer.decoder_pass(entering.ne(self.padding_idx), incremental)
+
+
+def _number_before(kept: str | None, number: int) -> int:
+    """What number a layer had in the checkpoint of which `kept` layers are kept, as fairseq reads `--*-layers-to-keep`.
+
+    >>> _number_before("5,1", 0), _number_before(None, 0)
+    (1, 0)
+    """
+    return sorted(map(int, kept.split(",")))[number] if kept else number

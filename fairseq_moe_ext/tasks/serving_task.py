@@ -84,6 +84,7 @@ class ServingTask:
             if name in MODEL_REGISTRY or name in ARCH_MODEL_REGISTRY:
                 return super().build_model(args, from_checkpoint)
             # an architecture of upstream's branches that the release has no name for
+            check_fields(args, has_encoder)  # built as a model with experts is
             return self.served_model_class.build_model(self._with_flags(args), self)
         if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
             found, fitting = _KINDS[has_encoder]

@@ -114,3 +114,17 @@ def test_normformers_norm_inside_the_feed_forward_is_the_dense_layers():
     keys = set(language_model(scale_fc=True).state_dict())
     assert "decoder.layers.0.ffn_layernorm.weight" in keys
     assert "decoder.layers.1.ffn_layernorm.weight" not in keys
+
+
+@pytest.mark.parametrize("pad_mask", [True, False])
+def test_without_a_mask_static_gating_mixes_on_padding_as_upstream_does(pad_mask):
+    """There padding takes slots in later layers, so that what it is made of counts."""
+    model = randomized(language_model(**CMR, moe_gating="static", use_moe_pad_mask=pad_mask)).eval()
+    layer = model.decoder.layers[1]
+    x, mask = torch.randn(6, 3, 16), torch.zeros(3, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    seen = []
+    layer.cmr_layer.gate.register_forward_hook(lambda _gate, _inputs, share: seen.append(share))
+    with torch.no_grad():
+        layer(x, self_attn_padding_mask=mask)
+    assert bool(seen[0][mask].any()) != pad_mask and seen[0][~mask].all()

@@ -86,6 +86,17 @@ def test_conditional_routings_gate_and_dense_branch():
     assert is_random(model) and not any(layer.experts.retain_dropout for layer in model.moe_layers().values())
 
 
+def test_upstreams_name_of_an_expert_is_the_experts_alone():
+    fields = {"dropout": 0.4, "activation_dropout": 0.4, "moe_cmr": True}
+    model = served("lm", "FeedForwardNetwork", **fields)
+    assert all(layer.experts.retain_dropout for layer in model.moe_layers().values())
+    assert not any(layer.dropout_module.apply_during_inference for layer in model.decoder.layers)
+    assert not any(layer._dense_dropout.apply_during_inference for layer in model.decoder.layers[1::2])
+    model = served("lm", "TransformerDecoderLayer", **fields)
+    assert all(layer._dense_dropout.apply_during_inference for layer in model.decoder.layers[1::2])
+    assert all(layer.experts.retain_dropout for layer in model.moe_layers().values())
+
+
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
