@@ -14,6 +14,7 @@ import atexit
 import gc
 import logging
 import os
+import resource
 import runpy
 import select
 import signal
@@ -108,6 +109,8 @@ def _become(request: dict, streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -25,6 +25,7 @@ def run(
     env: dict[str, str] | None = None,
     cwd: str | Path | None = None,
     timeout: float = 600,
+    file_size: int | None = None,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess:
     """As subprocess.run of a `Process`'s command, its output captured as text; in a `fresh` interpreter where asked.
@@ -38,7 +39,7 @@ def run(
     (their_stdin, our_stdin), (our_stdout, their_stdout), (our_stderr, their_stderr) = (os.pipe() for _ in range(3))
     theirs = (their_stdin, their_stdout, their_stderr)
     try:
-        process = Process(command, theirs, env=env, cwd=cwd)
+        process = Process(command, theirs, env=env, cwd=cwd, file_size=file_size)
     finally:
         for end in theirs:
             os.close(end)
@@ -57,7 +58,8 @@ def run(
 class Process:
     """As subprocess.Popen: [sys.executable, "-m" module, "-c" text or script, arguments] or [script, arguments].
 
-    streams: descriptors that become its stdin, stdout and stderr. session: in a session of its own.
+    streams: descriptors that become its stdin, stdout and stderr. file_size: bytes to which a file
+    may grow. session: in a session of its own.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class Process:
         *,
         env: dict[str, str] | None = None,
         cwd: str | Path | None = None,
+        file_size: int | None = None,
         session: bool = False,
     ):
         self.args = [str(part) for part in command]
         self.returncode: int | None = None
-        request = {"command": self.args, "session": session}
+        request = {"command": self.args, "file_size": file_size, "session": session}
         request |= {"environment": dict(os.environ if env is None else env), "folder": str(cwd or os.getcwd())}
         with socket.socket(socket.AF_UNIX) as server:
             server.connect(server_address())

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing import Pipe, current_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from processes import Process
 
 PATIENCE = 120  # seconds that a rank may take for one call
+PROGRAM = """
+import json, sys
+path, key, group, rank, world_size = sys.argv[1:]
+sys.path[:] = json.loads(path)
+import rank_group
+rank_group.serve(key, group, int(rank), int(world_size))
+"""
 
 
 class RankGroup:
@@ -29,15 +38,17 @@ class RankGroup:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        group = str(Path(self._folder.name) / "group")
+        key = current_process().authkey.hex()  # tensors are sent by multiprocessing's own servers
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("RANK", None)
         self._ends, self._processes = [], []
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, str(Path(self._folder.name) / "group"), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path), key, group, rank, self.world_size]
+            self._processes.append(Process(command, (theirs.fileno(), 1, 2), env=environment))
+            theirs.close()
             self._ends.append(ours)
-            self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """`function(rank, world_size, *arguments)` on every rank at once; their results by rank.
@@ -68,7 +79,7 @@ class RankGroup:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-            process.join()
+            process.wait()
         self._folder.cleanup()
 
 
@@ -81,11 +92,12 @@ def ranks(world_size: int):
         group.close()
 
 
-def _serve(rank: int, world_size: int, file: str, end) -> None:
-    os.environ.pop("RANK", None)
-    torch.set_num_threads(1)
+def serve(key: str, group: str, rank: int, world_size: int) -> None:
+    """What a rank runs: stdin is its end of the connection."""
+    current_process().authkey = bytes.fromhex(key)
+    end = Connection(os.dup(0))
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{group}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     while True:
         try:

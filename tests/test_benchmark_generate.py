@@ -1,10 +1,10 @@
 """scripts/benchmark_generate.py: made models are the published shapes, what it measures, and what it refuses."""
 
 import json
-import subprocess
 import sys
 
 import commands
+import processes
 import pytest
 
 SCRIPTS = commands.REPOSITORY / "scripts"
@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
 
 def run(*arguments):
     command = [sys.executable, SCRIPTS / "benchmark_generate.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=commands.environment())
+    return processes.run(command, env=commands.environment())
 
 
 def figures(encoder: float, decoder: float) -> dict:

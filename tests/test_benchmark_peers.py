@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import commands
+import processes
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 def test_ours_and_fairscales_layers_agree_and_are_timed(tmp_path):
     script = commands.REPOSITORY / "scripts" / "benchmark_peers.py"
-    command = [sys.executable, str(script), "--quick", "--seconds", "1", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=commands.environment())
+    command = [sys.executable, script, "--quick", "--seconds", "1", "--output", tmp_path]
+    done = processes.run(command, timeout=300, env=commands.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "peers.json").read_text())["layers"][0]["rows"]
     assert [row["implementation"] for row in rows] == ["ours, dynamic", "fairscale MOELayer"]

@@ -1,10 +1,10 @@
 """scripts/reproduce_capacity_aware.sh's Python: tables, plot, runs that are reused, and what it refuses."""
 
 import csv
-import subprocess
 import sys
 
 import commands
+import processes
 import pytest
 
 SCRIPTS = commands.REPOSITORY / "scripts"
@@ -20,7 +20,7 @@ def figures(monkeypatch):
 
 def reproduce(*arguments):
     command = [sys.executable, SCRIPTS / "reproduce_capacity_aware.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=commands.environment())
+    return processes.run(command, env=commands.environment())
 
 
 def rows(figures):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -28,7 +29,8 @@ def run(*command, **environment):
 def test_the_random_model_serves_every_way(tmp_path):
     output = tmp_path / "model.json"
     script = ROOT / "scripts" / "benchmark_random_model.py"
-    result = run(sys.executable, script, *TINY, "--buffer-size", "3", "--kernel", "grouped-mm", "--output", output)
+    command = [sys.executable, script, *TINY, "--buffer-size", "3", "--kernel", "grouped-mm", "--output", output]
+    result = processes.run(command, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     rows = json.loads(output.read_text())
     for gating in ("dynamic", "static"):

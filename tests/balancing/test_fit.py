@@ -1,13 +1,12 @@
 """Fitting a whole trace: halves, phases, figures; and the script as a user starts it."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import commands
 import numpy as np
+import processes
 import pytest
 
 from fairseq_moe_ext.balancing.fit import fit_layers, phases_of_layers
@@ -75,9 +74,7 @@ def test_replicas_and_active_experts():
 
 def balance_experts(*arguments):
     """The script in a process of its own."""
-    done = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(done, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return processes.run([sys.executable, SCRIPT, *arguments], timeout=300)
 
 
 @pytest.fixture(scope="module")

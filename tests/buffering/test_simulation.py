@@ -1,11 +1,11 @@
 """The simulator over recorded loads, and its script's table and plot."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
@@ -69,9 +69,8 @@ def test_all_sizes_orders_and_policies():
     assert by_key[6, "ascending", "fifo"].misses == 0
 
 
-def run_script(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "simulate_buffer.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+def run_script(*arguments):
+    return processes.run([sys.executable, ROOT / "scripts" / "simulate_buffer.py", *arguments])
 
 
 def test_the_scripts_table_and_plot(tmp_path):

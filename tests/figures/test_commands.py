@@ -2,10 +2,10 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import commands
+import processes
 import pytest
 
 MODULES = (
@@ -15,10 +15,8 @@ MODULES = (
 
 
 def start(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=commands.environment(), cwd=commands.REPOSITORY
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    return processes.run(command, timeout=300, env=commands.environment(), cwd=commands.REPOSITORY)
 
 
 @pytest.mark.parametrize("name", MODULES)

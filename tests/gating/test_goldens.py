@@ -4,12 +4,12 @@ Experts and slots must be the recorded ones exactly. A gate with the identity fo
 logits, so that no rounding of the gate's product stands between.
 """
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,7 +260,8 @@ def test_every_recorded_layer_is_tested(shared_goldens):
 
 def test_the_small_recordings_are_copies(shared_goldens, tmp_path):
     script = GOLDENS / "make_goldens.py"
-    subprocess.run([sys.executable, script, shared_goldens, tmp_path], check=True, capture_output=True)
+    done = processes.run([sys.executable, script, shared_goldens, tmp_path])
+    assert done.returncode == 0, done.stderr
     assert {path.stem for path in GOLDENS.glob("*.npz")} == {path.stem for path in tmp_path.iterdir()} == set(SMALL)
     for name in SMALL:
         with np.load(GOLDENS / f"{name}.npz") as file, np.load(tmp_path / f"{name}.npz") as made:

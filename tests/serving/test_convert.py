@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import commands
+import processes
 import pytest
 import torch
 from checkpoint_makers import assert_same_state, proving_state, whole
@@ -230,19 +229,18 @@ def test_a_summary_reads_no_weights(tmp_path):
     assert summarize(str(tmp_path / "one.pt")).experts == 4
 
 
-def run(*arguments, **more) -> subprocess.CompletedProcess:
+def run(*arguments, file_size: int | None = None):
     """The script from a checkout that is not on the path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", **more)
+    command = [sys.executable, SCRIPT, *arguments]
+    return processes.run(command, env=environment, cwd="/", file_size=file_size)
 
 
 def test_a_full_disk_ends_in_one_line(tmp_path):
     torch.save(whole(proving_state(4) | {"big": torch.ones(1 << 18)}), tmp_path / "one.pt")
     done = run(
         *("merge", tmp_path / "one.pt", tmp_path / "two.pt", "--drop-optimizer"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)),
+        file_size=1 << 18,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     reason = os.strerror(errno.EFBIG)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import commands
+import processes
 import pytest
 import torch
 from checkpoint_makers import split
@@ -48,9 +48,7 @@ def measure(data: Path, path: Path, *flags: str) -> dict:
     tests = Path(commands.__file__).parent
     program = MEASURE.format(paths=[str(tests), str(tests.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(data), str(path), *flags], capture_output=True, text=True, env=environment
-    )
+    done = processes.run([sys.executable, "-c", program, data, path, *flags], env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
