@@ -34,6 +34,7 @@ from capacity_figures import Row, write_figures  # noqa: E402
 from fairseq_moe_ext.balancing.placement import contiguous  # noqa: E402
 from fairseq_moe_ext.figures.models import ROOT, Model, add_model_arguments, arguments_of, find_models  # noqa: E402
 from fairseq_moe_ext.figures.runs import RunError, identity_of, remembered, run_command, serve  # noqa: E402
+from fairseq_moe_ext.figures.study import positive  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS  # noqa: E402
 
 
@@ -125,7 +126,7 @@ def study(model: Model, args: argparse.Namespace, bar: tqdm) -> list[Row]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--batch-size", type=int, help="sentences or blocks of all ranks together (64; LM: 8)")
+    parser.add_argument("--batch-size", type=positive, help="sentences or blocks of all ranks together (64; LM: 8)")
     parser.add_argument("--ranks", type=int, default=4, help="R (4)")
     gammas = [2.0, 1.5, 1.0, 0.5]
     parser.add_argument("--gammas", type=float, nargs="+", default=gammas, metavar="G", help="2.0 1.5 1.0 0.5")

@@ -23,7 +23,7 @@ from fairseq_moe_ext.figures.paper import paper_value
 from fairseq_moe_ext.figures.plots import COLOURS, panels, save
 from fairseq_moe_ext.figures.runs import Run, identity_of, remembered, run
 from fairseq_moe_ext.figures.stacks import DECODER, ENCODER, LM, stacks_of
-from fairseq_moe_ext.figures.study import Study, run_study, study_parser
+from fairseq_moe_ext.figures.study import Study, positive, run_study, study_parser
 from fairseq_moe_ext.figures.tables import Finding, findings_section, markdown, write_csv
 
 PAPERS_RANKS = 8
@@ -184,7 +184,7 @@ def make(study: Study) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = study_parser("balancing", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="R", help="2 4 8")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="sentences, or blocks (8; LM: 2)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="sentences, or blocks (8; LM: 2)")
     parser.add_argument("--time-limit", type=float, default=2.0, metavar="S", help="seconds per layer and search (2)")
     args = parser.parse_args(arguments)
     if min(args.ranks) < 2:

@@ -28,7 +28,7 @@ from fairseq_moe_ext.figures.buffer_simulated import (
 )
 from fairseq_moe_ext.figures.models import arguments_of
 from fairseq_moe_ext.figures.runs import identity_of, remembered, run
-from fairseq_moe_ext.figures.study import Study, run_study, study_parser
+from fairseq_moe_ext.figures.study import Study, positive, run_study, study_parser
 from fairseq_moe_ext.figures.tables import findings_section, write_csv
 
 
@@ -69,7 +69,7 @@ def make(study: Study) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = study_parser("buffering", __doc__)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="sentences, or blocks (8; LM: 2)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="sentences, or blocks (8; LM: 2)")
     parser.add_argument("--ranks", type=int, default=4, metavar="R", help="ranks of the simulated placements (4)")
     shares = [0.75, 0.5, 0.25, 0.125]
     parser.add_argument("--shares", type=float, nargs="+", default=shares, metavar="S",

@@ -32,6 +32,13 @@ class Study:
         return self.output / f"{self.name}{ending}"
 
 
+def positive(text: str) -> int:
+    """An option's value: 0 must not pass for what was left out."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def study_parser(name: str, doc: str, models: bool = True) -> argparse.ArgumentParser:
     """The options that every script has; models False: of a script that serves none."""
     parser = argparse.ArgumentParser(

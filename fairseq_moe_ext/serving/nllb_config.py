@@ -245,7 +245,7 @@ def _served_value(cfg: TransformerConfig, moe: MoEConfig, name: str) -> Any:
     if name == "activation_fn":
         return str(cfg.activation_fn or "relu")
     if name in ("max_source_positions", "max_target_positions"):
-        return int(getattr(cfg, name) or DEFAULT_MAX_POSITIONS)
+        return DEFAULT_MAX_POSITIONS if getattr(cfg, name) is None else getattr(cfg, name)
     side, _, field = name.rpartition(".")
     return getattr(getattr(cfg, side) if side else cfg, field, None)
 

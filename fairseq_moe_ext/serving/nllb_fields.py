@@ -233,6 +233,7 @@ def check_fairseq(value_of: Callable[[str], Any]) -> None:
     for name, rule in (
         ("activation_fn", _one_of(*dict.fromkeys(ACTIVATIONS.values()), "gelu_fast")),
         *(("moe_second_expert_policy", POLICY), ("moe_eom", SHARE), ("moe_eval_capacity_token_fraction", NUMBER)),
+        ("max_target_positions", _whole(1)),
     ):
         if not rule.fits(value_of(name)):
             raise CheckpointError(

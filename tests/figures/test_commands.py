@@ -8,6 +8,8 @@ import commands
 import processes
 import pytest
 
+from fairseq_moe_ext.figures import balancing, buffering
+
 MODULES = (
     *("configurations", "characterization", "activation", "throughput", "memory"),
     *("buffering", "balancing", "scaling"),
@@ -24,6 +26,13 @@ def test_each_script_starts_its_module(name):
     script = (commands.REPOSITORY / "scripts" / f"reproduce_{name}.sh").read_text()
     assert f'/reproduce.sh" {name} "$@"' in script
     assert (commands.REPOSITORY / "fairseq_moe_ext" / "figures" / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize("main", [balancing.main, buffering.main])
+def test_a_batch_size_of_zero_does_not_pass_for_none(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--batch-size", "0"])
+    assert "argument --batch-size: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ class TestRefusedOnTheWayOut:
             *(("share_all_embeddings", False), ("layernorm_embedding", True), ("adaptive_softmax_cutoff", "10,20")),
             *(("adaptive_input", True), ("no_cross_attention", True), ("cross_self_attention", True)),
             *(("no_decoder_final_norm", True), ("base_layers", 1), ("decoder_output_dim", 8), ("decoder_input_dim", 8)),
-            *(("decoder_embed_dim", 8), ("encoder_layers_to_keep", "0,1"), ("max_source_positions", 7)),
+            *(("decoder_embed_dim", 8), ("encoder_layers_to_keep", "0,1"), ("max_source_positions", 0)),
             *(("moe_cmr", True), ("moe_top1_expert", True), ("moe_fom", 0.1), ("moe_eom", 1.0)),
             *(("moe_eval_capacity_max_seqlen", True), ("alternate_ffn_embed_dim", 8)),
             *(("alternate_decoder_ffn_embed_dim", 8), ("moe_second_expert_policy", "best")),
