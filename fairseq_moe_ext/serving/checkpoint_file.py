@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.loading import Loading
+from fairseq_moe_ext.serving.pickle_rules import check_pickles
+from fairseq_moe_ext.serving.plain_config import ConfigError, plain, shown
 from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
 from fairseq_moe_ext.serving.safe_loader import load_safely, revive
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 OPTIMIZER = "last_optimizer_state"  # the bulk of a file, never read
+_OLD_PICKLES = 5  # in a file of the old format: magic number, version, system, content, keys of the storages
+SHARING = 4  # a model's tensors take at most so many times the bytes of the records that they lie in
 
 
 @dataclass(frozen=True)
@@ -32,24 +37,58 @@ def read_file(file: Path, loading: Loading) -> FileContent:
     """The content of one file.
 
     Tensors are StoredTensors, but in files of the old format (before PyTorch 1.6), which can only be read as a whole
-    and carry no checksums.
+    and carry no checksums. The configuration is plain data.
     """
-    try:
-        with open(file, "rb") as opened:
-            is_archive = opened.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise CheckpointError(f"{file}: not a readable checkpoint: {error.strerror}") from error
-    records = RecordFile(file, loading) if is_archive else None
-    state = load_safely(file, "cpu" if records is None else "meta")
+    state, records = read_pickle(file, loading)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"{file}: not a fairseq checkpoint: it must hold a dict with the key 'model'")
-    for key, value in state["model"].items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{file}: its 'model' must map names to tensors, got {key!r}: {type(value).__name__}")
+    _check_tensors(file, state["model"], records)
     had_optimizer = state.pop(OPTIMIZER, None) is not None
     if records is None:
-        state = revive(state, lambda tensor: tensor)
         loading.count(sum(tensor.nbytes for tensor in state["model"].values()))
-    else:
-        state = revive(state, lambda tensor: StoredTensor(tensor, records))
+    try:
+        for name in ("cfg", "args"):
+            if name in state:
+                state[name] = plain(state[name])
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     return FileContent(state, had_optimizer)
+
+
+def read_pickle(file: Path, loading: Loading) -> tuple[Any, RecordFile | None]:
+    """(what `torch.save` wrote into `file`, the open archive); as in `read_file`, whatever it is.
+
+    CheckpointError where the file is none, or asks for more than a file of its size can need.
+    """
+    try:
+        if not file.is_file():  # opening a FIFO would wait for its writer
+            raise CheckpointError(f"{file}: not a readable checkpoint: it must be there as a regular file")
+        with open(file, "rb") as opened:
+            is_archive = opened.read(len(MAGIC)) == MAGIC
+            if not is_archive:
+                opened.seek(0)
+                check_pickles(opened, _OLD_PICKLES, file.stat().st_size, file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: not a readable checkpoint: {error.strerror}") from error
+    if not is_archive:
+        return revive(load_safely(file, "cpu"), lambda tensor: tensor), None
+    records = RecordFile(file, loading)
+    check_pickles(io.BytesIO(records.pickle()), 1, file.stat().st_size, file)
+    return revive(load_safely(file, "meta"), lambda tensor: StoredTensor(tensor, records)), records
+
+
+def _check_tensors(file: Path, model: dict, records: RecordFile | None) -> None:
+    for key, value in dict.items(model):
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{file}: its 'model' must map names to tensors, got {shown(key)}: {type(value).__name__}"
+            )
+        if records is None and (value.layout != torch.strided or value.is_quantized or value.device.type != "cpu"):
+            raise CheckpointError(f"{file}: its tensors must be dense and of plain numbers, {shown(key)} is not")
+    wanted = sum(tensor.numel() * tensor.element_size() for tensor in dict.values(model))
+    there = file.stat().st_size if records is None else records.tensor_bytes
+    if wanted > SHARING * there + (1 << 20):
+        raise CheckpointError(
+            f"{file}: its tensors must take at most {SHARING} times the {there:,} bytes that it holds of them, got "
+            f"{wanted:,} bytes"
+        )

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.serving.checkpoint_file import read_pickle
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
-from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
-from fairseq_moe_ext.serving.safe_loader import load_safely
 from fairseq_moe_ext.serving.safetensors_file import FileTensor, read_safetensors
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
@@ -99,7 +98,7 @@ class HfFolder:
             raise CheckpointError(f"{shard}: {error.strerror}") from error
         if head == _LFS_POINTER:
             raise CheckpointError(f"{shard}: incomplete download: a Git LFS pointer in place of the weights")
-        return read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard, head)
+        return read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard)
 
 
 def values(tensor: Tensor | FileTensor) -> Tensor:
@@ -107,13 +106,11 @@ def values(tensor: Tensor | FileTensor) -> Tensor:
     return tensor.read() if isinstance(tensor, StoredTensor | FileTensor) else tensor
 
 
-def _read_bin(shard: Path, head: bytes) -> dict[str, Tensor]:
-    is_archive = head.startswith(MAGIC)
-    records = RecordFile(shard, Loading(str(shard))) if is_archive else None
-    state = load_safely(shard, "meta" if is_archive else "cpu")
+def _read_bin(shard: Path) -> dict[str, Tensor]:
+    state, _ = read_pickle(shard, Loading(str(shard)))
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{shard}: it must map names to tensors")
-    return state if records is None else {key: StoredTensor(tensor, records) for key, tensor in state.items()}
+    return state
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.buffering.file_reading import read_at
+from fairseq_moe_ext.serving.archive_rules import check_entries, check_list
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 from fairseq_moe_ext.serving.open_files import Descriptor, ReopenedFile
@@ -48,20 +49,33 @@ class RecordFile:
         self._file = ReopenedFile(path, loading.files)
         opened = self._file.descriptor()
         try:
-            with open(opened.number, "rb", closefd=False) as file, zipfile.ZipFile(file) as archive:
+            size, _ = opened.state()
+            with open(opened.number, "rb", closefd=False) as file:
+                check_list(file, size, path)
+                archive = zipfile.ZipFile(file)
                 entries = archive.infolist()
+                check_entries(entries, archive.comment, size, path)
                 # torch.serialization.set_crc32_options(False) leaves 0 everywhere
                 self.has_checksums = any(entry.CRC for entry in entries)
                 for entry in entries:
                     if not _is_tensor(entry) and self.has_checksums:
-                        archive.read(entry)
+                        _check_untouched(archive, entry)
             self._check_byte_order(opened, entries)
             records = (self._locate(opened, entry) for entry in filter(_is_tensor, entries))
             self._records = {record.offset: record for record in records}
+            self.tensor_bytes = sum(record.size for record in self._records.values())
+            described = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
+            self._pickle = self._locate(opened, described[0]) if described else None
         except CheckpointError:
             raise
         except Exception as error:  # zipfile raises a dozen types at damaged archives
             raise CheckpointError(f"{path}: not a readable checkpoint: {one_line(error)}") from error
+
+    def pickle(self) -> bytes:
+        """The record that describes the content, b"" where there is none."""
+        if self._pickle is None:
+            return b""
+        return os.pread(self._file.descriptor().number, self._pickle.size, self._pickle.offset)
 
     def record_at(self, offset: int, size: int) -> Record:
         """The record of a storage of `size` bytes at `offset`."""
@@ -131,8 +145,6 @@ class RecordFile:
             raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor") from None
 
     def _locate(self, opened: Descriptor, entry: zipfile.ZipInfo) -> Record:
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path}: record {entry.filename} must be uncompressed, as torch.save leaves it")
         header = os.pread(opened.number, _HEADER, entry.header_offset)
         if header[:4] != MAGIC or len(header) < _HEADER:
             raise CheckpointError(f"{self.path}: not a readable checkpoint: no record at {entry.header_offset}")
@@ -144,14 +156,21 @@ class RecordFile:
         for entry in entries:
             if entry.filename.endswith("/byteorder"):
                 record = self._locate(opened, entry)
-                order = os.pread(opened.number, record.size, record.offset)
+                order = os.pread(opened.number, min(record.size, 20), record.offset)
                 if order != b"little":
-                    raise CheckpointError(f"{self.path}: its byte order must be little, got {order[:20]!r}")
+                    raise CheckpointError(f"{self.path}: its byte order must be little, got {order!r}")
 
 
 def _is_tensor(entry: zipfile.ZipInfo) -> bool:
     parts = entry.filename.split("/")
     return len(parts) == 3 and parts[1] == "data"
+
+
+def _check_untouched(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """The checksum of a record that is no tensor, a piece at a time: zipfile compares it at the end."""
+    with archive.open(entry) as record:
+        while record.read(_CHUNK):
+            pass
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

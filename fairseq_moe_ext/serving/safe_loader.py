@@ -34,7 +34,7 @@ class NumpyDtype:
     def __init__(self, code: str, align: bool = False, copy: bool = False):
         match = re.fullmatch(r"([biufcSU])(\d{1,4})", code) if isinstance(code, str) else None
         if match is None:
-            raise ValueError(f"numpy.dtype must be of numbers or strings, got {code!r}")
+            raise ValueError(f"numpy.dtype must be of numbers or strings, got {str(code)[:20]!r}")
         self._kind, self._size, self._order = match.group(1), int(match.group(2)), "="
 
     def __setstate__(self, state: tuple) -> None:
@@ -110,20 +110,25 @@ def _reason(error: Exception) -> str:
 
 def revive(value: Any, tensor: typing.Callable[[torch.Tensor], Any]) -> Any:
     """`value`, in place, with every stand-in of a dtype made real and every tensor replaced by `tensor` of it."""
-    return _revive(value, tensor, set())
+    return _revive(value, tensor, {})
 
 
-def _revive(value: Any, tensor: typing.Callable[[torch.Tensor], Any], seen: set[int]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return tensor(value)
+def _revive(value: Any, tensor: typing.Callable[[torch.Tensor], Any], done: dict[int, tuple]) -> Any:
+    """done: id -> (value, what became of it), since a value in a thousand places is visited once."""
     if isinstance(value, NumpyDtype):
         return value.build()
-    if type(value) is tuple:
-        return tuple(_revive(item, tensor, seen) for item in value)
-    if not isinstance(value, dict | list | argparse.Namespace) or id(value) in seen:
+    if type(value) is not tuple and not isinstance(value, torch.Tensor | dict | list | argparse.Namespace):
         return value
-    seen.add(id(value))
+    if id(value) in done:
+        return done[id(value)][1]
+    if isinstance(value, torch.Tensor):
+        done[id(value)] = value, tensor(value)
+        return done[id(value)][1]
+    if type(value) is tuple:
+        done[id(value)] = value, tuple(_revive(item, tensor, done) for item in value)
+        return done[id(value)][1]
+    done[id(value)] = value, value
     items = vars(value) if isinstance(value, argparse.Namespace) else value
     for key, item in enumerate(items) if isinstance(items, list) else list(items.items()):
-        items[key] = _revive(item, tensor, seen)
+        items[key] = _revive(item, tensor, done)
     return value

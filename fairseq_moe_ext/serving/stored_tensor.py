@@ -29,6 +29,8 @@ class StoredTensor(Tensor):
         """meta: as `torch.load(map_location="meta")` gives it, its storage with the offset in the file."""
         if meta.layout != torch.strided or meta.is_quantized:
             raise CheckpointError(f"{file.path}: tensors must be dense, found one that is {meta.layout}")
+        if meta.numel() * meta.element_size() > meta.untyped_storage().nbytes():
+            raise CheckpointError(f"{file.path}: a tensor of shape {tuple(meta.shape)[:8]} must not repeat its values")
         stored = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu")
         storage = meta.untyped_storage()
         stored._start = meta.storage_offset()
