@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +29,14 @@ class _CountedGeneration:
     """
 
     observer: Observer | None = None
+    nbest: int | None = None  # how many of a sentence's hypotheses are given out
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._finite = FiniteSearch(self)
 
     def generate(self, models, sample, **kwargs):
-        hypotheses = take_turn(sample, lambda: self._generate_here(models, sample, **kwargs))
+        hypotheses = take_turn(sample, lambda: self._generate_here(models, sample, **kwargs), self.nbest)
         count_results(sample, hypotheses, self.observer)
         return hypotheses
 
@@ -95,10 +95,13 @@ def shared_encoder_output(models: Iterable, beam_size: int) -> Iterator[None]:
                 layer.encoder_attn.set_beam_size(1)
 
 
-def take_turn(sample: dict, compute: Callable[[], Any]) -> Any:
-    """A batch's hypotheses; under several ranks the batch knows whose turn it is to compute them."""
+def take_turn(sample: dict, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:
+    """A batch's hypotheses; under several ranks the batch knows whose turn it is to compute them.
+
+    nbest: how many of each sentence are of use; None: all.
+    """
     turn = sample.get(TURN)
-    return compute() if turn is None else turn.result(compute)
+    return compute() if turn is None else turn.result(compute, nbest)
 
 
 def count_results(sample: dict, hypotheses: list[list[dict]], observer: Observer | None = None) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +15,12 @@ from torch import Tensor
 from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.serving.exit_code import ExitCode
 from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import Report
 from fairseq_moe_ext.serving.totals import PassTotals
-from fairseq_moe_ext.trace import TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
+from fairseq_moe_ext.trace import PhaseTrace, TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -50,6 +49,7 @@ class Observer:
         self._outputs = PassOutputs()  # of the pass under way
         self._results = Results()
         self._told_of_non_finite = False
+        self._exit_code = ExitCode()  # before `finish_at_exit`, hence after it when the process ends
         self._at_exit = False
         self._on_gpu = False
 
@@ -133,32 +133,42 @@ class Observer:
     def _finish_and_check(self) -> None:
         self._finish()
         if self._results.broken:
-            print(self.report.non_finite.describe(self.report.dtype), file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)  # nothing else changes the exit code of a process that has come to its end
+            self._exit_code.fail(self.report.non_finite.describe(self.report.dtype))
 
     def _finish(self) -> None:
-        phases = self._recorder.trace() if self._recorder is not None else {}
+        """The report first, which a trace that cannot be written does not take with it."""
         self.report.close(None if self._ranks is None else self._ranks.exchange)
-        if self._ranks is not None:
-            if self._ranks.rank > 0:
-                self._ranks.publish("report", json.dumps(self.report.figures()).encode())
-                self._ranks.publish("trace", pack_trace(phases))
-                return
-            for rank in range(1, self._ranks.world_size):
-                self.report.add_rank(json.loads(self._ranks.read("report", rank)))
-            others = [unpack_trace(self._ranks.read("trace", rank)) for rank in range(1, self._ranks.world_size)]
-            phases = merge_traces([phases, *others])
+        others = [] if self._ranks is None else range(1, self._ranks.world_size)
+        if self._ranks is not None and self._ranks.rank > 0:
+            self._ranks.send(json.dumps(self.report.figures()).encode())
+            if self._recorder is not None:
+                self._ranks.send(pack_trace(self._recorder.trace()))
+            return
+        for rank in others:
+            self.report.add_rank(json.loads(self._ranks.receive(rank)))
         self._tell_of_non_finite()
-        if self._trace_path:
-            if phases:
-                save_trace(self._trace_path, phases, "--moe-trace")
-            else:
-                logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
         if self._report_path:
-            write_json(self._report_path, self.report.as_dict(), "--moe-report")
+            with self._going_on():
+                write_json(self._report_path, self.report.as_dict(), "--moe-report")
+        if self._recorder is not None:
+            traces = [self._ranks.receive(rank) for rank in others]
+            with self._going_on():
+                self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces)]))
         logger.info(self.report.summary())
+
+    def _write_trace(self, phases: dict[str, PhaseTrace]) -> None:
+        if phases:
+            save_trace(self._trace_path, phases, "--moe-trace")
+        else:
+            logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A file that cannot be written takes neither the results nor the other file with it, but the exit code."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._exit_code.fail(str(error))
 
     @contextmanager
     def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:

@@ -8,21 +8,19 @@ Legend: R = ranks (the world size).
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map_only
 
 from fairseq_moe_ext.gating.exchange import Exchange
 from fairseq_moe_ext.gating.rank_faults import ExchangeError
+from fairseq_moe_ext.serving.rank_messages import Outbox, pack, receive, unpack
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -78,12 +76,13 @@ def served_ranks() -> Ranks | None:
 
 
 class Ranks:
-    """One rank among R; `store` carries results, reports and last words."""
+    """One rank among R; `store` tells which ranks live."""
 
     def __init__(self, rank: int, size: int, store: dist.Store):
         self.rank, self.world_size = rank, size
         self.exchange = Exchange(rank, size)
         self._store = store
+        self._outbox = Outbox(size)
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
         logger.info("%d ranks serve, %s between them", size, dist.get_backend())
 
@@ -98,20 +97,21 @@ class Ranks:
 
     def leave(self) -> None:
         """End this rank's process, if it is not rank 0's, which has its figures to print."""
+        self._outbox.wait()
         dist.destroy_process_group()
         if self.rank > 0:
             sys.stdout.flush()
             sys.exit(0)
 
-    def publish(self, name: str, content: bytes) -> None:
-        self._store.set(f"{name}/{self.rank}", content)
+    def send(self, content: bytes, batch: int | None = None) -> None:
+        """Send to rank 0, which receives in this order; batch: the number of the batch whose result it is."""
+        # rank 0 takes the batches in their order: it has all before the last that it has finished itself
+        self._outbox.let_go(before=(self.exchange.heard_finished[0] - 1) * self.world_size)
+        self._outbox.send(content, batch)
 
-    def read(self, name: str, rank: int) -> bytes:
-        """What `rank` has published, or will have, under `name`."""
-        key = f"{name}/{rank}"
-        content = self._store.get(key)
-        self._store.delete_key(key)
-        return content
+    def receive(self, rank: int) -> bytearray:
+        """What `rank` sends next."""
+        return receive(rank, self.world_size)
 
     def wait_for(self, owner: int, batches: int) -> None:
         """Compute for the others until rank `owner` has finished so many batches."""
@@ -160,24 +160,14 @@ class Turn:
     def is_ours(self) -> bool:
         return self._owner == self._ranks.rank
 
-    def result(self, compute: Callable[[], Any]) -> Any:
-        """The batch's hypotheses: computed here, or, on rank 0, what their owner sends."""
+    def result(self, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:
+        """The batch's hypotheses: computed here, or, on rank 0, what their owner sends: the `nbest` first of each."""
         batches = self.number // self._ranks.world_size + 1
         if not self.is_ours:
             self._ranks.wait_for(self._owner, batches)
-            return _unpack(self._ranks.read(f"batch {self.number}", self._owner))
+            return unpack(self._ranks.receive(self._owner))
         result = compute()
         if self._ranks.rank > 0:
-            self._ranks.publish(f"batch {self.number}", _pack(result))
+            self._ranks.send(pack([sentence[:nbest] for sentence in result]), self.number)
         self._ranks.exchange.finished = batches
         return result
-
-
-def _pack(hypotheses: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu().clone(), hypotheses), file)
-    return file.getvalue()
-
-
-def _unpack(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

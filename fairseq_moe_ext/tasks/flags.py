@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum
 
+from fairseq_moe_ext.atomic_file import WriteError, check_writable
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.device_experts import KERNELS
 from fairseq_moe_ext.gating.grouped_linear import check_kernel
@@ -71,11 +72,11 @@ def check_flags(flags: Any) -> None:
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())
     report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
-    if report is not None and trace is not None and Path(report).resolve() == Path(trace).resolve():
+    if report is not None and trace is not None and os.path.realpath(report) == os.path.realpath(trace):
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
     for flag in ("moe_report", "moe_trace"):
         path = getattr(flags, flag, None)
-        if path is not None:
+        if path is not None and os.environ.get("RANK", "0") == "0":  # rank 0 writes for all
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
     check_buffer_flags(flags)
     check_capacity_flags(flags)
@@ -108,9 +109,11 @@ def _check_placement(path: str, ranks: int) -> None:
 
 def _check_writable(flag: str, path: Path) -> None:
     folder = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{flag} must name a file, got the folder {path}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{flag} must name a file in an existing folder, got {path}")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} must name a file in a folder that can be written, got {path}")
+    try:
+        check_writable(path, flag)
+    except WriteError as error:
+        raise ValueError(str(error)) from error

@@ -160,6 +160,7 @@ class ServingTask:
             self, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **kwargs
         )
         generator.observer = self.observer
+        generator.nbest = getattr(args, "nbest", None)
         if continuous:
             generator.room = self._room
             generator.look_ahead = partial(self._next_request, models, getattr(args, "prefix_size", 0))

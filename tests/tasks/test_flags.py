@@ -1,5 +1,7 @@
 """The plugin's flags: the same in all three tasks, checked by name before anything is loaded."""
 
+import errno
+import os
 from argparse import Namespace
 from dataclasses import fields
 
@@ -7,6 +9,7 @@ import pytest
 from fairseq import options, tasks
 from flag_makers import TASKS, parsed
 
+from fairseq_moe_ext.atomic_file import write_text
 from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
 from fairseq_moe_ext.tasks.moe_language_modeling import MoELanguageModelingTask
@@ -57,6 +60,36 @@ def test_files_that_cannot_be_written(tmp_path, flag):
             check_flags(Namespace(**{flag: str(value)}))
     check_flags(Namespace(**{flag: str(tmp_path / "file")}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["moe_report", "moe_trace"])
+def test_targets_that_are_no_files(tmp_path, flag):
+    """Devices, links and FIFOs with a reader are taken; what could only fail in the end is refused at once."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("missing/file")
+    for name, reason in (
+        ("fifo", "it is a FIFO that nothing reads"),
+        ("loop", os.strerror(errno.ELOOP)),
+        ("dangling", "there is no folder .*missing"),
+        ("n" * 256, os.strerror(errno.ENAMETOOLONG)),
+    ):
+        with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} .*{name} cannot be written: {reason}$"):
+            check_flags(Namespace(**{flag: str(tmp_path / name)}))
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to("new")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    for path in (tmp_path / "fifo", tmp_path / "link", "/dev/null"):
+        check_flags(Namespace(**{flag: str(path)}))
+    write_text(tmp_path / "fifo", "report")
+    assert os.read(reader, 100) == b"report" and os.read(reader, 100) == b""
+    os.close(reader)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "link"])
+
+
+def test_only_rank_0_needs_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    check_flags(Namespace(moe_report="/dev/full/not/here"))
 
 
 def test_a_file_in_the_working_folder_needs_no_path(tmp_path, monkeypatch):
