@@ -73,9 +73,13 @@ def convert_nllb(
 def _convert(folder: str, file: Path, dictionary: str | None, dtype: torch.dtype | None) -> Converted:
     source = HfFolder(Path(folder))
     config = NllbConfig.from_hf(source.config, str(source.path / "config.json"))
+    found = source.shapes()
+    try:
+        config.check_counts(len(found))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path / 'config.json'}: {error}") from error
     if not config.has_moe_layers:
         logger.info("%s: a dense model without experts, converted as the dense model that it is", folder)
-    found = source.shapes()
     tensors = match_tensors(named_tensors(config), found, folder)
     vocabulary, rows = _vocabulary(source.path, config, dictionary)
     shapes: dict[tuple[str, ...], tuple[torch.dtype, tuple[int, ...]]] = {}

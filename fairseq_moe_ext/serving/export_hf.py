@@ -115,7 +115,9 @@ def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -
     gates = [tensor.dtype for key, tensor in model.items() if GATE_KEY.match(key)]
     written = str(dtype or (gates or [embeddings.dtype])[0]).removeprefix("torch.")
     try:
-        return NllbConfig.from_fairseq(args, moe_layers, embeddings.size(0), expert_count(model), written)
+        config = NllbConfig.from_fairseq(args, moe_layers, embeddings.size(0), expert_count(model), written)
+        config.check_counts(len(model))
+        return config
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
 

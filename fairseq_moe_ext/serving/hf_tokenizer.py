@@ -144,7 +144,8 @@ def _added_tokens(folder: Path, fast: dict[str, Any]) -> tuple[dict[str, int], s
 
 
 def _with_row(row: str, entry: Any) -> Any:
-    return {**entry, "id": int(row)} if isinstance(entry, dict) and row.isdecimal() else entry
+    is_row = row.isdecimal() and len(row) < 10
+    return {**entry, "id": int(row)} if isinstance(entry, dict) and is_row else entry
 
 
 def _rows(file: Path, entries: Any) -> dict[str, tuple[int, bool]]:

@@ -15,8 +15,8 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_legacy import base_architecture
 
 from fairseq_moe_ext.models.moe_config import MoEConfig
-from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError, check_fields
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.models.supported_fields import check_fields
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.nllb_fields import ACTIVATIONS, FAIRSEQ_ACTIVATIONS, check_fairseq, read_fields
 
 MOE_TYPE, DENSE_TYPE = "nllb-moe", "m2m_100"
@@ -71,9 +71,18 @@ class NllbConfig:
     def side(self, name: str) -> Side:
         return self.encoder if name == "encoder" else self.decoder
 
+    def check_counts(self, tensors: int) -> None:
+        """CheckpointError, which names no file, where `tensors` are too few for so many layers or experts."""
+        for name, count in (
+            *((f"{name}_layers", self.side(name).layers) for name in SIDES),
+            ("num_experts", self.experts if self.has_moe_layers else 0),
+        ):
+            if count > tensors:
+                raise CheckpointError(f"{name} must be at most the number of tensors, {tensors}, got {count}")
+
     @property
     def has_moe_layers(self) -> bool:
-        return any(side.is_moe_layer(number) for side in (self.encoder, self.decoder) for number in range(side.layers))
+        return any(0 < side.freq <= side.layers for side in (self.encoder, self.decoder))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> NllbConfig:
@@ -166,11 +175,13 @@ class NllbConfig:
         try:
             check_fields(args, has_encoder=True, has_experts=experts > 0)
             moe = MoEConfig.from_args(args)
-        except (UnsupportedFieldError, ValueError) as error:
+            args = Namespace(**vars(args))
+            base_architecture(args)  # what fairseq takes where the checkpoint says nothing
+            cfg = TransformerConfig.from_namespace(args)
+        except ValueError as error:
             raise CheckpointError(str(error)) from error
-        args = Namespace(**vars(args))
-        base_architecture(args)  # what fairseq takes where the checkpoint says nothing
-        cfg = TransformerConfig.from_namespace(args)
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(f"its arguments must be a transformer's: {one_line(error)}") from error
         check_fairseq(lambda name: _served_value(cfg, moe, name))
         shared = {
             "vocabulary": vocabulary,
@@ -256,6 +267,7 @@ def _hf_activation(name: str) -> str:
 
 def _freq(given: int, numbers: list[int], layers: int) -> int:
     """Every how many layers there is a MoE layer; the checkpoint's own word, where its tensors do not contradict it."""
-    if given > 0 and numbers == list(range(given - 1, layers, given)):
+    expected = range(given - 1, layers, given) if given > 0 else ()
+    if given > 0 and len(numbers) == len(expected) and numbers == list(expected):
         return given
     return numbers[0] + 1 if numbers else 0

@@ -230,12 +230,19 @@ def check_fairseq(value_of: Callable[[str], Any]) -> None:
                 f"{name.replace('.', '_')} must be {other.replace('.', '_')}, {value_of(other)}, in a model for "
                 f"Hugging Face's layout, got {value_of(name)!r}"
             )
+    sizes, drops = ["encoder.embed_dim"], ["dropout", "attention_dropout", "activation_dropout", "relu_dropout"]
+    for side in ("encoder", "decoder"):
+        sizes += [f"{side}.layers", f"{side}.ffn_embed_dim", f"{side}.attention_heads"]
+        drops.append(f"{side}.layerdrop")
     for name, rule in (
+        *((name, _whole(1)) for name in sizes),
+        *((name, SHARE) for name in drops if value_of(name) is not None),
         ("activation_fn", _one_of(*dict.fromkeys(ACTIVATIONS.values()), "gelu_fast")),
         *(("moe_second_expert_policy", POLICY), ("moe_eom", SHARE), ("moe_eval_capacity_token_fraction", NUMBER)),
         ("max_target_positions", _whole(1)),
     ):
         if not rule.fits(value_of(name)):
             raise CheckpointError(
-                f"{name} must be {rule.text} in a model for Hugging Face's layout, got {value_of(name)!r}"
+                f"{name.replace('.', '_')} must be {rule.text} in a model for Hugging Face's layout, got "
+                f"{value_of(name)!r}"
             )

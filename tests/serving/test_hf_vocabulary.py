@@ -231,13 +231,15 @@ class TestTokenizerFiles:
     @pytest.mark.parametrize(
         "entry", ["deu_Latn", {"content": "deu_Latn"}, {"content": 3, "id": 3}, {"id": -1, "content": ""}]
     )
-    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-    def test_an_added_token_without_text_or_row(self, copy, tmp_path, entry, file):
+    @pytest.mark.parametrize(
+        "file, row", [("tokenizer.json", ""), ("tokenizer_config.json", "x"), ("tokenizer_config.json", "9" * 5000)]
+    )
+    def test_an_added_token_without_text_or_row(self, copy, tmp_path, entry, file, row):
         if file == "tokenizer.json":
             fast_tokenizer(copy, unigram=False)
             edit(copy / file, lambda content: content.update(added_tokens=[entry]))
         else:
-            edit(copy / file, lambda content: content.update(added_tokens_decoder={"x": entry}))
+            edit(copy / file, lambda content: content.update(added_tokens_decoder={row: entry}))
         fails(copy, tmp_path, f"{file}: every added token must have a text and a row")
 
     def test_files_that_disagree(self, copy, tmp_path):

@@ -249,6 +249,8 @@ class TestRefusedOnTheWayOut:
             *(("activation_fn", "swish"), ("activation_fn", "relu_squared"), ("alibi", True)),
             *(("scale_attn", True), ("scale_fc", True), ("scale_heads", True), ("scale_resids", True)),
             *(("use_stable_embedding", True), ("decoder_learned_sinusoidal", True), ("character_embeddings", True)),
+            *(("encoder_layers", "2"), ("decoder_ffn_embed_dim", 0), ("encoder_attention_heads", None)),
+            *(("dropout", "0.1"), ("encoder_layerdrop", 2)),
             *(("moe_of_tomorrow", 3), ("moe_eval_capacity_token_fraction", float("nan"))),
         ],
     )
@@ -259,6 +261,12 @@ class TestRefusedOnTheWayOut:
         with pytest.raises(CheckpointError, match=field) as caught:
             through_fairseq(config, args)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("value", [3, {"of": 1}, [1]])
+    def test_arguments_of_no_transformer(self, value):
+        config = NllbConfig.from_hf(NLLB_54B, "")
+        with pytest.raises(CheckpointError, match="its arguments must be a transformer's"):
+            through_fairseq(config, Namespace(**vars(config.to_fairseq()), encoder=value))
 
     def test_what_fairseq_takes_where_the_checkpoint_says_nothing_counts(self):
         with pytest.raises(CheckpointError, match="encoder_normalize_before must be True"):
@@ -282,6 +290,18 @@ def folder(tmp_path_factory):
 
 
 class TestFiles:
+    @pytest.mark.parametrize("field", ["encoder_layers", "decoder_layers", "num_experts"])
+    def test_counts_beyond_the_tensors_are_refused_at_once(self, folder, tmp_path, field):
+        changed = self.copy(folder, tmp_path / "hf", **{field: 10**12})
+        with pytest.raises(CheckpointError, match=f"config.json: {field} must be at most the number of tensors"):
+            convert_nllb(str(changed), str(tmp_path / "x.pt"))
+        convert_nllb(str(folder), str(tmp_path / "x.pt"))
+        state = torch.load(tmp_path / "x.pt", weights_only=False)
+        setattr(state["args"], field.replace("num_experts", "decoder_layers"), 10**12)
+        torch.save(state, tmp_path / "y.pt")
+        with pytest.raises(CheckpointError, match="y.pt: (en|de)coder_layers must be at most the number of tensors"):
+            export_hf(str(tmp_path / "y.pt"), str(tmp_path / "back"))
+
     def test_every_field_of_the_folder_comes_back(self, folder, tmp_path, caplog):
         with caplog.at_level("INFO", logger="fairseq_moe_ext"):
             convert_nllb(str(folder), str(tmp_path / "x.pt"))
