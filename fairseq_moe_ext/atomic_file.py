@@ -6,6 +6,7 @@ new content. What is no regular file (a device, a FIFO, `/dev/stdout`) is writte
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import io
@@ -112,6 +113,14 @@ def give_name(file: PathLike, path: PathLike) -> None:
     status = os.stat(target) if os.path.exists(target) else None
     _keep_owner_and_mode(file, status)
     _rename(file, target, status)
+
+
+def refuse_unwritable(parser: argparse.ArgumentParser, flag: str, path: PathLike) -> None:
+    """End a program whose option `flag` names what cannot be written, before its work."""
+    try:
+        check_writable(path, flag)
+    except WriteError as error:
+        parser.error(str(error))
 
 
 class _Output(io.FileIO):

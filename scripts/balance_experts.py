@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fairseq_moe_ext.atomic_file import refuse_unwritable  # noqa: E402
 from fairseq_moe_ext.balancing.fit import DECODER_PHASES, fit_layers, phases_of_layers  # noqa: E402
 from fairseq_moe_ext.balancing.load import OBJECTIVES  # noqa: E402
 from fairseq_moe_ext.balancing.placement import Placement, save_placement  # noqa: E402
@@ -43,8 +44,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="load per rank and per expert (.png)")
     args = parser.parse_args(arguments)
     for flag, path in (("--output", args.output), ("--plot", args.plot)):
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"{flag} must name a file in an existing folder, got {path}")
+        if path is not None:
+            refuse_unwritable(parser, flag, path)
     if args.method == "contiguous" and args.replicas:
         parser.error(f"--replicas must be 0 for --method contiguous, got {args.replicas}")
     return args

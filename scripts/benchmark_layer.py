@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate, grouped_linear  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
 from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
@@ -247,8 +247,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--cuda-graph needs --device cuda, got cpu")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        parser.error(f"--output must name a file in an existing folder, got {args.output}")
+    if args.output is not None:
+        refuse_unwritable(parser, "--output", args.output)
     return args
 
 

@@ -34,7 +34,7 @@ from fairseq.search import Sampling  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
@@ -235,8 +235,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        parser.error(f"--output must name a file in an existing folder, got {args.output}")
+    if args.output is not None:
+        refuse_unwritable(parser, "--output", args.output)
     return args
 
 

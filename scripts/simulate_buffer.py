@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_moe_ext.atomic_file import new_file  # noqa: E402
+from fairseq_moe_ext.atomic_file import new_file, refuse_unwritable  # noqa: E402
 from fairseq_moe_ext.balancing.placement import contiguous, load_placement  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES  # noqa: E402
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks  # noqa: E402
@@ -136,13 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             layers, profiled = on_ranks(args, layers), []
     except ValueError as error:
         parser.error(str(error))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written, got {args.output}: {error.strerror}")
+    for name in ("buffer.csv", "buffer.png"):
+        refuse_unwritable(parser, "--output", args.output / name)
     rankings = {layer.name: hottest_experts(layer) for layer in profiled}
     sizes = range(1, min(layer.num_experts for layer in layers) + 1)
     outcomes = [each for layer in layers for each in simulate_all(layer, sizes, rankings.get(layer.name))]
-    args.output.mkdir(parents=True, exist_ok=True)
+    report(layers, outcomes)
     write_table(args.output / "buffer.csv", outcomes)
     draw(args.output / "buffer.png", outcomes)
-    report(layers, outcomes)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from device_timing import measure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
-from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
 from fairseq_moe_ext.gating.device_experts import plan_grouped  # noqa: E402
 from fairseq_moe_ext.gating.experts import packed_shapes  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
@@ -84,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=1000, help="try no more tiles than so many")
     parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     args = parser.parse_args()
+    if args.output is not None:
+        refuse_unwritable(parser, "--output", args.output)
     for name in ("experts", "model_dim", "hidden_dim"):
         if getattr(args, name) is None:
             setattr(args, name, SHAPES[args.shape][name])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_moe_ext.atomic_file import write_text
+from fairseq_moe_ext.atomic_file import WriteError, write_text
 from fairseq_moe_ext.figures.models import ROOT, Model, add_model_arguments, find_models
 from fairseq_moe_ext.figures.runs import RunError
 
@@ -56,7 +56,8 @@ def run_study(
 ) -> int:
     """Parse, find the models, and let `make` write its files and return its Markdown, which is written and printed.
 
-    Ends with 2 and one line where the options are wrong, or where `make` raises a ValueError or RunError.
+    Ends with 2 and one line where the options are wrong, or where `make` raises a ValueError, RunError or
+    WriteError.
     """
     name = parser.prog.removeprefix("reproduce_")
     args = parser.parse_args(arguments)
@@ -69,7 +70,7 @@ def run_study(
     study = Study(name, args, found, output, args.results / "runs")
     try:
         text = make(study)
-    except (RunError, ValueError) as error:
+    except (RunError, ValueError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_text(study.file(".md"), text)

@@ -162,7 +162,7 @@ def whole(path):
     (whole, ("--replicas", 3, "--experts-per-rank", 4), "experts per rank must be at least 5"),
     (whole, ("--replicas", 1, "--objective", "active"), "replicas must be 0 for the objective active"),
     (whole, ("--replicas", 1, "--method", "contiguous"), "--replicas must be 0 for --method contiguous, got 1"),
-    (whole, ("--output", "no/such/folder.json"), "--output must name a file in an existing folder"),
+    (whole, ("--output", "no/such/folder.json"), "--output no/such/folder.json cannot be written: there is no folder"),
     (lambda path: save_trace(path, record(("encoder", "prefill"))), ("--phase", "decode"), "got decode"),
 ], ids=lambda value: None if callable(value) else str(value))
 def test_faults_are_one_line(write, flags, message, tmp_path):
