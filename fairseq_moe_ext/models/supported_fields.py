@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from fairseq_moe_ext.models.moe_config import MoEModelFields
+from fairseq_moe_ext.serving.plain_config import shown
 
 # refused at any other value than those given: field -> (values that are served, what it would change)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -90,12 +91,18 @@ def check_fields(args: Any, has_encoder: bool, has_experts: bool = True) -> None
             if value is not None and value not in served:
                 raise UnsupportedFieldError(
                     f"checkpoint field {name} ({meaning}) is not supported: it must be "
-                    f"{' or '.join(map(str, served))}, got {value!r}"
+                    f"{' or '.join(map(str, served))}, got {shown(value)}"
                 )
         elif _is_unknown(name) and value not in DEFAULTS:
             raise UnsupportedFieldError(
-                f"checkpoint field {name} is unknown here and may change the results: it must be unset, got {value!r}"
+                f"checkpoint field {name} is unknown here and may change the results: it must be unset, "
+                f"got {shown(value)}"
             )
+
+
+def is_checked(name: str) -> bool:
+    """Whether `check_fields` has something to say of a field."""
+    return name in REFUSED or name in REFUSED_WITH_EXPERTS or name in REFUSED_WITH_ENCODER or _is_unknown(name)
 
 
 def check_layer_options(cfg: Any, trains: bool) -> None:

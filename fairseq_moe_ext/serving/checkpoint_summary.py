@@ -5,7 +5,6 @@ Legend: E = experts, D = model dim, F = hidden dim.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.find_files import CheckpointFiles, find_checkpoint_files
-from fairseq_moe_ext.serving.state_keys import expert_count, is_expert_key, moe_layer_numbers
+from fairseq_moe_ext.serving.state_keys import expert_count, is_expert_key, layer_count, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 
@@ -63,7 +62,7 @@ def summarize(path: str) -> CheckpointSummary:
     for _, tensor in once:
         name = str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.numel()
-    sides = {side: _layer_count(model, side) for side in ("encoder", "decoder")}
+    sides = {side: layer_count(model, side) for side in ("encoder", "decoder")}
     hidden_dim, model_dim = _matrix(path, model, ".moe_layer.experts.0.fc1.weight")
     vocabulary, _ = _matrix(path, model, "embed_tokens.weight")
     return CheckpointSummary(
@@ -96,18 +95,13 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.place if isinstance(tensor, StoredTensor) else (tensor.data_ptr(), tensor.shape, tensor.dtype)
 
 
-def _layer_count(model: dict[str, Tensor], side: str) -> int:
-    pattern = re.compile(rf"{side}\.layers\.(\d+)\.")
-    return len({match.group(1) for match in map(pattern.match, model) if match})
-
-
 def _architecture(state: dict[str, Any]) -> str:
     cfg = state.get("cfg")
     model = cfg.get("model") if hasattr(cfg, "keys") else state.get("args")
     for name in ("_name", "arch"):
         value = model.get(name) if hasattr(model, "keys") else getattr(model, name, None)
         if value:
-            return str(value)
+            return str(value)[:80]
     return "unknown"
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 from fairseq.sequence_scorer import SequenceScorer
-from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 from fairseq_moe_ext.serving.generator import count_results, take_turn
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
+from fairseq_moe_ext.serving.plain_config import ConfigError, namespace
+from fairseq_moe_ext.serving.rank_files import updates
 from fairseq_moe_ext.serving.safe_loader import SAFE_GLOBALS, revive
+from fairseq_moe_ext.serving.served_config import served_config, task_fields
 from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -75,46 +77,21 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
     if state.get("cfg") is None and state.get("args") is None:
         raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
     try:
-        if state.get("cfg") is not None:
-            state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-        state = checkpoint_utils._upgrade_state_dict(state)
-        state["args"] = None  # fairseq would take them for the configuration, as they were before what is set below
-        model_cfg = state["cfg"].model
-    except Exception as error:  # fairseq takes the content for granted
-        raise CheckpointError(
-            f"{path}: not a fairseq checkpoint: fairseq cannot upgrade it: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    task = state["cfg"].get("task")
-    if TAGS_FIELD in (task or ()):
-        state["model"].extra_tokens = extra_tokens_of(task)
-    _override(state["cfg"], arg_overrides or {})
-    try:
-        _tell_layers(model_cfg, state["model"])
-    except CheckpointError as error:
+        cfg = served_config(state, arg_overrides or {})
+        _tell_layers(cfg.model, state["model"])
+    except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if expert_count(state["model"]) > 0:
-        _tell_task(state["cfg"])
-    return state
+    task = task_fields(state)
+    if TAGS_FIELD in task:
+        state["model"].extra_tokens = extra_tokens_of(namespace(task))
+    vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
+    if expert_count(state["model"]) > 0 and cfg.task["_name"] == "language_modeling":
+        cfg.task["_name"] = "moe_language_modeling"  # our task, where fairseq sets it up by the checkpoint (--lm-path)
+    history = [{"num_updates": updates(state) or 0}]
+    return {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history, "task_state": {}}
 
 
-def _override(cfg: DictConfig, overrides: dict[str, Any]) -> None:
-    """fairseq's `--model-overrides`, which sets what is there already, and model fields that are not there yet."""
-    checkpoint_utils.overwrite_args_by_name(cfg, overrides)
-    nested = overrides.get("model")
-    for name, value in {**overrides, **(nested if isinstance(nested, dict) else {})}.items():
-        if not isinstance(value, dict):
-            _set(cfg.model, name, value)
-
-
-def _tell_task(cfg: DictConfig) -> None:
-    """Let our task serve a MoE language model that fairseq sets up by the checkpoint's own (`--lm-path`)."""
-    task = cfg.get("task")
-    if isinstance(task, DictConfig) and task.get("_name") == "language_modeling":
-        with open_dict(task):
-            task["_name"] = "moe_language_modeling"
-
-
-def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tensor]) -> None:
+def _tell_layers(model_cfg: Namespace, model: dict[str, torch.Tensor]) -> None:
     """Write into the model's arguments what its state says: which layers have experts, and how many.
 
     Upstream's two branches read `moe_freq`, `encoder_moe_freq` and `decoder_moe_freq` differently; the keys do not lie.
@@ -125,28 +102,21 @@ def _tell_layers(model_cfg: DictConfig | Namespace, model: dict[str, torch.Tenso
     given = getattr(model_cfg, "moe_expert_count", None)
     if given not in (None, 0, num_experts):
         raise CheckpointError(f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}")
-    _set(model_cfg, "moe_expert_count", num_experts)
+    model_cfg.moe_expert_count = num_experts
     given_freqs = {side: _given_freq(model_cfg, side) for side in ("encoder", "decoder")}
-    _set(model_cfg, "moe_freq", 0)
+    model_cfg.moe_freq = 0
     for side, given_freq in given_freqs.items():
         numbers = moe_layer_numbers(model, side)
         freq = numbers[0] + 1 if numbers else given_freq
         if numbers != list(range(freq - 1, numbers[-1] + 1, freq) if numbers else []):
             raise CheckpointError(f"the {side}'s MoE layers must stand at every n-th layer, found them at {numbers}")
-        _set(model_cfg, f"{side}_moe_freq", freq)
+        setattr(model_cfg, f"{side}_moe_freq", freq)
 
 
-def _given_freq(model_cfg: DictConfig | Namespace, side: str) -> int:
+def _given_freq(model_cfg: Namespace, side: str) -> int:
     """Of a side without experts: 0, but where dense layers of another size stand in the MoE layers' place."""
     alternate = "alternate_ffn_embed_dim" if side == "encoder" else "alternate_decoder_ffn_embed_dim"
     if not getattr(model_cfg, alternate, None):
         return 0
     return max(int(getattr(model_cfg, name, None) or 0) for name in (f"{side}_moe_freq", "moe_freq"))
 
-
-def _set(model_cfg: DictConfig | Namespace, name: str, value: Any) -> None:
-    if isinstance(model_cfg, DictConfig):
-        with open_dict(model_cfg):
-            model_cfg[name] = value
-    else:
-        setattr(model_cfg, name, value)

@@ -98,7 +98,7 @@ def loading_into(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Loading
         return
     loading = state.loading
     loading.error = None  # of an earlier try
-    _check_vocabulary(model, state)
+    check_vocabulary(model, state)
     try:
         with loading.timed(total=sum(tensor.nbytes for tensor in state.values())):
             yield loading
@@ -111,7 +111,7 @@ def loading_into(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Loading
         ) from error
 
 
-def _check_vocabulary(model: nn.Module, state: ModelState) -> None:
+def check_vocabulary(model: nn.Module, state: ModelState) -> None:
     """The commonest misfit, said in its own words."""
     for name, parameter in model.named_parameters():
         if name in EMBEDDINGS and name in state and parameter.dim() == 2 and state[name].dim() == 2:

@@ -5,6 +5,7 @@ Legend: L = experts in each rank file.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -74,13 +75,13 @@ def _check_same_tensors(states: Sequence[dict], files: Sequence[Path]) -> None:
 
 
 def _check_updates(states: Sequence[dict], files: Sequence[Path]) -> None:
-    told = [(_updates(state), file) for state, file in zip(states, files, strict=True)]
-    known = [(updates, file) for updates, file in told if updates is not None]
-    for updates, file in known[1:]:
-        if updates != known[0][0]:
+    told = [(updates(state), file) for state, file in zip(states, files, strict=True)]
+    known = [(number, file) for number, file in told if number is not None]
+    for number, file in known[1:]:
+        if number != known[0][0]:
             raise CheckpointError(
                 f"{file}: all files must be of one checkpoint: {known[0][1].name} was saved after {known[0][0]} "
-                f"updates, this one after {updates}"
+                f"updates, this one after {number}"
             )
 
 
@@ -125,14 +126,16 @@ def _check_not_twice(states: Sequence[dict], files: Sequence[Path]) -> None:
             raise CheckpointError(f"{file}: an expert must stand in one rank file, found the same ones in {twin.name}")
 
 
-def _updates(state: dict[str, Any]) -> int | None:
+def updates(state: dict[str, Any]) -> int | None:
+    """How many updates a model had when it was saved, None where the file does not say it."""
     history = state.get("optimizer_history")
-    updates = _get(history[-1], "num_updates") if isinstance(history, list) and history else None
-    return updates if isinstance(updates, int) else None
+    number = _get(history[-1], "num_updates") if isinstance(history, list) and history else None
+    return number if isinstance(number, int) else None
 
 
 def _get(value: Any, name: str) -> Any:
-    return value.get(name) if hasattr(value, "keys") else getattr(value, name, None)
+    fields = vars(value) if isinstance(value, Namespace) else value
+    return fields.get(name) if isinstance(fields, dict) else None
 
 
 def _describe(found: tuple | None) -> str:

@@ -28,6 +28,12 @@ def moe_layer_numbers(model: Mapping[str, Tensor], side: str) -> list[int]:
     return sorted(int(match.group(1)) for match in map(layer.fullmatch, gates) if match)
 
 
+def layer_count(model: Mapping[str, Tensor], side: str) -> int:
+    """How many layers `side` has."""
+    layer = re.compile(rf"{side}\.layers\.(\d+)\.")
+    return len({match.group(1) for match in map(layer.match, model) if match})
+
+
 def expert_count(model: Mapping[str, Tensor]) -> int:
     """E, by the gates' shape; 0 in a dense model. CheckpointError, which names no file, where the gates disagree."""
     counts = set()

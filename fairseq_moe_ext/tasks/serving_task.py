@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from argparse import Namespace
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from fairseq import utils
-from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
@@ -28,6 +28,7 @@ from fairseq_moe_ext.serving.generator import (
     ServedEpoch,
     keep_every_sentence,
 )
+from fairseq_moe_ext.serving.model_fits import check_fits, dense_model
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
@@ -77,20 +78,25 @@ class ServingTask:
             flags = self._flags()
             self.ranks = served_ranks()
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
+        state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
-            name = getattr(args, "_name", None) or getattr(args, "arch", None)
-            if name in MODEL_REGISTRY or name in ARCH_MODEL_REGISTRY:
-                return super().build_model(args, from_checkpoint)
-            # an architecture of upstream's branches that the release has no name for
-            check_fields(args, has_encoder)  # built as a model with experts is
-            return self.served_model_class.build_model(self._with_flags(args), self)
+            # without a model of fairseq's: an architecture of upstream's branches that the release has no name for
+            known = dense_model(getattr(args, "_name", None) or getattr(args, "arch", None)) is not None
+            if not known:
+                check_fields(args, has_encoder)  # built as a model with experts is
+                args = self._with_flags(args)
+            build = super().build_model if known else self._build_served
+            check_fits(lambda: build(copy.deepcopy(args), from_checkpoint), state)
+            return build(args, from_checkpoint)
         if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
             found, fitting = _KINDS[has_encoder]
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
         check_fields(args, has_encoder)
-        model = self.served_model_class.build_model(self._with_flags(args), self)
+        args = self._with_flags(args)
+        check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
+        model = self._build_served(args)
         self._distribute(model)
         dtype = self._flags().moe_dtype
         if dtype is not None:
@@ -100,6 +106,9 @@ class ServingTask:
             self.observer.has_model = True
             model.observer = self.observer
         return model
+
+    def _build_served(self, args: Namespace, from_checkpoint: bool = True):
+        return self.served_model_class.build_model(args, self)
 
     def _distribute(self, model) -> None:
         """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the flags say."""

@@ -1,0 +1,60 @@
+"""Whether a checkpoint's tensors fit the model that its configuration describes, before that model takes memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from torch import nn
+
+from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary
+
+_DENSE = (TransformerModel, TransformerLanguageModel)
+
+
+def dense_model(name: str | None) -> type | None:
+    """The class in fairseq of a dense checkpoint's architecture, None where fairseq does not know the name.
+
+    ValueError where it is of another family than transformer and transformer_lm: those run code of other kinds.
+    """
+    found = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    if found is not None and found not in _DENSE and not found.__module__.startswith("fairseq_moe_ext."):
+        raise ValueError(
+            f"a dense checkpoint's architecture must be of fairseq's families transformer or transformer_lm, got {name}"
+        )
+    return found
+
+
+def check_fits(build: Callable[[], nn.Module], state: ModelState | None) -> None:
+    """CheckpointError unless `build`'s model has tensors as `state` has them, and no more values.
+
+    It is built without memory. A state's keys may have older names, so that those which lack are found in loading.
+    state: None where a model is built that no checkpoint will fill.
+    """
+    if state is None:
+        return
+    path = state.loading.path
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: its configuration describes no model: {one_line(error)}") from error
+    check_vocabulary(model, state)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name in state and state[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: its tensors must fit the model that its configuration describes: size mismatch for {name}: "
+                f"{tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
+            )
+    wanted = sum(parameter.numel() for parameter in parameters.values())
+    found = sum(tensor.numel() for tensor in state.values())
+    if wanted > found:
+        raise CheckpointError(
+            f"{path}: its tensors must fit the model that its configuration describes: it has {wanted:,} values, the "
+            f"tensors have {found:,}"
+        )
