@@ -179,7 +179,7 @@ def test_a_dense_checkpoint_of_another_family_is_refused_by_name(served, code, a
 def test_honest_values_in_other_types(served, name, as_args):
     side = ("decoder", "encoder") if "mt" in name else ("decoder",)
     fields = {"dropout": 0, "attention_dropout": "0.1", f"{side[-1]}_layers": 2.0}
-    fields |= {"adaptive_softmax_dropout": 0, "decoder_attention_heads": "4", "base_layers": None, "quant_noise_pq": 0}
+    fields |= {"adaptive_softmax_dropout": 0, "decoder_attention_heads": "4", "quant_noise_pq": 0}
     fields |= {"no_scale_embedding": 0, "langs": ["en"] * 200, "langtoks": {"main": ("src", None)}, "betas": "(0, 1)"}
     fields |= {"data": "/data/bin", "character_filters": "[(1, 64), (2, 128)]", "sampling_weights": {"a": 1.0}}
     served.load(name, served.model(name, fields, as_args=as_args))
