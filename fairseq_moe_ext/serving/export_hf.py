@@ -177,31 +177,33 @@ def _order(state: dict[str, Any], config: NllbConfig, dictionary: str | None, to
 
 
 def _names(state: dict[str, Any], config: NllbConfig, theirs: HfVocabulary, words: list[str] | None) -> list[str]:
-    """fairseq's name of every row: by what the checkpoint itself says of its languages and options, where it does.
+    """fairseq's name of every row: as the conversion gave them, or by the checkpoint's own languages and options.
 
     CheckpointError where they cannot be those that the checkpoint was trained, or converted, with.
     """
-    args = _arguments(state, "task")
-    languages, checksum = getattr(args, "langs", None), _extra(state, DICTIONARY_CHECKSUM)
+    args, checksum = _arguments(state, "task"), _extra(state, DICTIONARY_CHECKSUM)
+    languages = getattr(args, "langs", None)
     if isinstance(languages, str):
         languages = languages.split(",")
-    if languages is None or words is None:
+    if checksum is not None:
         names = fairseq_vocabulary(theirs, words, config.vocabulary).names
-    else:
-        names = [*SPECIAL, *words]
-        names += [token for token in map(language_token, languages) if token not in names]
-        names += [token for token in extra_tokens_of(args) if token not in names]
+        if checksum != dictionary_checksum(names):
+            raise CheckpointError(
+                "the dictionary must be the one that the checkpoint was converted with, in its order: its checksum is "
+                "another (--dictionary)"
+            )
+        return names
+    if words is None:
+        raise CheckpointError("--dictionary must be given: the checkpoint does not say in which order its words are")
+    if languages is None:
+        return fairseq_vocabulary(theirs, words, config.vocabulary).names
+    known = {*SPECIAL, *words}
+    tokens = [*map(language_token, languages), *extra_tokens_of(args)]
+    names = [*SPECIAL, *words, *(token for token in tokens if token not in known)]
     if len(names) != config.vocabulary:
         raise CheckpointError(
             f"the dictionary is of another vocabulary: with the checkpoint's languages and options it has {len(names)} "
             f"entries, the embeddings have {config.vocabulary} rows"
-        )
-    if checksum is None and words is None:
-        raise CheckpointError("--dictionary must be given: the checkpoint does not say in which order its words are")
-    if checksum not in (None, dictionary_checksum(names)):
-        raise CheckpointError(
-            "the dictionary must be the one that the checkpoint was converted with, in its order: its checksum is "
-            "another (--dictionary)"
         )
     return names
 

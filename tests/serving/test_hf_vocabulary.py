@@ -178,7 +178,8 @@ class TestRows:
         theirs = write(tmp_path / "hf", rows)
         add_token(tmp_path / "hf", "Kubernetes", NAMED)
         done = convert_nllb(str(tmp_path / "hf"), str(tmp_path / "x.pt"))
-        for number, words in enumerate((None, str(done.files[1]))):
+        pieces = hf_makers.write_dictionary(tmp_path / "dict.txt", hf_makers.pieces_of(tmp_path / "hf"))
+        for number, words in enumerate((None, str(pieces), str(done.files[1]))):
             back = tmp_path / f"back{number}"
             export_hf(str(done.files[0]), str(back), words, str(tmp_path / "hf"))
             assert torch.equal(load_file(back / "model.safetensors")["model.shared.weight"], theirs)
