@@ -228,8 +228,8 @@ def _follow_links(path: PathLike) -> tuple[str, int | None]:
         folder, name = os.path.split(found)
         found = os.path.join(os.path.realpath(folder), name)
         match = _DESCRIPTOR.fullmatch(found)
-        if match is not None and int(match[1]) == os.getpid():
-            return found, int(match[2])
+        if match is not None:  # where another process's leads to, only the system knows
+            return found, int(match[2]) if int(match[1]) == os.getpid() else None
         if not os.path.islink(found):
             return found, None
         found = os.path.join(os.path.dirname(found), os.readlink(found))

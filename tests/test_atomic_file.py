@@ -256,6 +256,16 @@ def test_standard_output_is_continued(tmp_path, path, kind):
     assert found == "before\nwritten\nafter\n"
 
 
+def test_another_processs_descriptor(tmp_path):
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=out)
+        for number, content in (("1", "to the file"), ("0", "to nothing")):
+            write_text(f"/proc/{process.pid}/fd/{number}", content)
+        process.kill()
+        process.wait()
+    assert (tmp_path / "out").read_text() == "to the file"
+
+
 def test_a_descriptor_that_only_reads_or_is_closed(tmp_path):
     (tmp_path / "file").write_text("old")
     with open(tmp_path / "file", encoding="utf-8") as opened:

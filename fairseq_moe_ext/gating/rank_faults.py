@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
+WORD = 10_000  # characters
 KEY = "moe_fault/{}"  # of a rank's word in the group's store
 
 
@@ -21,7 +22,7 @@ class ExchangeError(RuntimeError):
 def leave_word(rank: int, fault: str) -> None:
     """For the other ranks of the group."""
     with suppress(RuntimeError):  # the store may have gone with the rank that keeps it
-        _store().set(KEY.format(rank), fault)
+        _store().set(KEY.format(rank), fault[:WORD])  # the store ends over values of 8 MiB
 
 
 def word_left(world_size: int) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.gating.rank_faults import ExchangeError
 from fairseq_moe_ext.serving.exit_code import ExitCode
 from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.serving.ranks import Ranks
@@ -144,17 +145,29 @@ class Observer:
             if self._recorder is not None:
                 self._ranks.send(pack_trace(self._recorder.trace()))
             return
-        for rank in others:
-            self.report.add_rank(json.loads(self._ranks.receive(rank)))
+        reports = {rank: self._received(rank, "report") for rank in others}
+        for figures in reports.values():
+            if figures is not None:
+                self.report.add_rank(json.loads(figures))
         self._tell_of_non_finite()
-        if self._report_path:
+        if self._report_path and None not in reports.values():
             with self._going_on():
                 write_json(self._report_path, self.report.as_dict(), "--moe-report")
         if self._recorder is not None:
-            traces = [self._ranks.receive(rank) for rank in others]
-            with self._going_on():
-                self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces)]))
+            traces = [figures and self._received(rank, "trace") for rank, figures in reports.items()]
+            if None not in traces:
+                with self._going_on():
+                    self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces)]))
         logger.info(self.report.summary())
+
+    def _received(self, rank: int, what: str) -> bytearray | None:
+        """What `rank` sends next; None where it has ended before, which does not take the results with it."""
+        try:
+            return self._ranks.receive(rank)
+        except ExchangeError as error:
+            where = f"rank {rank} of {self._ranks.world_size}"
+            self._exit_code.fail(f"{where} ended before its {what} came, which is not written: {error}")
+            return None
 
     def _write_trace(self, phases: dict[str, PhaseTrace]) -> None:
         if phases:

@@ -184,6 +184,29 @@ def test_a_rank_that_dies_while_its_message_is_under_way():
     assert "the exchange between the ranks broke off" in said and seconds < 10
 
 
+def _finish_without_rank_1(ranks, folder: Path):
+    """Rank 1 ends within its trace."""
+    if ranks.rank == 1:
+        observer = Observer("dynamic", str(folder / "report.json"), str(folder / "trace.npz"), ranks)
+        observer.report.close(ranks.exchange)
+        ranks.send(json.dumps(observer.report.figures()).encode())
+        ranks._outbox.wait()
+        ranks.send(bytes(20 * CHUNK))
+        os.kill(os.getpid(), signal.SIGKILL)
+    observer = Observer("dynamic", str(folder / "report.json"), str(folder / "trace.npz"), ranks)
+    observer._recorder.begin_step("decode", ranks.rank)
+    observer._recorder.add("layer", [1, 2])
+    observer.finish()
+    return ranks.leave() if ranks.rank > 0 else observer._exit_code._failed
+
+
+def test_a_trace_that_does_not_come_takes_neither_the_report_nor_the_results_with_it(tmp_path, capfd):
+    assert run_ranks(_finish_without_rank_1, 3, tmp_path, killed=(1,))[0]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith("error: rank 1 of 3 ended before its trace came, which is not written")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
 def _die_before_receiving(ranks):
     if ranks.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
