@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fairseq_moe_ext.gating.routing import Routing, only_kept
 OVERFLOWS = ("drop", "reroute", "expand")
 DROP_METRICS = ("score", "order", "reverse-order", "random")
 CAPACITY_SCOPES = ("expert", "rank")
+FACTOR_DENOMINATOR = 10**6  # the capacity factor counts with six decimals
 REROUTE_ROUNDS = 4  # what overflows after them is dropped
 
 
@@ -126,15 +128,17 @@ class _Batch:
         self._random = capacity.random(routing.weights) if self._rules.metric == "random" else None
         counted = routing.kept.any(dim=1).long()  # padding does not count
         tokens = counted.new_zeros(capacity.num_ranks).scatter_add_(0, ranks_of_tokens, counted)  # (R,)
-        self._mean_load = tokens.double() * num_choices / routing.num_experts  # (R,), of one expert
-        limit = (self._rules.factor * self._mean_load).unsqueeze(1)  # (R, 1)
+        # gamma times an expert's mean load, in whole numbers: a product of floats may fall short of one. No load is
+        # over E times the mean
+        factor = Fraction(repr(min(self._rules.factor, routing.num_experts))).limit_denominator(FACTOR_DENOMINATOR)
+        self._of_expert, self._unit = tokens * num_choices * factor.numerator, factor.denominator * routing.num_experts
         if self._rules.scope == "rank":
-            limit = limit * capacity._experts_per_rank  # (R, R)
+            limit = self._of_expert.unsqueeze(1) * capacity._experts_per_rank  # (R, R)
             most = tokens * num_choices
         else:
-            limit = limit.expand(-1, routing.num_experts)  # (R, E)
+            limit = self._of_expert.unsqueeze(1).expand(-1, routing.num_experts)  # (R, E)
             most = tokens
-        self._limits = limit.floor().long().clamp_min(1).minimum(most.unsqueeze(1)).reshape(-1)  # (G,)
+        self._limits = (limit // self._unit).clamp_min(1).minimum(most.unsqueeze(1)).reshape(-1)  # (G,)
 
     def fits(self, expert_ids: Tensor, wanted: Tensor, taken: Tensor | None = None) -> Tensor:
         """expert_ids, wanted (T, K) -> which of the wanted assignments find room beside `taken` (G,) others (T, K)."""
@@ -175,8 +179,8 @@ class _Batch:
         groups = self._ranks_of_tokens * self._routing.num_experts + self._routing.expert_ids
         size = self._capacity.num_ranks * self._routing.num_experts
         load = self._load(groups.masked_fill(~self._routing.kept, size).view(-1), size)
-        limits = (self._rules.factor * self._mean_load).repeat_interleave(self._routing.num_experts)
-        return (load - limits).clamp_min(0).sum()
+        limits = self._of_expert.repeat_interleave(self._routing.num_experts)
+        return (load * self._unit - limits).clamp_min(0).sum().double() / self._unit
 
     def _choose_again(
         self, expert_ids: Tensor, overflow: Tensor, barred: Tensor, preferred: Tensor | None

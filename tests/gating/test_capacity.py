@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -52,12 +53,14 @@ class Twin:
         return self.tokens_of(rank) * self.num_choices / self.num_experts
 
     def limit(self, group):
+        """By exact arithmetic, of the factor as it is written."""
         rank, of = group
-        tokens = self.tokens_of(rank)
+        tokens, factor = self.tokens_of(rank), Fraction(repr(self.rules.factor))
+        mean_load = Fraction(tokens * self.num_choices, self.num_experts)
         if self.rules.scope == "expert":
-            return min(max(math.floor(self.rules.factor * self.mean_load(rank)), 1), tokens)
+            return min(max(math.floor(factor * mean_load), 1), tokens)
         held = self.rank_of_expert.count(of)
-        return min(max(math.floor(self.rules.factor * self.mean_load(rank) * held), 1), tokens * self.num_choices)
+        return min(max(math.floor(factor * mean_load * held), 1), tokens * self.num_choices)
 
     def group(self, token, expert):
         rank = self.rank_of_token[token]
@@ -163,7 +166,7 @@ def cases(draw, metrics=WITHOUT_RANDOM):
         draw(st.sampled_from(list(TOLERANCES))),
     )
     rules = Rules(
-        draw(st.sampled_from((0.3, 0.5, 1.0, 1.5, 2.0, 50.0))),
+        draw(st.sampled_from((0.3, 0.5, 0.7, 1.0, 1.1, 1.4, 1.5, 2.0, 50.0))),
         draw(st.sampled_from(OVERFLOWS)),
         draw(st.sampled_from(metrics)),
         draw(st.sampled_from(CAPACITY_SCOPES)),
@@ -241,6 +244,27 @@ def test_drop_by_hand():
     found = limited(routing, routing.weights, Rules(1.0, "reroute"), [0, 0], [0] * 4, 1)
     assert found.routing.expert_ids.squeeze(1).tolist() == [1, 0, 1, 0] and found.routing.kept.all()
     torch.testing.assert_close(found.weights.squeeze(1), torch.tensor([0.4, 0.9, 0.3, 0.8]))
+
+
+@pytest.mark.parametrize(
+    ("factor", "num_tokens", "num_experts", "num_choices", "limit"),
+    [
+        (1.16, 25, 2, 2, 25),  # 29, but no expert is chosen twice by a token
+        (1.16, 25, 4, 2, 14),
+        (1.16, 50, 4, 2, 29),  # 28.999999999999996 in floating point
+        (0.57, 100, 1, 1, 57),
+        (0.1, 30, 3, 1, 1),
+        (1e-9, 30, 3, 1, 1),
+        (1e300, 30, 3, 1, 30),
+    ],
+)
+def test_the_limit_is_exact(factor, num_tokens, num_experts, num_choices, limit):
+    """All tokens choose the first experts."""
+    ids = torch.arange(num_choices).expand(num_tokens, num_choices)
+    probabilities = torch.full((num_tokens, num_experts), 1 / num_experts)
+    routing = Routing(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(ids.shape), probabilities)
+    found = limited(routing, routing.weights, Rules(factor), [0] * num_experts, [0] * num_tokens, 1)
+    assert found.routing.kept.sum(dim=0).tolist() == [limit] * num_choices
 
 
 def test_random_follows_the_seed():
