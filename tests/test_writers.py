@@ -23,8 +23,6 @@ TO_FILE = {"savefig", "save", "savez", "savez_compressed", "savetxt", "save_file
 OPENERS = {"open", "fdopen", "ZipFile", "FileIO", "memmap", "TarFile"}
 # (file, what): a file that is resumed, under its lock; streams of processes; folders
 EXEMPT = {
-    ("fairseq_moe_ext/buffering/expert_file.py", "open"),
-    ("fairseq_moe_ext/buffering/expert_file.py", "replace"),
     ("fairseq_moe_ext/tasks/serving_parser.py", "open"),  # /dev/null as standard output
     ("fairseq_moe_ext/serving/conversion_lock.py", "open"),
     ("fairseq_moe_ext/serving/record_writer.py", "open"),

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.atomic_file import WriteError, new_file
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.buffering.store import StoreError
 from fairseq_moe_ext.gating.experts import EXPERT_KEYS
@@ -30,6 +32,19 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 _ALIGNMENT = 64
 _METADATA = "__metadata__"
 _CHECKSUMS = "crc32"
+_DIGITS = 16  # of a fingerprint in a file's name
+
+
+def store_file(folder: Path, name: str, fingerprint: str) -> Path:
+    """Where the experts called `name` with the values of `fingerprint` lie: no other values have that file."""
+    return folder / f"{name}.{fingerprint[:_DIGITS]}.safetensors"
+
+
+def other_files(folder: Path, name: str, file: Path) -> list[Path]:
+    """What lies beside `file` of experts with the same name: of other values, or left by a process that was killed."""
+    hexadecimal = rf"\.[0-9a-f]{{{_DIGITS}}}"
+    pattern = re.compile(rf"{re.escape(name)}({hexadecimal})?\.safetensors({hexadecimal}\.tmp)?")
+    return sorted(found for found in folder.iterdir() if pattern.fullmatch(found.name) and found != file)
 
 
 def open_or_build(path: Path, held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> ExpertFile:
@@ -44,19 +59,31 @@ def open_or_build(path: Path, held: Sequence[int], weights: Sequence[Sequence[Te
         logger.info("experts are read from %s", path)
         return found
     except FileNotFoundError:
-        reason = None
+        stale = ""
     except (StoreError, OSError) as error:
-        reason = str(error)
+        stale = str(error)
     try:
         _build(path, weights, layout)
     except OSError as error:
-        stale = "" if reason is None else f" ({reason})"
+        if (found := _built_meanwhile(path, layout)) is not None:
+            return found
+        reason = error.reason if isinstance(error, WriteError) else error.strerror or error
         raise StoreError(
-            f"{path}: the expert store cannot be written: {error.strerror or error}{stale}; --expert-store-dir puts it "
-            "into another folder"
+            f"{path}: the expert store cannot be written: {reason}{stale and f' ({stale})'}; --expert-store-dir puts "
+            "it into another folder"
         ) from error
-    logger.info("experts were written to %s%s", path, "" if reason is None else f", built anew: {reason}")
+    logger.info("experts were written to %s%s", path, stale and f", built anew: {stale}")
     return ExpertFile(path, layout)
+
+
+def _built_meanwhile(path: Path, layout: dict) -> ExpertFile | None:
+    """By another process; two on one disk may lack the room that one has."""
+    try:
+        found = ExpertFile(path, layout)
+    except (StoreError, OSError):
+        return None
+    logger.info("experts are read from %s, which another process has written", path)
+    return found
 
 
 class ExpertFile:
@@ -134,30 +161,23 @@ def _layout(held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprin
 
 
 def _build(path: Path, weights: Sequence[Sequence[Tensor]], layout: dict) -> None:
-    """Under a temporary name first; OSError where that fails, and nothing is left behind."""
+    """OSError where that fails, and nothing is left behind; of several processes at once the last one's file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = [part for parts in weights for part in parts]
     needed, free = sum(part.nbytes for part in tensors), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes needed, {free} free")
     checksums = [0] * len(tensors)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_header(layout, checksums))
-            for number, part in enumerate(tensors):
-                values = torch.empty(part.shape, dtype=part.dtype)
-                values.copy_(part)
-                view = _bytes_of(values)
-                checksums[number] = zlib.crc32(view)
-                file.write(view)
-            file.seek(0)
-            file.write(_header(layout, checksums))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as file:
+        file.write(_header(layout, checksums))
+        for number, part in enumerate(tensors):
+            values = torch.empty(part.shape, dtype=part.dtype)
+            values.copy_(part)
+            view = _bytes_of(values)
+            checksums[number] = zlib.crc32(view)
+            file.write(view)
+        file.seek(0)
+        file.write(_header(layout, checksums))
 
 
 def _header(layout: dict, checksums: Sequence[int]) -> bytes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts
-from fairseq_moe_ext.buffering.expert_file import open_or_build
+from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.gating import MOELayer, ResidentExperts
@@ -55,25 +55,30 @@ class BufferSettings:
 class ExpertBuffer:
     """Gives one model's layers their buffered experts, and starts them.
 
-    checkpoint: set before the weights come; names the disk store's files.
+    checkpoint: set before the weights come; names the disk store's files, together with the values' fingerprint.
     """
 
     def __init__(self, settings: BufferSettings):
         self._settings = settings
         self._layers: dict[str, BufferedExperts] = {}
         self._rankings: dict[str, list[int]] = {}
+        self._started: tuple[torch.device, torch.dtype] | None = None  # where the model was at the start
+        self._superseded: list[Path] = []  # what lay beside the files that were built
         self.checkpoint = Path("checkpoint.pt")
 
     def install(self, layers: dict[str, MOELayer]) -> None:
-        """Replace experts that have no memory yet: by buffered ones, or where all of them fit by resident ones."""
+        """Replace experts that have no memory yet: by buffered ones, or where all of them fit by resident ones.
+
+        A rank may hold no expert of a layer, which has no buffer then.
+        """
         settings = self._settings
         for name, layer in layers.items():
             experts = layer.experts
             in_scope = settings.scope == "all" or name.startswith(f"{settings.scope}.")
-            fits = settings.size != AUTO and settings.size > len(experts.held)
+            fits = not experts.held or settings.size != AUTO and settings.size > len(experts.held)
             if not in_scope or fits:
                 experts.to_empty(device="cpu")
-                if in_scope:
+                if in_scope and experts.held:
                     logger.info(
                         "%s: --expert-buffer-size %d is more than its %d experts: all of them are resident",
                         name, settings.size, len(experts.held),
@@ -118,25 +123,33 @@ class ExpertBuffer:
         if in_records and self._settings.store_dir is None:
             return FileStore(LazyTensors(weights), dtype)
         folder = self._settings.store_dir or self.checkpoint.parent
-        # ranks that hold other experts must not build over each other's files
+        # ranks that hold other experts have files of their own
         share = "" if len(experts.held) == experts.num_experts else f".{zlib.crc32(repr(experts.held).encode()):08x}"
-        file = folder / f"{self.checkpoint.stem}.{name}{share}.safetensors"
-        return FileStore(open_or_build(file, experts.held, weights, fingerprint(weights)), dtype)
+        named, values = f"{self.checkpoint.stem}.{name}{share}", fingerprint(weights)
+        file = store_file(folder, named, values)
+        is_new = not file.exists()
+        source = open_or_build(file, experts.held, weights, values)
+        if is_new:
+            self._superseded += other_files(folder, named, file)
+        return FileStore(source, dtype)
 
     def start(self, model: nn.Module) -> None:
-        """Make and fill the slots: `model` has its weights, dtype and device."""
+        """Make and fill the slots: `model` has its weights, dtype and device. Once more changes nothing."""
         if not self._layers:
             return
-        device = next(model.parameters()).device
-        settings = self._settings
+        parameter = next(model.parameters())
+        device, settings = parameter.device, self._settings
+        if self._started == (device, parameter.dtype) and all(layer.is_started for layer in self._layers.values()):
+            return
         if settings.store == "host" and device.type == "cpu":
             logger.warning(
                 "--expert-store host saves nothing on a CPU: all experts lie in main memory beside the buffer; "
                 "--expert-store disk leaves them on disk"
             )
-        experts = next(iter(self._layers.values()))
+        for layer in self._layers.values():
+            layer.stop()  # what it holds is free for `auto`
         sizes = self._sizes(device)
-        capacities = self._host_capacities(device)
+        capacities = self._host_capacities()
         for name, layer in self._layers.items():
             layer.start(sizes[name], self._rankings.get(name), capacities[name])
         kept, total = (
@@ -144,9 +157,20 @@ class ExpertBuffer:
         )
         logger.info(
             "%d MoE layers have %d of %d experts in a buffer on %s (%s, %s): %.2f of %.2f GB, the rest in the %s store",
-            len(self._layers), sizes[next(iter(sizes))], len(experts.held), device, settings.policy, settings.order,
-            kept / 1e9, total / 1e9, settings.store,
+            len(self._layers), sum(sizes.values()), sum(len(layer.held) for layer in self._layers.values()), device,
+            settings.policy, settings.order, kept / 1e9, total / 1e9, settings.store,
         )
+        self._started = device, parameter.dtype
+        self._tell_of_superseded()
+
+    def _tell_of_superseded(self) -> None:
+        sizes, self._superseded = {file: _size_of(file) for file in self._superseded}, []
+        if any(sizes.values()):
+            logger.warning(
+                "%d files of %.2f GB beside the ones that were built are of another checkpoint of this name, or of "
+                "this one before it was replaced; they may be deleted unless they are still served: %s",
+                len(sizes), sum(sizes.values()) / 1e9, ", ".join(map(str, sizes)),
+            )
 
     def _sizes(self, device: torch.device) -> dict[str, int]:
         """N of every layer."""
@@ -164,9 +188,9 @@ class ExpertBuffer:
             logger.warning("%.2f GB of free memory are tight for a buffer of one expert per layer", free / 1e9)
         return sizes
 
-    def _host_capacities(self, device: torch.device) -> dict[str, int | None]:
-        """How many of every layer's experts main memory holds between the disk store and a GPU."""
-        if self._settings.store == "host" or device.type == "cpu":
+    def _host_capacities(self) -> dict[str, int | None]:
+        """How many of every layer's experts main memory holds between the disk store and a GPU, wherever slots are."""
+        if self._settings.store == "host":
             return dict.fromkeys(self._layers)
         room = self._settings.host_memory
         if room is None:
@@ -175,6 +199,13 @@ class ExpertBuffer:
         return {
             name: max(1, min(room * len(layer.held) // total, len(layer.held))) for name, layer in self._layers.items()
         }
+
+
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # it was another process's, and has its name by now
+        return 0
 
 
 def fingerprint(weights: Sequence[Sequence[Tensor]]) -> str:

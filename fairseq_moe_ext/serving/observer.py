@@ -6,6 +6,7 @@ import atexit
 import json
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -52,12 +53,28 @@ class Observer:
         self._told_of_non_finite = False
         self._exit_code = ExitCode()  # before `finish_at_exit`, hence after it when the process ends
         self._at_exit = False
-        self._on_gpu = False
+        self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
+        self._described: tuple[torch.device, torch.dtype] | None = None
 
     def model_ready(self, model) -> None:
-        """The model has its weights, dtype and device."""
+        """The model has its weights; also again, after it was prepared once more. What was counted so far stays."""
+        self._model = weakref.ref(model)
+        self._describe(model)
+
+    def _describe(self, model) -> None:
+        parameter = next(model.parameters())
+        self._described = parameter.device, parameter.dtype
         self.report.describe(model, model.moe_layers())
-        self._on_gpu = self.report.device.startswith("cuda")
+
+    def _is_on_gpu(self) -> bool:
+        """Whether the model computes on a GPU now; the report hears where it has gone."""
+        model = self._model()
+        if model is None:
+            return False
+        parameter = next(model.parameters())
+        if (parameter.device, parameter.dtype) != self._described:
+            self._describe(model)
+        return parameter.device.type == "cuda"
 
     def begin_batch(self, number: int | None = None) -> None:
         """Batch `number` of all ranks' begins; None: the next one."""
@@ -106,9 +123,10 @@ class Observer:
 
         return lambda call: self._calls.append((name, call))
 
-    def _take_in_calls(self) -> None:
-        """What the layers told; their counts come from the device together, once per pass, not within it."""
-        fetch([call.load for _, call in self._calls])
+    def _take_in_calls(self, phase: str) -> None:
+        """What the layers told of a pass that is done."""
+        if self._recorder is not None:
+            self._recorder.begin_step(phase, max(self._batch, 0))
         for name, call in self._calls:
             self.report.layers[name].add(call)
             if self._recorder is not None:
@@ -185,26 +203,33 @@ class Observer:
 
     @contextmanager
     def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:
-        tokens = int(real.sum())
-        if self._recorder is not None:
-            self._recorder.begin_step(phase, max(self._batch, 0))
-        self._synchronize()
-        start = time.perf_counter()
-        yield
-        self._synchronize()
-        totals.seconds += time.perf_counter() - start
+        """Nothing is counted of a pass that raises: whoever meets the error may try again."""
+        tokens, on_gpu = int(real.sum()), self._is_on_gpu()
+        fetched = self.report.buffer_totals()
+        try:
+            # a pass ends when the device has finished it, not when the host has queued it
+            _synchronize(on_gpu)
+            start = time.perf_counter()
+            yield
+            _synchronize(on_gpu)
+            seconds = time.perf_counter() - start
+            fetch([call.load for _, call in self._calls])  # of all layers together, once per pass, not within it
+            not_finite = self._outputs.first_not_finite(real)
+        except BaseException:
+            self._calls.clear()
+            self._outputs = PassOutputs()
+            self.report.set_buffer_totals(fetched)
+            raise
+        totals.seconds += seconds
         totals.tokens += tokens
         totals.steps += 1
-        self._take_in_calls()
-        self._look_for_non_finite(real)
-
-    def _look_for_non_finite(self, real: Tensor) -> None:
-        layer = self._outputs.first_not_finite(real)
-        if layer is not None:
-            self.report.non_finite.add(NonFinite(passes=1, first_layer=layer))
+        self._take_in_calls(phase)
+        self.report.take_in_buffers()
+        if not_finite is not None:
+            self.report.non_finite.add(NonFinite(passes=1, first_layer=not_finite))
             self._tell_of_non_finite()
 
-    def _synchronize(self) -> None:
-        # a pass ends when the device has finished it, not when the host has queued it
-        if self._on_gpu:
-            torch.cuda.synchronize()
+
+def _synchronize(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -28,21 +30,41 @@ class Report:
         self.hypothesis_tokens = 0
         self.non_finite = NonFinite()
         self.layers: dict[str, LayerTotals] = {}
-        self._experts: dict[str, torch.nn.Module] = {}  # of the layers
+        # of the layers; a report does not keep a model that was served
+        self._experts: Mapping[str, torch.nn.Module] = WeakValueDictionary()
         self.device = "cpu"
         self.dtype = "float32"
         self.expert_bytes_total = 0
+        self._expert_bytes = self._expert_bytes_resident = 0  # of this rank
         self.loading: dict[str, float] | None = None
 
     def describe(self, model: torch.nn.Module, layers: dict[str, MOELayer]) -> None:
-        """Take down device, dtype and expert bytes of a model that is ready to serve."""
+        """Take down device, dtype and expert bytes of a model that is ready to serve, as often as they change."""
         parameter = next(model.parameters())
         self.device, self.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
-        self._experts = {name: layer.experts for name, layer in layers.items()}
-        self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in self._experts.values())
-        self.layers = {name: LayerTotals(name) for name in layers}
+        experts = {name: layer.experts for name, layer in layers.items()}
+        self._experts = WeakValueDictionary(experts)
+        self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in experts.values())
+        self._expert_bytes = sum(each.total_bytes for each in experts.values())
+        self._expert_bytes_resident = sum(each.resident_bytes for each in experts.values())
+        self.layers = {name: self.layers.get(name) or LayerTotals(name) for name in layers}
         loading = getattr(model, "loading", None)
         self.loading = None if loading is None else loading.as_dict()
+
+    def buffer_totals(self) -> dict[str, BufferCall]:
+        """What every layer's experts have fetched so far."""
+        return {name: experts.totals for name, experts in self._experts.items()}
+
+    def set_buffer_totals(self, totals: Mapping[str, BufferCall]) -> None:
+        """Take back what was fetched since `totals` were read."""
+        for name, experts in self._experts.items():
+            if experts.totals != totals[name]:
+                experts.totals = totals[name]
+
+    def take_in_buffers(self) -> None:
+        """The experts' figures, while they are there."""
+        for name, totals in self.buffer_totals().items():
+            self.layers[name].buffer = totals
 
     def count_hypotheses(self, hypotheses: list[list[dict]]) -> None:
         """Add one batch of a generator's results: per sentence its hypotheses, best first."""
@@ -51,8 +73,8 @@ class Report:
 
     def close(self, exchange: Exchange | None = None) -> None:
         """All that this process served is done: take in what its experts ran and fetched, for whichever rank."""
-        for number, (name, layer) in enumerate(self.layers.items()):
-            layer.buffer = self._experts[name].totals
+        self.take_in_buffers()
+        for number, layer in enumerate(self.layers.values()):
             if layer.buffer.hits + layer.buffer.misses:
                 layer.seconds["copy"] = layer.buffer.seconds
             if exchange is not None:
@@ -96,8 +118,8 @@ class Report:
             **rounds,
             "hits": buffer.hits,
             "misses": buffer.misses,
-            "expert_bytes": sum(experts.total_bytes for experts in self._experts.values()),
-            "expert_bytes_resident": sum(experts.resident_bytes for experts in self._experts.values()),
+            "expert_bytes": self._expert_bytes,
+            "expert_bytes_resident": self._expert_bytes_resident,
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0,
             "peak_rss_bytes": peak_resident_bytes(),
         }

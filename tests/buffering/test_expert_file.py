@@ -1,6 +1,8 @@
 """The disk store's file: what other tools read of it, and every way in which it can be wrong."""
 
+import errno
 import logging
+import multiprocessing
 import os
 import stat
 from pathlib import Path
@@ -10,10 +12,12 @@ import safetensors
 import torch
 from buffer_makers import assert_file_serves, weights_of
 from cases import examples
+from full_disk import full_at
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_moe_ext.buffering.expert_file import ExpertFile, open_or_build
+from fairseq_moe_ext.buffering import expert_file
+from fairseq_moe_ext.buffering.expert_file import ExpertFile, open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.store import FileStore, StoreError
 from fairseq_moe_ext.gating.experts import EXPERT_KEYS
 
@@ -120,25 +124,62 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    """The file of the temporary name takes no byte."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    (tmp_path / f"x.safetensors.{os.getpid()}.tmp").symlink_to("/dev/full")
-    return tmp_path
+def test_a_disk_that_fills_up_while_building(tmp_path):
+    with full_at(700), pytest.raises(StoreError, match=r"x\.safetensors: the expert store cannot be written: File too"):
+        open_or_build(tmp_path / "x.safetensors", HELD, weights_of(2), "one")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_while_building(full_disk):
-    with pytest.raises(StoreError, match="cannot be written: No space left on device"):
-        open_or_build(full_disk / "x.safetensors", HELD, weights_of(2), "one")
-    assert list(full_disk.iterdir()) == []
-
-
-def test_a_stale_file_that_cannot_be_replaced_is_refused(built, full_disk):
-    with pytest.raises(StoreError, match=r"No space left on device \(.*another checkpoint.*\)"):
+def test_a_stale_file_that_cannot_be_replaced_is_refused(built):
+    with full_at(700), pytest.raises(StoreError, match=r"File too large \(.*another checkpoint.*\); --expert"):
         open_or_build(built, HELD, weights_of(2), "two")
     assert_file_serves(open_or_build(built, HELD, weights_of(2), "one"), weights_of(2))
+
+
+def test_a_process_without_room_takes_what_another_has_built(tmp_path, monkeypatch):
+    """The other one's file gets its name while this one fails."""
+    path = tmp_path / "x.safetensors"
+
+    def fails(*_):
+        monkeypatch.undo()
+        open_or_build(path, HELD, weights_of(2), "one")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(expert_file, "_build", fails)
+    assert_file_serves(open_or_build(path, HELD, weights_of(2), "one"), weights_of(2))
+
+
+def build_with_others(path: Path, number: int, start, results) -> None:
+    start.wait()
+    for attempt in range(5):
+        fingerprint = f"{attempt}" * 64
+        weights = weights_of(2, seed=attempt)
+        file = open_or_build(store_file(path, "x", fingerprint), HELD, weights, fingerprint)
+        assert_file_serves(file, weights)
+    results.put(number)
+
+
+def test_several_processes_build_at_once(tmp_path):
+    """Five files, one after another: whoever comes first, each is whole and all processes are served."""
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    processes = [context.Process(target=build_with_others, args=(tmp_path, n, start, results)) for n in range(4)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert sorted(results.get(timeout=60) for _ in processes) == [0, 1, 2, 3]
+    for process in processes:
+        process.join()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_lies_beside_a_file(tmp_path):
+    mine, other = (store_file(tmp_path, "X.layer", digit * 64) for digit in "ab")
+    names = ["X.layer.safetensors", f"{mine.name}.{'0' * 16}.tmp", other.name]
+    for name in [mine.name, *names, "Y.layer.safetensors", "X.layer.0123abcd.safetensors", "X.layer.pt",
+                 f"X.layer.0123abcd.{'a' * 16}.safetensors"]:
+        (tmp_path / name).write_bytes(b"")
+    assert other_files(tmp_path, "X.layer", mine) == sorted(tmp_path / name for name in names)
 
 
 def read_all(file: ExpertFile, weights) -> None:
