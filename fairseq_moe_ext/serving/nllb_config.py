@@ -169,8 +169,8 @@ class NllbConfig:
     ) -> NllbConfig:
         """args: the model's arguments, read as serving reads them; the rest as the checkpoint's tensors say it.
 
-        moe_layers: the numbers of each side's MoE layers. dtype: of the weights that go with the configuration.
-        CheckpointError, which names no file, where Hugging Face's layout cannot express the model.
+        moe_layers: the numbers of each side's MoE layers, experts: in each, 0 without. dtype: of the weights that go with
+        the configuration. CheckpointError, which names no file, where Hugging Face's layout cannot express the model.
         """
         try:
             check_fields(args, has_encoder=True, has_experts=experts > 0)
@@ -183,6 +183,7 @@ class NllbConfig:
         except (TypeError, AttributeError) as error:
             raise CheckpointError(f"its arguments must be a transformer's: {one_line(error)}") from error
         check_fairseq(lambda name: _served_value(cfg, moe, name))
+        experts = experts if experts > 0 else moe.moe_expert_count  # of layers that are all dense
         shared = {
             "vocabulary": vocabulary,
             "model_dim": cfg.encoder.embed_dim,

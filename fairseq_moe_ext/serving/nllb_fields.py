@@ -239,7 +239,7 @@ def check_fairseq(value_of: Callable[[str], Any]) -> None:
         *((name, SHARE) for name in drops if value_of(name) is not None),
         ("activation_fn", _one_of(*dict.fromkeys(ACTIVATIONS.values()), "gelu_fast")),
         *(("moe_second_expert_policy", POLICY), ("moe_eom", SHARE), ("moe_eval_capacity_token_fraction", NUMBER)),
-        ("max_target_positions", _whole(1)),
+        *(("max_target_positions", _whole(1)), ("moe_expert_count", _whole(0))),
     ):
         if not rule.fits(value_of(name)):
             raise CheckpointError(
