@@ -169,8 +169,8 @@ class NllbConfig:
     ) -> NllbConfig:
         """args: the model's arguments, read as serving reads them; the rest as the checkpoint's tensors say it.
 
-        moe_layers: the numbers of each side's MoE layers, experts: in each, 0 without. dtype: of the weights that go with
-        the configuration. CheckpointError, which names no file, where Hugging Face's layout cannot express the model.
+        moe_layers: the numbers of each side's MoE layers; experts: in each, 0 without. dtype: of the weights that go
+        with it. CheckpointError, which names no file, where Hugging Face's layout cannot express the model.
         """
         try:
             check_fields(args, has_encoder=True, has_experts=experts > 0)
