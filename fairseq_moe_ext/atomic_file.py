@@ -201,10 +201,10 @@ class _Output(io.FileIO):
 
 
 def _keep_owner_and_mode(file: int | PathLike, status: os.stat_result | None) -> None:
-    if status is not None:
-        with suppress(PermissionError):
+    if status is not None:  # as far as this user and the file system can
+        with suppress(OSError):
             os.chown(file, status.st_uid, status.st_gid)
-        with suppress(PermissionError):
+        with suppress(OSError):
             os.chmod(file, stat.S_IMODE(status.st_mode))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from fairseq_moe_ext.atomic_file import copy_file, write_text
+from fairseq_moe_ext.atomic_file import WriteError, copy_file, write_text
 from fairseq_moe_ext.figures.models import ROOT
 from fairseq_moe_ext.figures.tables import markdown
 
@@ -143,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = copy_beside(page) if args.page else lambda file: str(file.relative_to(args.results))
     try:
         text = assemble(args.results, picture, args.note)
-    except FileNotFoundError as error:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, text + (more(page) if args.page else ""))
+    except (FileNotFoundError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, text + (more(page) if args.page else ""))
     print(page)
     return 0
 
