@@ -30,7 +30,7 @@ from fairseq_moe_ext.serving.hf_vocabulary import (
     read_vocabulary,
 )
 from fairseq_moe_ext.serving.nllb_config import NllbConfig
-from fairseq_moe_ext.serving.nllb_fields import dropped_fields
+from fairseq_moe_ext.serving.nllb_fields import BOOKKEEPING, dropped_fields
 from fairseq_moe_ext.serving.nllb_names import COMPUTED, NamedTensor, named_tensors
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_OPTION
 from fairseq_moe_ext.serving.record_writer import RecordWriter
@@ -185,9 +185,14 @@ def _check_gating(config: NllbConfig, shapes: Mapping[tuple[str, ...], tuple], f
 def _dropped(source: HfFolder, config: NllbConfig) -> dict[str, Any]:
     """Fields without a place in fairseq: said, and kept for the way back."""
     dropped = dropped_fields(source.config, not config.is_dense)
-    if dropped:
-        shown = ", ".join(f"{name} {value!r:.40}" for name, value in sorted(dropped.items()))
+    shown = ", ".join(f"{name} {value!r:.40}" for name, value in sorted(dropped.items()) if name not in BOOKKEEPING)
+    if shown:
         logger.info("%s: without effect in fairseq: %s", source.path / "config.json", shown)
+    if config.padding_takes_slots:
+        logger.info(
+            "%s: router_ignore_padding_tokens true becomes use_moe_pad_mask False: static gating gives padding slots",
+            source.path / "config.json",
+        )
     if config.experts and config.capacity_fraction <= 0:
         logger.warning(
             "%s: moe_eval_capacity_token_fraction %s: transformers gives each expert expert_capacity slots, fairseq's "

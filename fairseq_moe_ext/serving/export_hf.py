@@ -94,8 +94,9 @@ def _export(
             if (Path(tokenizer) / name).is_file():
                 copy_file(Path(tokenizer) / name, partial / name)
         dtypes = {model[tensor.fairseq[0]].dtype if dtype is None else dtype for tensor in named}
-        torch_dtype = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-        write_json(partial / "config.json", {**kept, **config.to_hf(), "torch_dtype": torch_dtype}, indent=2)
+        written = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+        field = "dtype" if "dtype" in kept else "torch_dtype"  # its name since transformers 4.56, and before
+        write_json(partial / "config.json", {**kept, **config.to_hf(), field: written}, indent=2)
         _write_shards(partial, model, named, order, dtype, shard_bytes)
         partial.rename(target)
     except (OSError, RuntimeError, SafetensorError) as error:

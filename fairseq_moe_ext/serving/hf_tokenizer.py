@@ -81,7 +81,8 @@ def _pieces(folder: Path, fast: dict[str, Any]) -> dict[str, int]:
         return _vocab(folder / FAST, fast)
     pieces = {piece: len(SPECIAL) + number for number, piece in enumerate(_read_spm(spm))}
     added = _rows(folder / FAST, fast.get("added_tokens"))
-    theirs = _vocab(folder / FAST, fast) if fast.get("model") else {}
+    model = fast.get("model")
+    theirs = _vocab(folder / FAST, fast) if isinstance(model, dict) and model.get("vocab") else {}
     for piece, row in theirs.items():
         if piece not in SPECIAL and piece not in added and pieces.get(piece) != row:
             raise CheckpointError(

@@ -138,7 +138,6 @@ class NllbConfig:
             "tie_word_embeddings": True,
             **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
             "is_encoder_decoder": True,
-            "use_cache": True,
             **dict(zip((*DROPOUTS, *LAYERDROPS), self.dropouts, strict=True)),
         }
         for name in SIDES:

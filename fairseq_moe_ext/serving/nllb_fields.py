@@ -110,11 +110,10 @@ FIXED_OF_EXPERTS: dict[str, tuple[Any, str]] = {
 # other names of the same field
 SAME = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads"}
 
-# what is read off the weights, or of no meaning to a model: not even said
-BOOKKEEPING = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version tokenizer_class num_hidden_layers use_cache "
-    "attn_implementation name_or_path".split()
-)
+# what the export writes anew
+WRITTEN = frozenset("architectures model_type transformers_version num_hidden_layers name_or_path".split())
+# of no meaning to a served model, and not worth a word
+BOOKKEEPING = WRITTEN | frozenset("torch_dtype dtype tokenizer_class use_cache attn_implementation".split())
 # known, and without effect on what a served model computes: training's, generation's, and what tools note down
 WITHOUT_EFFECT = frozenset(
     "expert_capacity init_std router_z_loss_coef router_aux_loss_coef router_jitter_noise "
@@ -129,9 +128,10 @@ WITHOUT_EFFECT = frozenset(
     "sep_token_id cls_token_id mask_token_id".split()
 )
 _PART_OF_A_MODEL = re.compile(
-    "moe|rout|expert|gat(e|ing)|capacity|sparse|norm|position|rope|rotary|alibi|atten|attn|embed|activ|scal|bias|layer"
-    "|ffn|feed_forward|head|hidden|dim|window|relative|quant|lora|adapter|resid|block|tie|logit|share|softmax|vocab"
-    "|encoder|decoder|token"
+    "moe|rout|expert|gat(e|ing)|capacity|sparse|polic|choice|top_k|jitter|noise|norm|rms|eps|position|rope|rotary|theta"
+    "|alibi|atten|attn|qkv|query|proj|head|embed|vocab|token|activ|glu|sigmoid|softmax|logit|scor|temper|clip|scal|bias"
+    "|layer|block|mlp|ffn|feed_forward|hidden|dim|width|depth|conv|window|relative|causal|mask|parallel|share|tie|resid"
+    "|drop|quant|lora|adapter|encoder|decoder"
 )
 
 
@@ -171,7 +171,7 @@ def read_fields(config: Mapping[str, Any], has_experts: bool, source: str) -> di
 
 def dropped_fields(config: Mapping[str, Any], has_experts: bool) -> dict[str, Any]:
     """The fields that have no place in a fairseq model, as config.json has them."""
-    known = {*COPIED, *FIXED, *SAME, *BOOKKEEPING}
+    known = {*COPIED, *FIXED, *SAME, *WRITTEN}
     known |= {*COPIED_OF_EXPERTS, *FIXED_OF_EXPERTS} if has_experts else set()
     return {name: value for name, value in config.items() if name not in known and not name.startswith("_")}
 

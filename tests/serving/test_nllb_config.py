@@ -204,6 +204,7 @@ class TestRefusedOnTheWayIn:
             *(("position_embedding_type", "rotary"), ("rope_theta", 1e4), ("final_norm", "rms")),
             *(("router_type", "expert_choice"), ("moe_capacity_factor", 1.5), ("attention_bias", True)),
             *(("embedding_multiplier", 12.0), ("gating_function", "sigmoid"), ("expert_bias", [0.1])),
+            *(("mlp_type", "swiglu"), ("clip_qkv", 8.0), ("final_logit_softcapping", 30.0), ("rms_eps", 1e-6)),
         ],
     )
     def test_by_name_before_a_weight_is_read(self, field, value):
@@ -220,7 +221,13 @@ class TestRefusedOnTheWayIn:
         "field, value",
         [
             *(("router_jitter_noise", 0.01), ("expert_capacity", None), ("forced_bos_token_id", 250_004)),
-            *(("num_beams", 5), ("unsloth_version", "2025.1"), ("_attn_implementation_autoset", True)),
+            *(
+                ("num_beams", 5),
+                ("unsloth_version", "2025.1"),
+                ("use_cache", False),
+                ("transformers.js_config", {"a": 1}),
+                ("_attn_implementation_autoset", True),
+            ),
             *(("hidden_size", 16), ("new_router_flag", False), ("router_type", "tokens_masked"), ("dtype", "float32")),
         ],
     )
@@ -284,7 +291,9 @@ class TestRefusedOnTheWayOut:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "hf"
-    hf_makers.write_model(path, NLLB_54B, moe_eval_capacity_token_fraction=0.0, router_ignore_padding_tokens=True)
+    hf_makers.write_model(
+        path, NLLB_54B, moe_eval_capacity_token_fraction=0.0, router_ignore_padding_tokens=True, use_cache=False
+    )
     return path
 
 
@@ -307,14 +316,13 @@ class TestFiles:
         (said,) = [line for line in caplog.messages if "without effect" in line]
         for name in ("expert_capacity 64", "init_std 0.02", "max_length 200", "router_z_loss_coef"):
             assert name in said
+        assert "tokenizer_class" not in said
         assert "transformers gives each expert expert_capacity slots" in caplog.text
+        assert "router_ignore_padding_tokens true becomes use_moe_pad_mask False" in caplog.text
         words = str(tmp_path / "x.dict.txt")
         export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"), words, str(folder))
         before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
-        bookkeeping = {"transformers_version", "tokenizer_class"}
-        assert {name: after.get(name) for name in before if name not in bookkeeping} == {
-            name: value for name, value in before.items() if name not in bookkeeping
-        }
+        assert {name: after.get(name) for name in before} == {**before, "transformers_version": None}
         convert_nllb(str(tmp_path / "back"), str(tmp_path / "again.pt"), words)
         states = [read_checkpoint(str(tmp_path / name)) for name in ("x.pt", "again.pt")]
         assert states[0]["args"] == states[1]["args"] and states[0]["extra_state"] == states[1]["extra_state"]
