@@ -9,6 +9,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +62,7 @@ def export_hf(
     the model is not of NLLB's kind, a tensor has no place in that layout, or the folder is there already.
     """
     target = Path(folder)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{target}: it cannot be written: {one_line(error)}") from error
-    with only_writer(target):
-        if target.exists():
-            raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
-        return _export(checkpoint, target, dictionary, tokenizer, dtype, shard_bytes)
-
-
-def _export(
-    checkpoint: str,
-    target: Path,
-    dictionary: str | None,
-    tokenizer: str | None,
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-) -> list[Path]:
+    _check_new(target)
     state = read_checkpoint(checkpoint)
     model = state["model"]
     config = _config(checkpoint, state, dtype)
@@ -86,10 +70,7 @@ def _export(
     named = list(named_tensors(config))
     _check_complete(checkpoint, model, named)
     order = _order(state, config, dictionary, tokenizer)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with _new_folder(target) as partial:
         for name in TOKENIZER_FILES if tokenizer is not None else ():
             if (Path(tokenizer) / name).is_file():
                 copy_file(Path(tokenizer) / name, partial / name)
@@ -98,13 +79,34 @@ def _export(
         field = "dtype" if "dtype" in kept else "torch_dtype"  # its name since transformers 4.56, and before
         write_json(partial / "config.json", {**kept, **config.to_hf(), field: written}, indent=2)
         _write_shards(partial, model, named, order, dtype, shard_bytes)
-        partial.rename(target)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = error.reason if isinstance(error, WriteError) else one_line(error)
-        raise CheckpointError(f"{target}: it cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(target.iterdir())
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target}: it exists already: the converted model goes into a new folder")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is `target` when the context ends without an error; after one it is gone."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}") from error
+    with only_writer(target):
+        _check_new(target)
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = error.reason if isinstance(error, WriteError) else one_line(error)
+            raise CheckpointError(f"{target}: it cannot be written: {reason}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -> NllbConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import hf_makers
 import pytest
 import torch
+from full_disk import full_at
 from safetensors.torch import load_file
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
@@ -55,6 +56,18 @@ class TestThereAndBack:
         assert {key: after[key] for key in before if key not in without_meaning} == {
             key: value for key, value in before.items() if key not in without_meaning
         }
+
+    def test_a_full_disk_leaves_nothing(self, made, tmp_path):
+        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        before = sorted(tmp_path.iterdir())
+        with full_at(1 << 14), pytest.raises(CheckpointError, match="back: it cannot be written: .*large"):
+            export_hf(str(tmp_path / "x.pt"), str(tmp_path / "back"))
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_a_refused_checkpoint_leaves_no_folder(self, tmp_path):
+        with pytest.raises(CheckpointError):
+            export_hf(str(tmp_path / "missing.pt"), str(tmp_path / "new" / "back"))
+        assert list(tmp_path.iterdir()) == []
 
     def test_an_existing_folder_is_kept(self, made, tmp_path):
         convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
