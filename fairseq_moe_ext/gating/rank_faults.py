@@ -22,7 +22,7 @@ class ExchangeError(RuntimeError):
 def leave_word(rank: int, fault: str) -> None:
     """For the other ranks of the group."""
     with suppress(RuntimeError):  # the store may have gone with the rank that keeps it
-        _store().set(KEY.format(rank), fault[:WORD])  # the store ends over values of 8 MiB
+        _store().set(KEY.format(rank), fault[:WORD].encode(errors="replace"))  # the store ends over values of 8 MiB
 
 
 def word_left(world_size: int) -> str | None:
