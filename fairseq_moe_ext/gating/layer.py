@@ -120,11 +120,15 @@ class MOELayer(nn.Module):
         seed: of the random second-expert policies. observer: called with every call's LayerCall.
         """
         self.serving = True
+        self.seed(seed)
+        self.observer = observer
+        self.statistics = None
+
+    def seed(self, seed: int) -> None:
+        """Begin the streams that the random policies of the gate and of the capacity draw from."""
         self.gate.seed(seed)
         if self.capacity is not None:
             self.capacity.seed(seed + 500_000)  # other numbers than the gate draws
-        self.observer = observer
-        self.statistics = None
 
     def gate_loss(self) -> Tensor:
         """The load-balancing loss of the last call (training and validation only), a scalar."""

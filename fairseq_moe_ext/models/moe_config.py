@@ -4,8 +4,8 @@ Source: upstream's `models/transformer_lm.py` (branch `moe`) and `transformer_co
 """
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Optional, get_args
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
@@ -68,9 +68,7 @@ class MoEConfig(MoEModelFields):
         values = {item.name: _value(args, item.name, item.default) for item in fields(MoEModelFields)}
         if values["moe_gating"] == II("task.moe_gating"):
             values["moe_gating"] = "dynamic"
-        for name in ("batch_size", "batch_size_valid"):
-            if isinstance(values[name], str):
-                values[name] = None
+        values |= {item.name: _typed(item, values[item.name]) for item in fields(MoEModelFields)}
         for side in ("encoder_moe_freq", "decoder_moe_freq"):
             values[side] = max(int(values[side] or 0), int(values["moe_freq"] or 0))
         fraction = values["moe_eval_capacity_token_fraction"]
@@ -99,6 +97,30 @@ class MoEConfig(MoEModelFields):
             batch_size_valid=self.batch_size_valid,
             max_positions=max_positions if self.moe_eval_capacity_max_seqlen else None,
         )
+
+
+def _typed(item: Field, value: Any) -> Any:
+    """`value` in the type of its field; a command line and `--model-overrides` may give it as text.
+
+    ValueError names field, type and value.
+    """
+    if isinstance(value, str) and value.startswith("${"):  # what it points at is not there
+        return None
+    kind = get_args(item.type)[0] if get_args(item.type) else item.type
+    if value is None or kind is str or type(value) is kind:
+        return value
+    try:
+        if kind is bool:
+            return {"True": True, "False": False, "1": True, "0": False}[str(value)]
+        number = float(value)
+        if kind is float:
+            return number
+        if number == int(number):
+            return int(number)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        pass
+    names = {int: "a whole number", float: "a finite number", bool: "True or False"}
+    raise ValueError(f"{item.name} must be {names[kind]}, got {value!r}")
 
 
 def _value(args: Any, name: str, default: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.models.retained_dropout import choose_dropouts, retain_in_experts
+from fairseq_moe_ext.serving.batch_seeds import BatchSeeds
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
 from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
@@ -24,6 +25,7 @@ class ServedModel:
     """
 
     observer = None
+    seeds: BatchSeeds | None = None  # set by the task, too
     loading: Loading | None = None  # what loading a served checkpoint took
     expert_buffer: ExpertBuffer | None = None  # None: all experts are resident
     serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
@@ -74,6 +76,8 @@ class ServedModel:
             # every layer draws from a stream of its own; fairseq-eval-lm seeds nothing by itself
             seed = int(cfg.common.seed) * 1_000_003 + number
             layer.prepare_for_serving(seed, None if observer is None else observer.layer_hook(name))
+            if self.seeds is not None:
+                self.seeds.register(layer, seed)
         for side in ("encoder", "decoder"):
             if hasattr(self, side):
                 getattr(self, side).observer = observer

@@ -15,6 +15,7 @@ from fairseq import checkpoint_utils
 from fairseq.sequence_scorer import SequenceScorer
 
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 from fairseq_moe_ext.serving.generator import count_results, take_turn
@@ -81,14 +82,15 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
         _tell_layers(cfg.model, state["model"])
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    task = task_fields(state)
+    task = task_fields(state, arg_overrides)
     if TAGS_FIELD in task:
         state["model"].extra_tokens = extra_tokens_of(namespace(task))
     vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
     if expert_count(state["model"]) > 0 and cfg.task["_name"] == "language_modeling":
         cfg.task["_name"] = "moe_language_modeling"  # our task, where fairseq sets it up by the checkpoint (--lm-path)
     history = [{"num_updates": updates(state) or 0}]
-    return {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history, "task_state": {}}
+    found = {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history}
+    return {**found, "task_state": {SERVED: CheckpointTask.of_state(path, state, task)}}
 
 
 def _tell_layers(model_cfg: Namespace, model: dict[str, torch.Tensor]) -> None:

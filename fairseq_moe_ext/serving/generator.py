@@ -15,6 +15,7 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 
 from fairseq_moe_ext.serving.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.serving.finite import FiniteSearch
+from fairseq_moe_ext.serving.left_out import check_max_tokens
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import TURN, Ranks
 
@@ -126,7 +127,11 @@ def keep_every_sentence(dataset: FairseqDataset) -> None:
     def batch_by_size(indices, **kwargs):
         if len(indices) == 0:
             return []
-        batches = list(original(indices, **kwargs))
+        try:
+            batches = list(original(indices, **kwargs))
+        except AssertionError as error:
+            check_max_tokens(indices, dataset, kwargs.get("max_tokens"))
+            raise error
         lost = np.asarray(indices)[sum(len(batch) for batch in batches) :]
         return batches + [lost] if len(lost) else batches
 
@@ -165,6 +170,7 @@ class ServedBatches:
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
         self._source: Iterator[dict] = iter(())
         self._ahead: deque[dict] = deque()  # seen by `look_ahead` and not yet yielded
+        self._yielded = 0
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -188,7 +194,7 @@ class ServedBatches:
                 yield self._watched(batch)
             self._observer.finish()
             if not self._observer.goes_on:
-                self._observer.check_results()
+                self._check()
             return
         for position, batch in enumerate(self._batches):
             if not batch:  # fairseq fills the last round of its shards with empty batches
@@ -201,9 +207,15 @@ class ServedBatches:
         self._ranks.drain()
         self._observer.finish()
         self._ranks.leave()
-        self._observer.check_results()
+        self._check()
 
     def _watched(self, batch: dict) -> dict:
         if batch:  # fairseq fills up its shards with empty ones, and knows them by that
             batch[OBSERVER] = self._observer
+            self._yielded += 1
         return batch
+
+    def _check(self) -> None:
+        if self._yielded == 0:
+            raise ValueError("there must be a batch to serve, got none: are there more --num-shards than batches?")
+        self._observer.check_results()

@@ -17,6 +17,7 @@ from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.device_counts import fetch
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.gating.rank_faults import ExchangeError
+from fairseq_moe_ext.serving.batch_seeds import BatchSeeds
 from fairseq_moe_ext.serving.exit_code import ExitCode
 from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.serving.ranks import Ranks
@@ -52,6 +53,7 @@ class Observer:
         self._results = Results()
         self._told_of_non_finite = False
         self._exit_code = ExitCode()  # before `finish_at_exit`, hence after it when the process ends
+        self.seeds = BatchSeeds()
         self._at_exit = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
         self._described: tuple[torch.device, torch.dtype] | None = None
@@ -79,6 +81,7 @@ class Observer:
     def begin_batch(self, number: int | None = None) -> None:
         """Batch `number` of all ranks' begins; None: the next one."""
         self._batch = self._batch + 1 if number is None else number
+        self.seeds.begin(self._batch)
 
     def encoder_pass(self, real: Tensor):
         """Context of one encoder pass; real (B, L) bool: False on padding."""

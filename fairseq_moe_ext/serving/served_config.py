@@ -45,9 +45,9 @@ def served_config(state: Mapping[str, Any], overrides: Mapping[str, Any]) -> Dic
     return config
 
 
-def task_fields(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of the task that it was trained for, as plain data."""
-    return _fields(state, "task")
+def task_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the checkpoint, under `--model-overrides`, says of the task that it was trained for, as plain data."""
+    return {**_fields(state, "task"), **_overridden(overrides or {}, "task")}
 
 
 def _fields(state: Mapping[str, Any], group: str) -> dict[str, Any]:

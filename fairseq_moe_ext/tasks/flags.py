@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 
 from fairseq_moe_ext.atomic_file import WriteError, check_writable
 from fairseq_moe_ext.balancing.placement import load_placement
@@ -52,6 +53,13 @@ class MoEFlags(CapacityFlags, BufferFlags):
     is_moe: bool = field(
         default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
     )
+
+
+@dataclass
+class FairseqsFlags(FairseqDataclass):
+    """Flags of fairseq's commands that the tasks and the checks look at, too."""
+
+    skip_invalid_size_inputs_valid_test: bool = II("dataset.skip_invalid_size_inputs_valid_test")
 
 
 def check_flags(flags: Any) -> None:

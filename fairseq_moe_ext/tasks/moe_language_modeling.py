@@ -8,12 +8,12 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
-from fairseq_moe_ext.tasks.flags import MoEFlags
+from fairseq_moe_ext.tasks.flags import FairseqsFlags, MoEFlags
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 
 @dataclass
-class MoELanguageModelingConfig(MoEFlags, LanguageModelingConfig):
+class MoELanguageModelingConfig(MoEFlags, FairseqsFlags, LanguageModelingConfig):
     """fairseq's fields and the plugin's."""
 
 
@@ -22,11 +22,16 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
     """Language modeling: training, `fairseq-eval-lm`, and generation from prompts."""
 
     served_model_class = MoETransformerLanguageModel
+    served_unit = "blocks"
 
     @classmethod
     def setup_task(cls, args, **kwargs):
         if getattr(args, "continuous_batching", False):
             raise ValueError("--continuous-batching is for translation tasks, got moe_language_modeling")
+        if args.tokens_per_sample < 1:  # fairseq-eval-lm has taken the context off
+            raise ValueError(
+                f"--tokens-per-sample must be above --context-window, got {args.tokens_per_sample} tokens beside it"
+            )
         return super().setup_task(args, **kwargs)
 
     def load_dataset(self, split, *args, **kwargs):
@@ -35,9 +40,18 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
             self.args.pad_to_fixed_length = True
         return super().load_dataset(split, *args, **kwargs)
 
-    def eval_lm_dataloader(self, *args, context_window=0, **kwargs):
+    def eval_lm_dataloader(self, *args, context_window=0, max_positions=None, num_workers=1, **kwargs):
         self.shards_by_user = True
-        self.batches_in_order = context_window > 0  # its data set hands the end of a batch on to the next
+        if context_window > 0:
+            # its data set hands the end of a batch on to the next
+            self.batches_in_order, num_workers = True, min(num_workers, 1)
+            longest = self.args.tokens_per_sample + context_window
+            if max_positions is not None and longest > max_positions:
+                raise ValueError(
+                    f"--tokens-per-sample, the --context-window of {context_window} in it, must be at most the "
+                    f"model's {max_positions} positions, got {longest}"
+                )
+        kwargs |= {"max_positions": max_positions, "num_workers": num_workers}
         return super().eval_lm_dataloader(*args, context_window=context_window, **kwargs)
 
     def get_batch_iterator(self, dataset, *args, seed=1, epoch=1, **kwargs):

@@ -8,12 +8,12 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
-from fairseq_moe_ext.tasks.flags import MoEFlags
+from fairseq_moe_ext.tasks.flags import FairseqsFlags, MoEFlags
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 
 @dataclass
-class MoETranslationConfig(MoEFlags, TranslationConfig):
+class MoETranslationConfig(MoEFlags, FairseqsFlags, TranslationConfig):
     """fairseq's fields and the plugin's."""
 
 

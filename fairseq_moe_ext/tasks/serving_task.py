@@ -19,6 +19,7 @@ from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.checkpoint_task import SERVED
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
@@ -28,6 +29,7 @@ from fairseq_moe_ext.serving.generator import (
     ServedEpoch,
     keep_every_sentence,
 )
+from fairseq_moe_ext.serving.left_out import keep_fitting
 from fairseq_moe_ext.serving.model_fits import check_fits, dense_model
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
@@ -57,6 +59,7 @@ class ServingTask:
     batches_in_order = False  # whether a batch depends on the one before it
     _epoch: ServedEpoch | None = None  # the batches that are served
     _room = Room()  # and the limits by which they were made
+    served_unit = "sentences"  # what an item of the data is
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
     @classmethod
@@ -102,6 +105,7 @@ class ServingTask:
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
             model.to(model.serving_dtype)  # before the weights come, so that they never lie in two dtypes
+        model.seeds = self.observer.seeds
         if not self.observer.has_model:  # the report of an ensemble speaks of its first MoE model
             self.observer.has_model = True
             model.observer = self.observer
@@ -185,9 +189,26 @@ class ServingTask:
         prefix = batch["target"][:, :prefix_size] if prefix_size > 0 else None
         return self.inference_step(RequestMaker(), models, batch, prefix_tokens=prefix)
 
+    def load_state_dict(self, state_dict):
+        """fairseq's, before a model is built; what is served must be of this task's languages and dictionaries."""
+        state_dict = dict(state_dict)
+        served = state_dict.pop(SERVED, None)
+        if served is not None:
+            dictionaries = (self.source_dictionary, self.target_dictionary)
+            served.check(self._flags(), dictionaries, getattr(self, "langs", None))
+        super().load_state_dict(state_dict)
+
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
+        if self.observer is None:
+            return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+        # fairseq-eval-lm would leave out whatever does not fit, without the user's asking
+        skip = bool(getattr(self._flags(), "skip_invalid_size_inputs_valid_test", ignore_invalid_inputs))
+        return keep_fitting(indices, dataset, max_positions, skip, self.served_unit)
+
     def load_dataset(self, split, *args, **kwargs):
         if self.observer is not None:
             self._check_not_empty(split)
+            self._warn_of_other_parts(split)
         return super().load_dataset(split, *args, **kwargs)
 
     def _check_not_empty(self, split: str) -> None:
@@ -200,6 +221,13 @@ class ServingTask:
                 for file in Path(folder).glob(f"{split}.{pair}*bin"):
                     if file.stat().st_size == 0:
                         raise ValueError(f"--gen-subset {split}: the data set must hold a sentence, {file} holds none")
+
+    def _warn_of_other_parts(self, split: str) -> None:
+        """fairseq takes a split to be evaluated from the first of the data's folders alone."""
+        first, *others = utils.split_paths(self._flags().data)
+        holding = [folder for folder in others if any(Path(folder).glob(f"{split}.*"))]
+        if holding:
+            logger.warning("--gen-subset %s is served of %s alone, not of %s", split, first, ", ".join(holding))
 
     def build_dataset_for_inference(self, *args, **kwargs):
         if self.observer is not None:

@@ -96,8 +96,9 @@ def test_an_empty_data_set_is_named(tmp_path, lm, mt, languages):
 def test_other_worlds_are_refused_where_data_would_be_lost(mt, lm):
     with pytest.raises(SystemExit):
         generate(mt, "--distributed-world-size", "8")
+    few = ("--batch-size", 2)  # each part has batches
     parts = [
-        commands.eval_lm(lm[0], "--path", lm[1], *LM_SERVING, "--num-shards", 2, "--shard-id", shard)
+        commands.eval_lm(lm[0], "--path", lm[1], *LM_SERVING, *few, "--num-shards", 2, "--shard-id", shard)
         for shard in (0, 1)
     ]
     assert not set(parts[0].by_id()) & set(parts[1].by_id())
