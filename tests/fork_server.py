@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import types
+import warnings
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,9 +32,11 @@ from typing import NoReturn
 
 import numpy
 import processes
+import remembered_overrides
 import sacrebleu  # noqa: F401
 import torch
 import torch.distributed.run  # noqa: F401
+import torch.fx.experimental.symbolic_shapes  # noqa: F401 (PyTorch's attention asks for it)
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 
@@ -182,23 +186,26 @@ def _end(code: int) -> NoReturn:
 
 
 class Stash:
-    """A package's modules, out of sys.modules until a command imports them.
+    """A package's modules, out of sys.modules until a command imports them; `imported` is called once they are there.
 
     What its import prints and does to the root logger comes at that moment: fairseq-train sets the logger before, the
     other commands after.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, imported: Callable[[], None]):
         self._name = name
         with tempfile.TemporaryFile() as said:
             stderr = os.dup(2)
             os.dup2(said.fileno(), 2)
-            __import__(name)
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            try:
+                __import__(name)
+                length = os.fstat(said.fileno()).st_size
+                imported()
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
             said.seek(0)
-            self._said = said.read().decode()
+            self._said = said.read(length).decode()
         root = logging.getLogger()
         self._logger = root.handlers[:], root.level
         root.handlers.clear()
@@ -222,6 +229,20 @@ class Stash:
             root.handlers, root.level = self._logger
 
 
+def parse_defaults() -> None:
+    """Those of fairseq's serving commands: hydra's parser learns them."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from hydra.core.singleton import Singleton
+    from hydra.core.utils import JobRuntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come once in a process: the command's own
+        for parser in (options.get_generation_parser(), options.get_eval_lm_parser()):
+            convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data", "--path", "x.pt"]))
+    Singleton._instances.pop(JobRuntime)
+
+
 def fork_rank(handler: SubprocessHandler, command: tuple, env: dict[str, str]) -> processes.Process:
     """In place of torchrun's own start of a rank."""
     return processes.Process(command, (0, *_streams(handler)), env=env, session=True)
@@ -236,7 +257,8 @@ def main() -> None:
     (address,) = sys.argv[1:]
     processes.server_address = lambda: address
     SubprocessHandler._popen = fork_rank
-    sys.meta_path.insert(0, Stash("fairseq"))
+    remembered_overrides.remember()
+    sys.meta_path.insert(0, Stash("fairseq", parse_defaults))
     gc.collect()
     gc.freeze()
     request = serve(address)
