@@ -80,7 +80,8 @@ def check_flags(flags: Any) -> None:
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())
     report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
-    if report is not None and trace is not None and os.path.realpath(report) == os.path.realpath(trace):
+    same = report is not None and trace is not None and os.path.realpath(report) == os.path.realpath(trace)
+    if same and not Path(report).is_char_device():
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
     for flag in ("moe_report", "moe_trace"):
         path = getattr(flags, flag, None)

@@ -130,6 +130,10 @@ def test_report_and_trace_are_two_files(tmp_path):
         check_flags(flags)
 
 
+def test_one_device_takes_both():
+    check_flags(Namespace(moe_report="/dev/null", moe_trace="/dev/null"))
+
+
 def test_training_keeps_its_world_size():
     parser = options.get_training_parser("moe_language_modeling")
     MoELanguageModelingTask.add_args(parser)
