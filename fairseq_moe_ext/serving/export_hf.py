@@ -6,6 +6,7 @@ One shard at a time lies in memory. The folder gets its name when everything is 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ from fairseq_moe_ext.serving.nllb_tokens import extra_tokens_of
 from fairseq_moe_ext.serving.state_keys import GATE_KEY, expert_count, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
+logger = logging.getLogger("fairseq_moe_ext")
+
 SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 # what fairseq keeps and Hugging Face computes
@@ -67,6 +70,7 @@ def export_hf(
     model = state["model"]
     config = _config(checkpoint, state, dtype)
     kept = _kept_fields(checkpoint, state, config)
+    _tell_capacity(checkpoint, config)
     named = list(named_tensors(config))
     _check_complete(checkpoint, model, named)
     order = _order(state, config, dictionary, tokenizer)
@@ -150,6 +154,18 @@ def _kept_fields(checkpoint: str, state: dict[str, Any], config: NllbConfig) -> 
         return dropped_fields(kept, not config.is_dense)
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: its {HF_FIELDS} must be an object of JSON: {one_line(error)}") from error
+
+
+def _tell_capacity(checkpoint: str, config: NllbConfig) -> None:
+    """transformers has no dynamic gating."""
+    if config.has_moe_layers and config.capacity_fraction < 1:
+        has_share = config.capacity_fraction > 0
+        logger.warning(
+            "%s: moe_eval_capacity_token_fraction %s: transformers drops what is beyond %s, as static gating "
+            "does; dynamic gating drops nothing",
+            *(checkpoint, config.capacity_fraction),
+            "this share of the tokens" if has_share else "expert_capacity, or if it is unset the first batch's share",
+        )
 
 
 def _check_complete(checkpoint: str, model: dict[str, Tensor], named: list[NamedTensor]) -> None:

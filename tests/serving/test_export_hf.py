@@ -11,10 +11,13 @@ import torch
 from full_disk import full_at
 from safetensors.torch import load_file
 
+from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.export_hf import export_hf
+from fairseq_moe_ext.serving.nllb_config import NllbConfig
+from fairseq_moe_ext.serving.nllb_names import named_tensors
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,25 @@ class TestThereAndBack:
         with pytest.raises(CheckpointError):
             export_hf(str(tmp_path / "missing.pt"), str(tmp_path / "new" / "back"))
         assert list(tmp_path.iterdir()) == []
+
+    def test_upstreams_own_checkpoint(self, shared_goldens, tmp_path):
+        source = shared_goldens / "mt_nllb_ws2" / "checkpoint_last.pt"
+        export_hf(str(source), str(tmp_path / "hf"))
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        back = MoEConfig.from_args(NllbConfig.from_hf(config, "").to_fairseq())
+        served = MoEConfig.from_args(read_checkpoint(str(source))["cfg"]["model"])
+        for name in MoEConfig.__dataclass_fields__.keys() - {"_name", "moe_normalize_expert_grad"}:
+            assert getattr(back, name) == getattr(served, name), name
+        assert len(load_folder(tmp_path / "hf")) == len(list(named_tensors(NllbConfig.from_hf(config, ""))))
+
+    @pytest.mark.parametrize("fraction, said", [(1.0, False), (0.25, True), (0.0, True)])
+    def test_a_capacity_that_only_transformers_applies_is_said(self, made, tmp_path, caplog, fraction, said):
+        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        state = torch.load(tmp_path / "x.pt", weights_only=False)
+        state["args"].moe_eval_capacity_token_fraction = fraction
+        torch.save(state, tmp_path / "y.pt")
+        export_hf(str(tmp_path / "y.pt"), str(tmp_path / "back"))
+        assert ("transformers drops what is beyond" in caplog.text) is said
 
     def test_an_existing_folder_is_kept(self, made, tmp_path):
         convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
