@@ -41,6 +41,12 @@ class PhaseTrace:
                 f"{self.batch.shape}, got {self.load.dtype} {self.load.shape}"
             )
 
+    def in_order(self, names: tuple[str, ...]) -> PhaseTrace:
+        """With its layers in the order of `names`, where these are the same layers; else as it is."""
+        if sorted(names) != sorted(self.names):
+            return self
+        return PhaseTrace(names, self.load[:, [self.names.index(name) for name in names]], self.batch)
+
     def take(self, steps: np.ndarray) -> PhaseTrace:
         """These steps only; `steps`: their numbers, or which ones (steps,) bool."""
         return PhaseTrace(self.names, self.load[steps], self.batch[steps])
@@ -70,18 +76,23 @@ class TraceRecorder:
         self._batches[phase].append(batch)
 
     def add(self, name: str, load: list[int]) -> None:
-        """`load`: E tokens per expert of the layer called `name` in the current step."""
-        self._current[name] = np.asarray(load, dtype=np.uint32)
+        """`load`: E tokens per expert of the layer called `name` in the current step; a second call's are added."""
+        load = np.asarray(load, dtype=np.uint32)
+        self._current[name] = load + self._current[name] if name in self._current else load
 
     def trace(self) -> dict[str, PhaseTrace]:
-        """What was recorded, only phases that had steps; loads in the smallest unsigned type that holds them."""
+        """What was recorded, only phases that had steps; loads in the smallest unsigned type that holds them.
+
+        A layer that was not called in a step had no tokens in it.
+        """
         phases = {}
         for phase, steps in self._steps.items():
             recorded = [(step, batch) for step, batch in zip(steps, self._batches[phase], strict=True) if step]
             if not recorded:
                 continue
-            names = tuple(recorded[0][0])
-            load = np.stack([np.stack([step[name] for name in names]) for step, _ in recorded])
+            names = tuple(dict.fromkeys(name for step, _ in recorded for name in step))
+            nothing = np.zeros_like(next(iter(recorded[0][0].values())))
+            load = np.stack([np.stack([step.get(name, nothing) for name in names]) for step, _ in recorded])
             load = load.astype(np.min_scalar_type(int(load.max())))
             phases[phase] = PhaseTrace(names, load, np.array([batch for _, batch in recorded], dtype=np.int64))
         return phases
@@ -138,6 +149,7 @@ def merge_traces(traces: Sequence[dict[str, PhaseTrace]]) -> dict[str, PhaseTrac
         parts = [trace[phase] for trace in traces if phase in trace]
         if not parts:
             continue
+        parts = [part.in_order(parts[0].names) for part in parts]
         for part in parts[1:]:
             if part.names != parts[0].names or part.load.shape[2] != parts[0].load.shape[2]:
                 raise ValueError(

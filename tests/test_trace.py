@@ -85,6 +85,42 @@ def test_steps_without_a_moe_layer_leave_no_trace():
     assert TraceRecorder().trace() == {}
 
 
+def test_a_layer_that_a_step_lacks_or_adds_had_no_tokens_elsewhere():
+    recorder = TraceRecorder()
+    for step in ({"a": [1, 2], "b": [3, 4]}, {"a": [5, 6]}, {"a": [7, 8], "c": [9, 10]}, {"c": [1, 1]}):
+        recorder.begin_step("decode", batch=0)
+        for name, load in step.items():
+            recorder.add(name, load)
+    found = recorder.trace()["decode"]
+    assert found.names == ("a", "b", "c")
+    assert found.load.tolist() == [
+        [[1, 2], [3, 4], [0, 0]],
+        [[5, 6], [0, 0], [0, 0]],
+        [[7, 8], [0, 0], [9, 10]],
+        [[0, 0], [0, 0], [1, 1]],
+    ]
+
+
+def test_a_layer_called_twice_in_a_step_counts_twice():
+    recorder = TraceRecorder()
+    recorder.begin_step("encoder", batch=0)
+    recorder.add("a", [1, 2])
+    recorder.add("a", [10, 20])
+    assert recorder.trace()["encoder"].load.tolist() == [[[11, 22]]]
+
+
+def test_ranks_that_met_their_layers_in_another_order_merge():
+    parts = []
+    for rank, step in enumerate(({"a": [1, 2], "b": [3, 4]}, {"b": [30, 40], "a": [10, 20]})):
+        recorder = TraceRecorder()
+        recorder.begin_step("decode", batch=rank)
+        for name, load in step.items():
+            recorder.add(name, load)
+        parts.append(recorder.trace())
+    merged = merge_traces(parts)["decode"]
+    assert merged.names == ("a", "b") and merged.load.tolist() == [[[1, 2], [3, 4]], [[10, 20], [30, 40]]]
+
+
 def test_an_unknown_phase_is_refused():
     with pytest.raises(ValueError, match="^phase must be one of encoder, prefill, decode, got 'training'$"):
         TraceRecorder().begin_step("training", batch=0)

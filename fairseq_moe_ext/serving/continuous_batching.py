@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
+from fairseq.search import BeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
@@ -31,10 +32,12 @@ class ContinuousGenerator(SequenceGenerator):
         super().__init__(models, tgt_dict, **options)
         if 2 * self.beam_size >= self.vocab_size:
             raise ValueError(f"--beam must be below half of the {self.vocab_size} words, got {self.beam_size}")
+        if type(self.search) is not BeamSearch:
+            name = type(self.search).__name__
+            raise ValueError(f"--continuous-batching searches as fairseq's BeamSearch does, got the strategy {name}")
         self.room = Room()
         self.look_ahead: Callable[[], Request | None] = lambda: None
-        self._asked = 0  # batches that fairseq asked for
-        self._batches: list[list[Sentence]] = []  # all that were encoded; emptied when asked for
+        self._encoded: dict[Hashable, deque[list[Sentence]]] = {}  # batches not asked for yet, by what they are
         self._waiting: deque[Sentence] = deque()
         self._live: list[Sentence] = []  # by slot
         self._rows = DecoderRows(self.model.single_model.decoder, self.beam_size)
@@ -45,16 +48,25 @@ class ContinuousGenerator(SequenceGenerator):
 
     @torch.no_grad()
     def generate(self, models, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        """The hypotheses of the next batch, best first; other batches' sentences are decoded beside its own."""
-        number, self._asked = self._asked, self._asked + 1
-        if number == len(self._batches):
-            self._encode(Request(sample, prefix_tokens, bos_token))
-        batch = self._batches[number]
+        """The hypotheses of this batch, best first; other batches' sentences are decoded beside its own."""
+        request = Request(sample, prefix_tokens, bos_token)
+        if (key := request.key()) not in self._encoded:
+            self._encode(request)
+        batch = self._encoded[key].popleft()
+        if not self._encoded[key]:
+            del self._encoded[key]
         while not all(sentence.done for sentence in batch):
             self._admit()
             self._step()
-        self._batches[number] = []
+        if not self._waiting and all(sentence.done for sentence in self._live):
+            self._clear()
         return [_best_first(sentence.hypotheses) for sentence in batch]
+
+    def _clear(self) -> None:
+        """Nothing is under way: no caches."""
+        self._live = []
+        self._rows = DecoderRows(self.model.single_model.decoder, self.beam_size)
+        self._tokens = self._scores = self._totals = self._ignored = None
 
     def _encode(self, request: Request) -> None:
         """Encode a batch; its sentences wait."""
@@ -72,7 +84,7 @@ class ContinuousGenerator(SequenceGenerator):
             Sentence(states[~padding[row], row], lengths[row], max_len, first, prefix[row] if prefix else [])
             for row in range(src_tokens.size(0))
         ]
-        self._batches.append(batch)
+        self._encoded.setdefault(request.key(), deque()).append(batch)
         self._waiting.extend(batch)
 
     def _admit(self) -> None:

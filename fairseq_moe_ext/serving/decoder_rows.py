@@ -31,8 +31,6 @@ class DecoderRows:
         self._positions: Tensor | None = None
         self.state: dict[str, dict[str, Tensor | None]] = {}
         self.num_slots = 0
-        if decoder.embed_positions is not None:
-            decoder.embed_positions.register_forward_hook(self._embed_own_positions)
 
     @property
     def encoder_out(self) -> dict[str, list[Tensor]]:
@@ -45,14 +43,16 @@ class DecoderRows:
         """In this context the decoder's rows are at `steps` (N,), counted from 0."""
         positions = self._decoder.padding_idx + 1 + steps
         self._positions = positions.repeat_interleave(self._beam_size).unsqueeze(1)
+        embed = self._decoder.embed_positions
+        hook = None if embed is None else embed.register_forward_hook(self._embed_own_positions)
         try:
             yield
         finally:
+            if hook is not None:
+                hook.remove()  # it would keep these rows for as long as the decoder lives
             self._positions = None
 
     def _embed_own_positions(self, module: nn.Module, _inputs, output: Tensor) -> Tensor:
-        if self._positions is None:
-            return output
         if isinstance(module, LearnedPositionalEmbedding):
             return F.embedding(self._positions, module.weight)
         return module.weights[self._positions]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,15 @@ class Request:
     sample: dict
     prefix_tokens: Tensor | None = None
     bos_token: int | None = None
+
+    def key(self) -> Hashable:
+        """The same for two requests of the same sentences, in the same order and under the same conditions."""
+        tensors = (self.sample.get("id"), self.sample["net_input"]["src_tokens"], self.prefix_tokens)
+        return self.bos_token, *(None if each is None else (each.shape, _bytes(each)) for each in tensors)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().cpu().numpy().tobytes()
 
 
 class RequestMaker:

@@ -1,11 +1,14 @@
 """--continuous-batching against fairseq's own generator, batch by batch; and against the same command without it."""
 
+import gc
 import json
+import weakref
 from argparse import Namespace
 
 import commands
 import pytest
 import torch
+from fairseq import search
 from fairseq.sequence_generator import SequenceGenerator
 from flag_makers import parsed
 from model_makers import WORDS, dense_twin, dictionary, translation_input, translation_model
@@ -243,3 +246,36 @@ def test_the_command(shared_goldens):
     assert sorted(found.hypotheses()) == sorted(expected.hypotheses())
     done = commands.run("interactive", *flags[:-4], "--continuous-batching", "--task", "moe_translation", check=False)
     assert done.returncode != 0 and "--continuous-batching is for fairseq-generate" in done.stderr
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["numbered", "without numbers"])
+def test_an_answer_is_the_asked_batchs_not_the_next_ones(ids):
+    """Batches that were looked at are asked for in another order, and one is never asked for."""
+    requests, served, options = batches(), model(), {"beam_size": 3, "max_len_b": 8}
+    for number, request in enumerate(requests if ids else ()):
+        request.sample["id"] = torch.arange(request.sample["net_input"]["src_tokens"].size(0)) + 100 * number
+    expected = [in_turn(SequenceGenerator([served], dictionary(), **options), [each]) for each in requests]
+    generator = MoEContinuousGenerator([served], dictionary(), **options)
+    generator.room, ahead = Room(9), iter(requests)
+    generator.look_ahead = lambda: next(ahead, None)
+    for number in (0, 3, 2, 0):
+        assert_same(generator.generate([served], requests[number].sample), expected[number])
+
+
+def test_a_generator_leaves_nothing_with_the_model():
+    served = model()
+    embed = served.decoder.embed_positions
+    generator = MoEContinuousGenerator([served], dictionary(), beam_size=2, max_len_b=6)
+    in_turn(generator, batches())
+    assert not embed._forward_hooks and not generator._rows.state and generator._tokens is None
+    rows, found = weakref.ref(generator._rows), weakref.ref(generator)
+    del generator
+    gc.collect()
+    assert rows() is None and found() is None
+
+
+def test_a_search_that_this_one_is_not_is_refused():
+    strategy = search.PrefixConstrainedBeamSearch(dictionary(), lambda batch, tokens: [4])
+    with pytest.raises(ValueError, match="--continuous-batching .*BeamSearch, .*PrefixConstrained"):
+        MoEContinuousGenerator([model()], dictionary(), search_strategy=strategy)
+    assert MoEContinuousGenerator([model()], dictionary(), search_strategy=search.BeamSearch(dictionary()))
