@@ -22,9 +22,9 @@ def parsed(task: str, *flags: str):
     return commands.parse(command, "data", "--task", task, "--path", "x.pt", *arguments, *flags).task
 
 
-def assert_the_parser_refuses(task: str, flag: str, value: str, capsys) -> None:
-    """The last line that it says names both."""
+def assert_the_parser_refuses(flag: str, value: str, capsys) -> None:
+    """The last line that it says names both. Of one task: all have the same flags."""
     with pytest.raises(SystemExit):
-        parsed(task, flag, value)
+        parsed("moe_translation", flag, value)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert flag in message and value in message

@@ -12,4 +12,4 @@ bash scripts/setup_environment.sh
 # one thread per process: steadier and, at the tests' sizes, faster
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "${marker[@]}" "$@"
+exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist worksteal "${marker[@]}" "$@"

@@ -1,11 +1,12 @@
 """Which room knows which: read off the imports, and seen in a fresh process."""
 
 import ast
-import subprocess
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+import processes
 
 PACKAGE = "fairseq_moe_ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ def room_of(file: Path) -> str:
     return file.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(file: Path) -> set[str]:
     """Dotted names of every module that a file imports, wherever in it; relative imports made absolute."""
     package = file.relative_to(ROOT).with_suffix("").parts[:-1]
@@ -37,39 +39,38 @@ def rooms_in(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} & ROOMS
 
 
-def name_of(file: Path) -> str:
-    return str(file.relative_to(ROOT))
+def files_where(wrong: Callable[[Path], bool], rooms: set[str]) -> list[str]:
+    """Files of these rooms whose imports break a rule."""
+    assert {room_of(file) for file in FILES} >= rooms
+    return [str(file.relative_to(ROOT)) for file in FILES if room_of(file) in rooms and wrong(file)]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) in PURE_ROOMS], ids=name_of)
-def test_pure_rooms_know_nothing_of_fairseq(file):
-    names = imports(file)
-    assert not [name for name in names if name.split(".")[0] in ("fairseq", "fairseq_cli", "omegaconf", "hydra")]
-    assert not rooms_in(names) & FAIRSEQ_ROOMS
+def test_pure_rooms_know_nothing_of_fairseq():
+    fairseqs = {"fairseq", "fairseq_cli", "omegaconf", "hydra"}
+    assert not files_where(lambda file: fairseqs & {name.split(".")[0] for name in imports(file)}, PURE_ROOMS)
+    assert not files_where(lambda file: rooms_in(imports(file)) & FAIRSEQ_ROOMS, PURE_ROOMS)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "gating"], ids=name_of)
-def test_gating_knows_of_no_other_room(file):
-    assert rooms_in(imports(file)) <= {"gating", "trace"}
+def test_gating_knows_of_no_other_room():
+    assert not files_where(lambda file: rooms_in(imports(file)) - {"gating", "trace"}, {"gating"})
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "buffering"], ids=name_of)
-def test_buffering_knows_the_experts_and_traces_alone(file):
-    names = {name for name in imports(file) if name.startswith(f"{PACKAGE}.")}
-    known = tuple(f"{PACKAGE}.{name}" for name in ("buffering", "gating.experts", "trace", "atomic_file"))
-    assert not [name for name in names if not f"{name}.".startswith((*(f"{each}." for each in known),))]
+def test_buffering_knows_the_experts_and_traces_alone():
+    known = tuple(f"{PACKAGE}.{name}." for name in ("buffering", "gating.experts", "trace", "atomic_file"))
+
+    def foreign(file: Path) -> bool:
+        return any(name.startswith(f"{PACKAGE}.") and not f"{name}.".startswith(known) for name in imports(file))
+
+    assert not files_where(foreign, {"buffering"})
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "balancing"], ids=name_of)
-def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch(file):
-    names = imports(file)
-    assert rooms_in(names) <= {"balancing", "trace"}
-    assert "torch" not in {name.split(".")[0] for name in names}
+def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch():
+    assert not files_where(lambda file: rooms_in(imports(file)) - {"balancing", "trace"}, {"balancing"})
+    assert not files_where(lambda file: "torch" in {name.split(".")[0] for name in imports(file)}, {"balancing"})
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) != "figures"], ids=name_of)
-def test_nobody_needs_the_figures(file):
-    assert "figures" not in rooms_in(imports(file))
+def test_nobody_needs_the_figures():
+    assert not files_where(lambda file: "figures" in rooms_in(imports(file)), ROOMS - {"figures"})
 
 
 def test_the_packages_own_file_imports_nothing():
@@ -81,19 +82,27 @@ def test_the_reader_of_imports_sees_them():
     assert {room_of(file) for file in FILES} >= {"gating", "trace", "models", "tasks", "serving"}
     names = imports(ROOT / PACKAGE / "models" / "transformer_layer.py")
     assert "fairseq" in names and rooms_in(names) == {"gating", "models"}
+    assert files_where(lambda file: "fairseq" in imports(file), {"models"})
 
 
-@pytest.mark.parametrize("module, unknown", [
-    (PACKAGE, ("torch", "numpy", "fairseq")),
-    (f"{PACKAGE}.gating",
-     ("fairseq", "triton", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving")),
-    (f"{PACKAGE}.buffering.cache", ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.serving")),
-    (f"{PACKAGE}.buffering.simulation", ("torch", "fairseq", "matplotlib")),
-    (f"{PACKAGE}.balancing.plot", ("torch", "fairseq", "matplotlib", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),
-    (f"{PACKAGE}.trace", ("torch", "fairseq", f"{PACKAGE}.gating", f"{PACKAGE}.serving")),
-])
-def test_in_a_fresh_process(module, unknown):
-    code = f"import sys, {module}; print(*[name for name in {unknown!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+# what must not be there once a module is: the purest first, all in one process
+UNKNOWN = {
+    PACKAGE: ("torch", "numpy", "fairseq"),
+    f"{PACKAGE}.trace": ("torch", "fairseq", f"{PACKAGE}.gating", f"{PACKAGE}.serving"),
+    f"{PACKAGE}.balancing.plot": ("torch", "fairseq", "matplotlib", f"{PACKAGE}.gating", f"{PACKAGE}.serving"),
+    f"{PACKAGE}.buffering.simulation": ("torch", "fairseq", "matplotlib"),
+    f"{PACKAGE}.gating": (
+        *("fairseq", "triton", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.models", f"{PACKAGE}.serving"),
+    ),
+    f"{PACKAGE}.buffering.cache": ("fairseq", "omegaconf", f"{PACKAGE}.tasks", f"{PACKAGE}.serving"),
+}
+
+
+def test_in_a_fresh_process():
+    code = "import importlib, sys\n"
+    code += f"for module, unknown in {UNKNOWN!r}.items():\n"
+    code += "    importlib.import_module(module)\n"
+    code += "    print(*[(module, name) for name in unknown if name in sys.modules])\n"
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT, fresh=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
