@@ -11,6 +11,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary, data_utils
 from fairseq.data.indexed_dataset import make_builder
+from ties import assert_same_hypotheses, of_lines
 
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel, moe_transformer_lm_tiny
 
@@ -80,16 +81,10 @@ def assert_continued(output: str, lines: list[str], nbest: int) -> None:
 
 
 def assert_same_translations(some: str, others: str, count: int = 12) -> None:
-    for kind in "HP":
-        found, wanted = lines_of(kind, some), lines_of(kind, others)
-        assert found.keys() == wanted.keys() == set(range(count))
-        for number, rows in wanted.items():
-            assert len(rows) == len(found[number])
-            for row, other in zip(rows, found[number], strict=True):
-                assert row[1:] == other[1:]
-                np.testing.assert_allclose(
-                    [float(score) for score in row[0].split()], [float(s) for s in other[0].split()], rtol=0, atol=2e-4
-                )
+    found, wanted = (of_lines(commands.Generation(output.splitlines())) for output in (some, others))
+    assert found.keys() == wanted.keys() == set(range(count))
+    numbers = range(count)
+    assert_same_hypotheses([found[each] for each in numbers], [wanted[each] for each in numbers], positions=2e-4)
 
 
 def translate(goldens, data, *flags, path=None, command="generate", stdin="") -> str:

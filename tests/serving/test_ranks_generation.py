@@ -1,13 +1,13 @@
 """Beam search on ranks of one group: uneven numbers of sentences and steps, some ranks without any, as one rank's."""
 
 import commands
-import numpy as np
 import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
 from rank_commands import arguments_of
 from rank_group import ranks
 from rank_layers import contiguous, replicated, shuffled, split_layer
+from ties import Hypothesis, assert_same_hypotheses, of_tokens
 
 from fairseq_moe_ext.gating.exchange import Exchange
 
@@ -41,10 +41,11 @@ def load(goldens, flags):
     return model, task.target_dictionary
 
 
-def search(model, dictionary, batches, beam: int) -> list[tuple[list[int], float]]:
+def search(model, dictionary, batches, beam: int) -> list[list[Hypothesis]]:
+    """Per sentence its best hypothesis."""
     generator = SequenceGenerator([model], dictionary, beam_size=beam, max_len_b=25)
     found = [hypothesis for batch in batches for hypothesis in generator.generate([model], batch)]
-    return [(best[0]["tokens"].tolist(), float(best[0]["score"])) for best in found]
+    return of_tokens([hypotheses[:1] for hypotheses in found])
 
 
 def translate(rank, world_size, goldens, flags, where, beam, sentences_of_ranks):
@@ -76,7 +77,6 @@ def test_translations_are_one_ranks(shared_goldens, group, flags, where, beam, s
     model, dictionary = load(shared_goldens, flags)
     for rank, (found, idle_rounds) in enumerate(served):
         wanted = search(model, dictionary, batches_of(rank, sentences[rank]), beam)
-        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in wanted], rtol=0, atol=1e-5)
+        assert_same_hypotheses(found, wanted)
         assert len(found) == sum(sentences[rank])
         assert idle_rounds >= 1 and (found or idle_rounds > 10)

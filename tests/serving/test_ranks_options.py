@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from data_makers import MT_TRAINING, untrained_checkpoint, write_data
 from rank_commands import arguments_of, assert_same_lines, assert_translated_once, loss_of
+from ties import assert_same_generation
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +22,7 @@ def test_a_dense_model(tmp_path):
     done = commands.run("generate", *arguments, ranks=3)
     found = commands.Generation(done.stdout.splitlines())
     assert len(found.hypotheses()) == 20
-    assert found.hypotheses() == wanted.hypotheses()
-    np.testing.assert_allclose(found.scores(), wanted.scores(), rtol=0, atol=1e-5)
+    assert_same_generation(found, wanted)
     assert_translated_once(done, sentences=20)
 
 
