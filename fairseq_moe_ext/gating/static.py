@@ -19,6 +19,10 @@ from fairseq_moe_ext.gating.routing import Routing
 def static_capacity(num_tokens: int, num_experts: int, num_choices: int, fraction: float, training: bool) -> int:
     """Slots per expert: `ceil(fraction * T)` in evaluation with a fraction above 0, else `K * ceil(T / E)`.
 
+    The product is upstream's, in floating point, and so are its slots: 8 for 0.07 of 100 tokens.
+
+    >>> static_capacity(100, 4, 2, 0.07, training=False)
+    8
     >>> static_capacity(1024, 8, 2, 0.25, training=False), static_capacity(1024, 8, 2, 0.25, training=True)
     (256, 256)
     """
