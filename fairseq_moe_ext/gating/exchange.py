@@ -294,11 +294,11 @@ class Round:
             ]
             if not sources:
                 continue
-            rows = [parts[source].view(dtype).view(-1, model_dim) for source in sources]
+            rows = [_as_values(parts[source], dtype).view(-1, model_dim) for source in sources]
             results = run_by_expert(layer.experts, rows, [arrivals[source].counts for source in sources])
             self._exchange.rows_computed[layer.number] += sum(map(len, rows))
             for source, result in zip(sources, results, strict=True):
-                out_parts[source].view(dtype).view(result.shape).copy_(result)
+                out_parts[source].copy_(result.reshape(-1).view(torch.uint8))
         return outputs
 
 
@@ -322,6 +322,11 @@ def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
         parts.append(counts[start : start + size])
         start += size
     return parts
+
+
+def _as_values(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """part (bytes,) as numbers; a copy where it begins, behind another layer's rows, at no place of one."""
+    return (part if part.storage_offset() % dtype.itemsize == 0 else part.clone()).view(dtype)
 
 
 def _row_bytes(rows: Tensor) -> int:

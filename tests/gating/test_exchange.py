@@ -26,7 +26,7 @@ def assert_as_alone(job: Job, served) -> None:
         outputs, calls = alone(job, rank)
         assert len(outputs) == len(found.outputs)
         for output, wanted in zip(found.outputs, outputs, strict=True):
-            torch.testing.assert_close(output, wanted, **TOLERANCE[job.layers[0].dtype])
+            torch.testing.assert_close(output, wanted, **TOLERANCE[output.dtype])
         for call, wanted in zip(found.calls, calls, strict=True):
             assert (call.load, call.assignments, call.dropped) == (wanted.load, wanted.assignments, wanted.dropped)
 
@@ -144,8 +144,13 @@ def test_ranks_in_different_layers_in_the_same_round(group):
         assert found.idle_rounds == longest + 1 - len(calls)
 
 
-def test_ranks_in_layers_of_different_dtypes(group):
-    job = different_layers(group.world_size, torch.float64)
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_ranks_in_layers_of_different_dtypes(group, gating, dtype):
+    """Rows of 9 half-precision numbers end where no float32 may begin."""
+    dynamic = different_layers(group.world_size, dtype)
+    static = STATIC if gating == "static" else {}
+    job = Job(dynamic.layers, dynamic.placements, dynamic.calls, gating, static)
     assert_as_alone(job, group(serve, job))
 
 
