@@ -7,19 +7,21 @@ Legend: L = MoE layers of a phase, E = experts. The file is a compressed .npz; p
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fairseq_moe_ext.atomic_file import write_bytes
+from fairseq_moe_ext.bounded_json import read_regular
 
 # one step is: an encoder pass; a teacher-forced decoder pass (`prefill`); a decode step
 PHASES = ("encoder", "prefill", "decode")
+_ROOM = 50_000_000  # bytes that the arrays of any file may take; besides, a hundred times its own
+_LIST = 100_000  # bytes of the archive's list of arrays
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class PhaseTrace:
 
     def __post_init__(self):
         expected = (*self.batch.shape, len(self.names))
-        if not self.names or self.load.ndim != 3 or self.load.shape[:2] != expected or self.load.dtype.kind != "u":
+        fits = self.load.ndim == 3 and self.load.shape[:2] == expected and self.load.dtype.kind == "u"
+        if not self.names or not fits or self.batch.dtype.kind not in "iu":
             raise ValueError(
                 f"load must be unsigned (steps, layers, experts) for {len(self.names)} layers and batch "
                 f"{self.batch.shape}, got {self.load.dtype} {self.load.shape}"
@@ -111,15 +114,41 @@ def pack_trace(phases: dict[str, PhaseTrace]) -> bytes:
 
 
 def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
-    """The phases of `pack_trace`, which may be none."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return {
-            phase: PhaseTrace(
-                tuple(arrays[f"{phase}_names"].tolist()), arrays[f"{phase}_load"], arrays[f"{phase}_batch"]
-            )
-            for phase in PHASES
-            if f"{phase}_load" in arrays
-        }
+    """The phases of `pack_trace`, which may be none; ValueError where an array is not what it must be."""
+    end = zipfile._EndRecData(io.BytesIO(content))  # as zipfile itself finds it, before it reads the list
+    if end is not None and end[zipfile._ECD_SIZE] > _LIST:
+        raise ValueError(f"its list of arrays must take at most {_LIST} bytes, got {end[zipfile._ECD_SIZE]}")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {entry.filename: entry for entry in archive.infolist()}
+        wanted = [f"{phase}_{part}.npy" for phase in PHASES for part in ("names", "load", "batch")]
+        size, room = sum(members[name].file_size for name in wanted if name in members), max(_ROOM, 100 * len(content))
+        if size > room:
+            raise ValueError(f"its arrays must take at most {room:,} bytes, got {size:,}")
+        arrays = {name: _array(archive, members[name]) for name in wanted if name in members}
+    phases = {}
+    for phase in PHASES:
+        parts = [arrays.get(f"{phase}_{part}.npy") for part in ("names", "load", "batch")]
+        if parts[1] is None:
+            continue
+        if any(part is None for part in parts) or parts[0].ndim != 1 or parts[0].dtype.kind != "U":
+            raise ValueError(f"{phase}_load must have names (layers,) and batches (steps,) beside it")
+        phases[phase] = PhaseTrace(tuple(parts[0].tolist()), *parts[1:])
+    return phases
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """One array, whose header must describe as many bytes as the archive says that there are."""
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{entry.filename} must be of numpy's format 1.0 or 2.0, got {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        said = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or dtype.kind not in "iuU" or said != entry.file_size - file.tell():
+            raise ValueError(f"{entry.filename} must hold {dtype} {shape} and nothing else, of numbers or names")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace], flag: str = "") -> None:
@@ -130,9 +159,11 @@ def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace], flag: str
 def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:
     """Read a trace; ValueError names the file where it is none."""
     try:
-        phases = unpack_trace(Path(path).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a routing trace (.npz as --moe-trace writes it): {error}") from error
+        phases = unpack_trace(read_regular(path))
+    except Exception as error:  # zipfile and numpy raise a dozen types at damaged files
+        reason = str(getattr(error, "strerror", None) or error)[:200].splitlines()
+        said = reason[0] if reason else type(error).__name__
+        raise ValueError(f"{path}: not a routing trace (.npz as --moe-trace writes it): {said}") from error
     if not phases:
         raise ValueError(f"{path}: not a routing trace: none of the phases {', '.join(PHASES)} is in it")
     return phases

@@ -56,7 +56,8 @@ def test_gating_knows_of_no_other_room():
 
 
 def test_buffering_knows_the_experts_and_traces_alone():
-    known = tuple(f"{PACKAGE}.{name}." for name in ("buffering", "gating.experts", "trace", "atomic_file"))
+    rooms = ("buffering", "gating.experts", "trace", "atomic_file", "bounded_json")
+    known = tuple(f"{PACKAGE}.{name}." for name in rooms)
 
     def foreign(file: Path) -> bool:
         return any(name.startswith(f"{PACKAGE}.") and not f"{name}.".startswith(known) for name in imports(file))

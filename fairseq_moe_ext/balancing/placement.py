@@ -7,14 +7,13 @@ layer a list of ranks per expert.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fairseq_moe_ext.atomic_file import write_json
+from fairseq_moe_ext.bounded_json import read_json
 
 # per expert of one layer, the ranks that hold a copy of it
 LayerPlacement = tuple[tuple[int, ...], ...]
@@ -31,13 +30,13 @@ class Placement:
     def __post_init__(self):
         for name, ranks_of_experts in self.layers.items():
             for expert, ranks in enumerate(ranks_of_experts):
-                what = f"placement of {name}: expert {expert}"
+                what = f"placement of {name[:80]}: expert {expert}"
                 if not ranks:
                     raise ValueError(f"{what} must lie on at least one rank, got none")
                 if len(set(ranks)) < len(ranks):
-                    raise ValueError(f"{what} must lie on a rank once at most, got ranks {list(ranks)}")
+                    raise ValueError(f"{what} must lie on a rank once at most, got ranks {_shown(list(ranks))}")
                 if min(ranks) < 0 or max(ranks) >= self.world_size:
-                    raise ValueError(f"{what} must lie on ranks 0 to {self.world_size - 1}, got {list(ranks)}")
+                    raise ValueError(f"{what} must lie on ranks 0 to {self.world_size - 1}, got {_shown(list(ranks))}")
 
     def check_fits(self, world_size: int, num_experts: Mapping[str, int]) -> None:
         """ValueError unless this is a placement for `world_size` ranks and a model of these layers, name -> E."""
@@ -92,9 +91,9 @@ def save_placement(path: str | os.PathLike, placement: Placement) -> None:
 def load_placement(path: str | os.PathLike) -> Placement:
     """Read a placement; ValueError names the file and what is wrong in it."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a placement file: {error}") from error
+        raise ValueError(f"{path}: not a placement file: {getattr(error, 'strerror', None) or error}") from error
     try:
         return _parse(content)
     except ValueError as error:
@@ -106,17 +105,24 @@ def _parse(content: Any) -> Placement:
         raise ValueError('a placement must be a JSON object with "world_size" and "layers"')
     world_size = content.get("world_size")
     if not _is_number(world_size) or world_size < 1:
-        raise ValueError(f"world_size must be a whole number of at least 1, got {world_size!r}")
+        raise ValueError(f"world_size must be a whole number of at least 1, got {_shown(world_size)}")
     layers = {}
     for name, ranks_of_experts in content["layers"].items():
         if not isinstance(ranks_of_experts, list) or not ranks_of_experts:
-            raise ValueError(f"placement of {name}: must be a list with the ranks of each expert")
+            raise ValueError(f"placement of {name[:80]}: must be a list with the ranks of each expert")
         for expert, ranks in enumerate(ranks_of_experts):
             if not isinstance(ranks, list) or not all(_is_number(rank) for rank in ranks):
-                raise ValueError(f"placement of {name}: expert {expert} must have a list of ranks, got {ranks!r}")
+                found = _shown(ranks)
+                raise ValueError(f"placement of {name[:80]}: expert {expert} must have a list of ranks, got {found}")
         layers[name] = tuple(tuple(ranks) for ranks in ranks_of_experts)
-    return Placement(world_size, layers, str(content.get("method", "unknown")))
+    return Placement(world_size, layers, str(content.get("method", "unknown"))[:100])
+
+
+def _shown(value: Any) -> str:
+    """For an error's message, whatever a file holds."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a longer number"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31

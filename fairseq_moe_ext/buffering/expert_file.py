@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.atomic_file import WriteError, new_file
+from fairseq_moe_ext.bounded_json import check_regular, parse_json
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.buffering.store import StoreError
 from fairseq_moe_ext.gating.experts import EXPERT_KEYS
@@ -91,6 +92,7 @@ class ExpertFile:
 
     def __init__(self, path: Path, layout: dict):
         self._path = path
+        check_regular(path)
         self._file = open(path, "rb")  # noqa: SIM115  stays open with the store
         try:
             self._start, self._checksums = self._check(layout)
@@ -107,7 +109,7 @@ class ExpertFile:
         try:
             if length > size:
                 raise ValueError("its header is cut off")
-            header = json.loads(self._file.read(length))
+            header = parse_json(self._file.read(length))
             checksums = [int(crc, 16) for crc in header[_METADATA].pop(_CHECKSUMS).split()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{self._path}: not an expert store: {str(error)[:200]}") from error

@@ -38,6 +38,7 @@ from fairseq_moe_ext.serving.state_keys import GATE_KEY
 
 logger = logging.getLogger("fairseq_moe_ext")
 
+_MOST_MISSING = 1000  # a configuration can name any number
 _PIECE = 1 << 26  # bytes of a tensor that are converted at a time
 _VERSION = 3.0  # of fairseq's encoder and decoder, which they keep as a tensor
 HF_FIELDS = "hf_config"  # of extra_state: config.json's fields that fairseq has no place for
@@ -120,6 +121,8 @@ def match_tensors(named: Iterator[NamedTensor], found: Mapping[str, Any], folder
         there = [key for key in keys if key in found]
         tensors |= dict.fromkeys(there, tensor)
         missing += [] if there else [tensor.hf[0]]
+        if len(missing) > _MOST_MISSING:
+            raise CheckpointError(f"{folder}: more than {_MOST_MISSING} tensors are missing, the first is {missing[0]}")
         for key in there:
             shard, dtype, shape = found[key]
             if shape != tensor.shape:

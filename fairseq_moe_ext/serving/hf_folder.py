@@ -6,7 +6,6 @@ which tensor lies in which. Pickles are read by PyTorch's safe loader only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext import bounded_json
 from fairseq_moe_ext.serving.checkpoint_file import read_pickle
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
@@ -92,6 +92,7 @@ class HfFolder:
     def read(self, shard: Path) -> Mapping[str, Tensor | FileTensor]:
         """One shard's tensors, most of them unread: `values` gives an ordinary tensor."""
         try:
+            bounded_json.check_regular(shard)
             with open(shard, "rb") as file:
                 head = file.read(len(_LFS_POINTER))
         except OSError as error:
@@ -116,11 +117,11 @@ def _read_bin(shard: Path) -> dict[str, Tensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; CheckpointError where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = bounded_json.read_json(file)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: it must hold a JSON object, got {type(content).__name__}")
     return content

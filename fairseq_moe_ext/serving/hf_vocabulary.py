@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq.data import Dictionary
-
-from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.serving.dictionary_file import load_dictionary
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.hf_tokenizer import SPECIAL, read_tokenizer
 from fairseq_moe_ext.serving.nllb_tokens import ALL_EXTRA_TOKENS, DATA_SOURCE_TAGS, MASK, TAGS_OPTION
 
@@ -73,10 +72,7 @@ def read_vocabulary(folder: Path) -> HfVocabulary:
 
 def read_dictionary(file: Path) -> list[str]:
     """The entries of a dict.txt, without the four specials."""
-    try:
-        return Dictionary.load(str(file)).symbols[len(SPECIAL) :]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: not a fairseq dictionary: {one_line(error)}") from error
+    return load_dictionary(file).symbols[len(SPECIAL) :]
 
 
 def fairseq_vocabulary(theirs: HfVocabulary, words: Sequence[str] | None, rows: int) -> FairseqVocabulary:

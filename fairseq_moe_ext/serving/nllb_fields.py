@@ -41,8 +41,9 @@ class Rule:
     fits: Callable[[Any], bool]
 
 
-def _whole(least: int) -> Rule:
-    return Rule(f"a whole number of at least {least}", lambda value: type(value) is int and value >= least)
+def _whole(least: int, most: int = (1 << 31) - 1) -> Rule:
+    text = f"a whole number of at least {least}" + (f" and at most {most}" if most < (1 << 31) - 1 else "")
+    return Rule(text, lambda value: type(value) is int and least <= value <= most)
 
 
 def _one_of(*values: str) -> Rule:
@@ -64,9 +65,9 @@ COPIED: dict[str, tuple[Any, Rule]] = {
     "vocab_size": (NEEDED, _whole(1)),
     "d_model": (NEEDED, _whole(1)),
     **{
-        f"{side}_{name}": (NEEDED, _whole(1))
+        f"{side}_{name}": (NEEDED, _whole(1, most))
         for side in ("encoder", "decoder")
-        for name in ("layers", "ffn_dim", "attention_heads")
+        for name, most in (("layers", 10_000), ("ffn_dim", 1 << 24), ("attention_heads", 1 << 24))
     },
     "max_position_embeddings": (1024, _whole(1)),
     "activation_function": ("relu", _one_of(*ACTIVATIONS)),
@@ -80,7 +81,7 @@ COPIED: dict[str, tuple[Any, Rule]] = {
 COPIED_OF_EXPERTS: dict[str, tuple[Any, Rule]] = {
     "encoder_sparse_step": (4, _whole(0)),
     "decoder_sparse_step": (4, _whole(0)),
-    "num_experts": (128, _whole(2)),  # of which the gate chooses two
+    "num_experts": (128, _whole(2, 100_000)),  # of which the gate chooses two
     "second_expert_policy": ("all", POLICY),
     "normalize_router_prob_before_dropping": (False, FLAG),
     "batch_prioritized_routing": (False, FLAG),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
+from fairseq_moe_ext.serving.dictionary_file import load_dictionary
 from fairseq_moe_ext.tasks.flags import FairseqsFlags, MoEFlags
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
@@ -33,6 +36,14 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
                 f"--tokens-per-sample must be above --context-window, got {args.tokens_per_sample} tokens beside it"
             )
         return super().setup_task(args, **kwargs)
+
+    @classmethod
+    def setup_dictionary(cls, args, **kwargs):
+        # fairseq's reads it past `load_dictionary`
+        file = Path(utils.split_paths(args.data)[0], "dict.txt") if args.data else None
+        if file is not None and file.exists():
+            load_dictionary(file)
+        return super().setup_dictionary(args, **kwargs)
 
     def load_dataset(self, split, *args, **kwargs):
         if self.static_serving:

@@ -20,6 +20,7 @@ from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageMode
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint_task import SERVED
+from fairseq_moe_ext.serving.dictionary_file import load_dictionary
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
@@ -66,6 +67,10 @@ class ServingTask:
     def add_args(cls, parser):
         super().add_args(parser)
         prepare_parser(parser)
+
+    @classmethod
+    def load_dictionary(cls, filename):
+        return load_dictionary(Path(filename)) if Path(filename).exists() else super().load_dictionary(filename)
 
     @classmethod
     def setup_task(cls, args, **kwargs):
