@@ -65,9 +65,9 @@ COPIED: dict[str, tuple[Any, Rule]] = {
     "vocab_size": (NEEDED, _whole(1)),
     "d_model": (NEEDED, _whole(1)),
     **{
-        f"{side}_{name}": (NEEDED, _whole(1, most))
+        f"{side}_{name}": (NEEDED, rule)
         for side in ("encoder", "decoder")
-        for name, most in (("layers", 10_000), ("ffn_dim", 1 << 24), ("attention_heads", 1 << 24))
+        for name, rule in (("layers", _whole(1, 10_000)), ("ffn_dim", _whole(1)), ("attention_heads", _whole(1)))
     },
     "max_position_embeddings": (1024, _whole(1)),
     "activation_function": ("relu", _one_of(*ACTIVATIONS)),
