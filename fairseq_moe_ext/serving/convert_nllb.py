@@ -101,7 +101,8 @@ def _convert(folder: str, file: Path, dictionary: str | None, dtype: torch.dtype
                     if key in tensors:
                         named = tensors[key]
                         chosen = order if named.rows else None
-                        writer.write(named.fairseq[0], _pieces(values(tensor), shapes[named.fairseq][0], chosen))
+                        pieces = _pieces(values(tensor), shapes[named.fairseq][0], chosen, f"{shard.name}: {key}")
+                        writer.write(named.fairseq[0], pieces)
                 writer.finish(shard.name)
             bar.update(shard.stat().st_size)
     files = [file, *_write_vocabulary(file, vocabulary)]
@@ -232,12 +233,24 @@ def _fingerprint(source: HfFolder, shapes: Mapping, state: dict[str, Any]) -> st
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _pieces(tensor: Tensor, dtype: torch.dtype, order: Tensor | None) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor, dtype: torch.dtype, order: Tensor | None, name: str) -> Iterator[Tensor]:
     """`tensor[order]` in `dtype`, some rows at a time; order: (V,) int64, or None: as they are."""
     step = max(1, _PIECE // max(1, tensor[0].numel() * dtype.itemsize)) if tensor.dim() > 1 else len(tensor)
     for start in range(0, len(tensor), step):
         part = slice(start, start + step)
-        yield tensor[part if order is None else order[part]].to(dtype)
+        yield in_dtype(tensor[part if order is None else order[part]], dtype, name)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` rounded to `dtype`; CheckpointError where a number would become infinite."""
+    result = tensor.to(dtype)
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(tensor.dtype).max and (result.isinf() & ~tensor.isinf()).any():
+        raise CheckpointError(
+            f"--dtype must hold the values of {name}, up to {tensor[~tensor.isinf()].abs().max():g}, got "
+            f"{str(dtype).removeprefix('torch.')}, which ends at {most:g}"
+        )
+    return result
 
 
 def _write_vocabulary(file: Path, vocabulary: FairseqVocabulary) -> Sequence[Path]:

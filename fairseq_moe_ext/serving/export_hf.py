@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fairseq_moe_ext.atomic_file import WriteError, copy_file, new_file, write_json
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.conversion_lock import only_writer
-from fairseq_moe_ext.serving.convert_nllb import HF_FIELDS
+from fairseq_moe_ext.serving.convert_nllb import HF_FIELDS, in_dtype
 from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.hf_tokenizer import SPECIAL, TOKENIZER_FILES
@@ -250,7 +250,7 @@ def _write_shards(
                 values = model[tensor.fairseq[0]]
                 values = values.read() if isinstance(values, StoredTensor) else values.clone()
                 values = values[order] if tensor.rows and order is not None else values
-                tensors[tensor.hf[0]] = values.to(dtype or values.dtype).contiguous()
+                tensors[tensor.hf[0]] = in_dtype(values, dtype or values.dtype, tensor.fairseq[0]).contiguous()
                 bar.update(sizes[tensor])
             with new_file(folder / name) as file:
                 save_file(tensors, file.name, metadata={"format": "pt"})

@@ -21,6 +21,7 @@ from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.dictionary_checksum import dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.export_hf import export_hf
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_nllb_moe.py"
 main = runpy.run_path(str(SCRIPT))["main"]
@@ -89,6 +90,20 @@ class TestTensors:
         ours = converted(made[0], tmp_path / "x.pt", dtype=torch.float16)
         theirs = made[1]["model.encoder.layers.1.ffn.experts.expert_5.fc1.weight"]
         assert torch.equal(ours["encoder.layers.1.moe_layer.experts.5.fc1.weight"], theirs.half())
+
+    @pytest.mark.parametrize("key", ["encoder.embed_tokens.weight", "decoder.layers.1.moe_layer.experts.2.fc1.bias"])
+    def test_values_beyond_the_dtype_are_no_infinities(self, made, tmp_path, key):
+        convert_nllb(str(made[0]), str(tmp_path / "x.pt"))
+        state = torch.load(tmp_path / "x.pt", weights_only=False)
+        state["model"][key][-1] = 1e5
+        torch.save(state, tmp_path / "y.pt")
+        with pytest.raises(CheckpointError, match=f"--dtype must hold the values of {key}, up to 100000, got float16"):
+            export_hf(str(tmp_path / "y.pt"), str(tmp_path / "no"), dtype=torch.float16)
+        export_hf(str(tmp_path / "y.pt"), str(tmp_path / "hf"), str(tmp_path / "x.dict.txt"), str(made[0]))
+        with pytest.raises(CheckpointError, match="model.safetensors: model.* up to 100000, got float16"):
+            convert_nllb(str(tmp_path / "hf"), str(tmp_path / "z.pt"), dtype=torch.float16)
+        found = converted(tmp_path / "hf", tmp_path / "z.pt", dtype=torch.bfloat16)
+        assert found[key].isfinite().all() and not (tmp_path / "no").exists()
 
     @pytest.mark.parametrize("kind, shards", [("bin", 2), ("bin", 1), ("safetensors", 1)])
     def test_every_layout_gives_the_same_file(self, made, tmp_path, kind, shards):
