@@ -134,10 +134,8 @@ class MOELayer(nn.Module):
         """The load-balancing loss of the last call (training and validation only), a scalar."""
         loss = self._statistics().gate_loss()
         if self.training and torch.is_grad_enabled() and self.gate.wg.weight.requires_grad > loss.requires_grad:
-            raise RuntimeError(
-                "the gate loss has no gradient, since the layer's last call ran without one: of activation checkpoints "
-                "--checkpoint-activations alone keeps it"
-            )
+            loss = loss.detach().requires_grad_()
+            loss.register_hook(_refuse_gradient)
         return loss
 
     def metadata(self) -> dict[str, Tensor]:
@@ -316,6 +314,13 @@ class MOELayer(nn.Module):
     def _record(self, before: Routing, after: Routing) -> None:
         if not self.serving:
             self.statistics = CallStatistics(before, after)
+
+
+def _refuse_gradient(_gradient: Tensor) -> None:
+    raise RuntimeError(
+        "the gate loss has no gradient, since the layer's last call ran without one: of activation checkpoints "
+        "--checkpoint-activations alone keeps it"
+    )
 
 
 class _Clock:
