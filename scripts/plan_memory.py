@@ -10,25 +10,23 @@ on a GPU (--fp32: float32), in float32 on a CPU. What is counted: fairseq_moe_ex
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fairseq_moe_ext.byte_sizes import parse_bytes  # noqa: E402
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: E402, F401  register architectures
 from fairseq_moe_ext.serving.errors import CheckpointError  # noqa: E402
 from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, table  # noqa: E402
 
-_UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
-
 
 def memory(text: str) -> int:
-    """Bytes of `24GB`, `24GiB`, `500M`."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([MGT]i?)B?", text, re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size as 24GB or 500M, got {text!r}")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    """As every flag reads a size."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

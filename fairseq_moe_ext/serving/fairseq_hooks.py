@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -62,6 +63,8 @@ def _score(original, scorer, models, sample, **kwargs):
 
 def _find(_original, filename: str, suffix: str, shard_idx: int, num_shards: int) -> str:
     """fairseq asks which file to load when it serves (never when training goes on)."""
+    if os.pathsep in filename and not os.path.exists(filename):  # fairseq-generate has taken an ensemble apart
+        raise CheckpointError(f"--path must name one checkpoint to this command, got {filename}")
     filename = filename.replace(".pt", suffix + ".pt")  # as fairseq reads --checkpoint-suffix
     if num_shards > 1:  # fairseq's own way past every check: it then loads with strict=False
         raise CheckpointError(

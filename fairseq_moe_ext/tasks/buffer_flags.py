@@ -9,12 +9,11 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
+from fairseq_moe_ext.byte_sizes import parse_bytes
 from fairseq_moe_ext.serving.expert_buffer import AUTO, SCOPES, STORES, BufferSettings
 from fairseq_moe_ext.trace import load_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass
@@ -107,10 +106,10 @@ def _bytes(text: Any) -> int | None:
     """None for `auto`."""
     if text == AUTO:
         return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", str(text))
-    if match is None:
-        raise ValueError(f"--expert-host-memory must be a size as 64G or 500M, or {AUTO}, got {text!r}")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    try:
+        return parse_bytes(str(text))
+    except ValueError:
+        raise ValueError(f"--expert-host-memory must be a size as 64G or 500M, or {AUTO}, got {text!r}") from None
 
 
 def _flag(name: str) -> str:

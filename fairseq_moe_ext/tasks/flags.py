@@ -60,6 +60,10 @@ class FairseqsFlags(FairseqDataclass):
     """Flags of fairseq's commands that the tasks and the checks look at, too."""
 
     skip_invalid_size_inputs_valid_test: bool = II("dataset.skip_invalid_size_inputs_valid_test")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    bf16: bool = II("common.bf16")
+    memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
 
 
 def check_flags(flags: Any) -> None:

@@ -37,6 +37,7 @@ from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
+from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
@@ -82,13 +83,15 @@ class ServingTask:
         if not from_checkpoint:
             return super().build_model(args, from_checkpoint)
         has_encoder = getattr(args, "encoder_layers", None) is not None
+        flags = self._flags()
+        check_dtype_flags(flags)
         if self.observer is None:
-            flags = self._flags()
             self.ranks = served_ranks()
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
+            check_flags_of_dense(flags, takes_dtype=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
             # without a model of fairseq's: an architecture of upstream's branches that the release has no name for
             known = dense_model(getattr(args, "_name", None) or getattr(args, "arch", None)) is not None
@@ -105,8 +108,10 @@ class ServingTask:
         args = self._with_flags(args)
         check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
         model = self._build_served(args)
+        if not model.moe_layers():  # dense layers stand in their place
+            check_flags_of_dense(flags, takes_dtype=True)
         self._distribute(model)
-        dtype = self._flags().moe_dtype
+        dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
             model.to(model.serving_dtype)  # before the weights come, so that they never lie in two dtypes

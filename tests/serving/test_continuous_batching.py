@@ -265,6 +265,6 @@ def test_a_generator_leaves_nothing_with_the_model():
 
 def test_a_search_that_this_one_is_not_is_refused():
     strategy = search.PrefixConstrainedBeamSearch(dictionary(), lambda batch, tokens: [4])
-    with pytest.raises(ValueError, match="--continuous-batching .*BeamSearch, .*PrefixConstrained"):
+    with pytest.raises(ValueError, match="--continuous-batching .*BeamSearch .*PrefixConstrained"):
         MoEContinuousGenerator([model()], dictionary(), search_strategy=strategy)
     assert MoEContinuousGenerator([model()], dictionary(), search_strategy=search.BeamSearch(dictionary()))

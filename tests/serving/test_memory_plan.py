@@ -91,7 +91,7 @@ def test_the_script_prints_a_table(tmp_path, capsys):
     assert "4 MoE layers of 8 experts" in printed and printed.count("\n|") == 7
     assert SCRIPT["main"]([str(tmp_path / "nothing.pt"), "--device-memory", "24G"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
-    assert SCRIPT["memory"]("1.5GB") == 1_500_000_000
+    assert SCRIPT["memory"]("1.5GB") == 3 << 29
     with pytest.raises(SystemExit):
         SCRIPT["main"](["x", "--device-memory", "much"])
 
