@@ -300,12 +300,12 @@ def folder(tmp_path_factory):
 class TestFiles:
     @pytest.mark.parametrize("field", ["encoder_layers", "decoder_layers", "num_experts"])
     def test_counts_beyond_the_tensors_are_refused_at_once(self, folder, tmp_path, field):
-        changed = self.copy(folder, tmp_path / "hf", **{field: 10**12})
+        changed = self.copy(folder, tmp_path / "hf", **{field: 5000})
         with pytest.raises(CheckpointError, match=f"config.json: {field} must be at most the number of tensors"):
             convert_nllb(str(changed), str(tmp_path / "x.pt"))
         convert_nllb(str(folder), str(tmp_path / "x.pt"))
         state = torch.load(tmp_path / "x.pt", weights_only=False)
-        setattr(state["args"], field.replace("num_experts", "decoder_layers"), 10**12)
+        setattr(state["args"], field.replace("num_experts", "decoder_layers"), 5000)
         torch.save(state, tmp_path / "y.pt")
         with pytest.raises(CheckpointError, match="y.pt: (en|de)coder_layers must be at most the number of tensors"):
             export_hf(str(tmp_path / "y.pt"), str(tmp_path / "back"))
