@@ -5,9 +5,9 @@
     python scripts/simulate_buffer.py trace.npz --output DIR --world-size 4 --expert-placement placement.json
 
 The trace is one that `--moe-trace` wrote; with `--world-size` every rank has a buffer for the experts that it holds,
-contiguous ones without a placement, and the sizes are those up to the fewest experts of a rank. DIR gets buffer.csv
-(every layer, then the mean over the layers and the worst layer) and buffer.png (the mean as a line, the worst layer as
-a dashed one, Belady's MIN in black).
+contiguous ones without a placement, and the sizes are those up to the fewest experts of a rank that holds any. DIR
+gets buffer.csv (every layer, then the mean over the layers and the worst layer) and buffer.png (the mean as a line, the
+worst layer as a dashed one, Belady's MIN in black).
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def draw(file: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def report(layers: Sequence[LayerLoads], outcomes: Sequence[Outcome]) -> None:
-    """Print the misses at a quarter of the experts."""
+    """Print the misses at a quarter of the experts, or at the largest size."""
     print(f"{'layer':40} {'size':>4} {'order':>14} " + " ".join(f"{policy:>7}" for policy in (*POLICIES, MIN)))
     for layer in layers:
-        size = max(layer.num_experts // 4, 1)
+        size = min(max(layer.num_experts // 4, 1), max(each.size for each in outcomes))
         for order in ORDERS:
             found = {e.policy: e for e in outcomes if (e.layer, e.size, e.order) == (layer.name, size, order)}
             misses = " ".join(f"{found[policy].misses:7}" for policy in (*POLICIES, MIN))
@@ -118,7 +118,12 @@ def on_ranks(args: argparse.Namespace, layers: Sequence[LayerLoads]) -> list[Lay
     else:
         places = {name: contiguous(count, args.world_size) for name, count in num_experts.items()}
     found = loads_of_ranks(load_trace(args.trace), places, args.world_size)
-    return [replace(layer, name=f"{layer.name}, rank {rank}") for rank, each in found.items() for layer in each]
+    return [
+        replace(layer, name=f"{layer.name}, rank {rank}")
+        for rank, each in found.items()
+        for layer in each
+        if layer.num_experts  # a rank may hold none, and has no buffer then
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

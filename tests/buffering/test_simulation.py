@@ -8,6 +8,7 @@ import numpy as np
 import processes
 import pytest
 
+from fairseq_moe_ext.balancing.placement import Placement, save_placement
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
 from fairseq_moe_ext.buffering.simulation import MIN, hottest_experts, layers_of, simulate, simulate_all
 from fairseq_moe_ext.trace import PhaseTrace, TraceRecorder, save_trace
@@ -95,6 +96,17 @@ def test_the_scripts_table_and_plot(tmp_path):
             assert float(row["miss_rate"]) == pytest.approx(expected, abs=1e-6)
     assert (tmp_path / "out" / "buffer.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["buffer.csv", "buffer.png"]
+
+
+def test_ranks_that_hold_nothing_or_little_of_a_layer(tmp_path):
+    """A quarter of the first rank's experts is more than the second one has."""
+    save_trace(tmp_path / "trace.npz", recorded([("decode", batch, {"d": [1] * 9, "e": [2] * 9}) for batch in (0, 1)]))
+    places = {"d": [(0,)] * 8 + [(1,)], "e": [(0,)] * 9}
+    save_placement(tmp_path / "placement.json", Placement(2, places))
+    placed = ("--world-size", "2", "--expert-placement", tmp_path / "placement.json")
+    done = run_script(tmp_path / "trace.npz", "--output", tmp_path, *placed)
+    assert done.returncode == 0, done.stderr
+    assert "d, rank 1 " in done.stdout and "e, rank 0 " in done.stdout and "e, rank 1 " not in done.stdout
 
 
 def test_the_script_takes_a_profile_and_refuses_other_files(tmp_path):

@@ -28,6 +28,21 @@ def test_the_simulator_tells_what_every_rank_misses(shared_goldens, tmp_path, ra
         assert rank["hits"] + rank["misses"] == sum(each.accesses for each in outcomes)
 
 
+@pytest.mark.parametrize("size", [1, "auto"])
+def test_ranks_in_different_layers_fetch_in_half_precision(shared_goldens, tmp_path, size):
+    """Several layers' copies run at once; one rank holds nothing of a layer, another nothing at all."""
+    arguments = arguments_of(shared_goldens, "mt_plain", "--beam", 2, "--batch-size", 4, "--moe-dtype", "float16")
+    one = commands.generate(*arguments)
+    encoder, decoder = MT_LAYERS
+    places = {encoder: [(expert % 2,) for expert in range(8)], decoder: [(0,)] * 8}
+    save_placement(tmp_path / "placement.json", Placement(3, places))
+    flags = ("--expert-placement", tmp_path / "placement.json", "--expert-buffer-size", size, "--expert-store", "disk")
+    done = commands.run("generate", *arguments, *flags, *telling(tmp_path), ranks=3)
+    assert_same_lines(done.stdout, one)
+    held = [rank["expert_bytes"] for rank in Told.read(tmp_path).report["ranks"]]
+    assert held[0] == 3 * held[1] and held[2] == 0
+
+
 def test_a_placement_that_does_not_fit_the_trace(shared_goldens, tmp_path):
     commands.generate(*arguments_of(shared_goldens, "mt_nllb_ws2", "--batch-size", 100), *telling(tmp_path))
     trace = Told.read(tmp_path).trace
