@@ -90,7 +90,7 @@ class FiniteSearch:
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        """In this context the search sees finite scores."""
+        """In this context the search sees finite scores; of a search that raises nothing is counted."""
         forward = self._model.forward_decoder
 
         def forward_decoder(*args, **kwargs):
@@ -105,6 +105,9 @@ class FiniteSearch:
         self._model.forward_decoder = forward_decoder
         try:
             yield
+        except BaseException:
+            self._broken = self._counted
+            raise
         finally:
             del self._model.forward_decoder
 

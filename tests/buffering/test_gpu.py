@@ -1,11 +1,15 @@
 """On a GPU: copies on a stream of their own, pinned memory, and the tiers; results as the resident experts'."""
 
+import itertools
+
 import pytest
 import torch
 from buffer_makers import STORES, buffered_twin, make_store, resident_experts
 
+from fairseq_moe_ext.buffering import host_tier
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS
+from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import FileStore, HostStore, LazyTensors, pin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -88,3 +92,19 @@ def test_half_precision_on_the_device():
     rows = torch.randn(10, 6, device="cuda").half()
     with torch.no_grad():
         torch.testing.assert_close(buffered(rows, [2] * 5), resident(rows, [2] * 5))
+
+
+def test_a_place_that_cannot_be_pinned(monkeypatch):
+    """Main memory for three experts, one of which is refused; copies so large that they are queued for a while."""
+    torch.manual_seed(0)
+    weights = [[torch.randn(1 << 22), torch.randn(1 << 10)] for _ in range(4)]
+    asked = itertools.count(1)
+    monkeypatch.setattr(host_tier, "pin", lambda tensors: next(asked) != 3 and pin(tensors))
+    tier = HostTier(FileStore(LazyTensors(weights), torch.float32), 3)
+    tier.prepare(torch.device("cuda"))
+    order = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    slots = [[torch.empty_like(part, device="cuda") for part in weights[0]] for _ in order]
+    for expert, targets in zip(order, slots, strict=True):
+        tier.load(expert, targets)
+    for expert, targets in zip(order, slots, strict=True):
+        assert all(torch.equal(target.cpu(), part) for target, part in zip(targets, weights[expert], strict=True))
