@@ -49,7 +49,8 @@ class Report:
         self._expert_bytes_resident = sum(each.resident_bytes for each in experts.values())
         self.layers = {name: self.layers.get(name) or LayerTotals(name) for name in layers}
         loading = getattr(model, "loading", None)
-        self.loading = None if loading is None else loading.as_dict()
+        if loading is not None and self.loading is None:  # later it also counts what a buffer reads
+            self.loading = loading.as_dict()
 
     def buffer_totals(self) -> dict[str, BufferCall]:
         """What every layer's experts have fetched so far."""

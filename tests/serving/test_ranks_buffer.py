@@ -28,7 +28,7 @@ def test_the_simulator_tells_what_every_rank_misses(shared_goldens, tmp_path, ra
         assert rank["hits"] + rank["misses"] == sum(each.accesses for each in outcomes)
 
 
-@pytest.mark.parametrize("size", [1, "auto"])
+@pytest.mark.parametrize("size", [1, pytest.param("auto", marks=pytest.mark.slow)])
 def test_ranks_in_different_layers_fetch_in_half_precision(shared_goldens, tmp_path, size):
     """Several layers' copies run at once; one rank holds nothing of a layer, another nothing at all."""
     arguments = arguments_of(shared_goldens, "mt_plain", "--beam", 2, "--batch-size", 4, "--moe-dtype", "float16")
