@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fairseq.data import Dictionary
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.loading import EMBEDDINGS
+from fairseq_moe_ext.serving.plain_config import shown
 
 SERVED = "moe_served_checkpoint"  # the key of a state's `task_state` under which the loader hands this to the task
 
@@ -36,6 +38,7 @@ _COMPARED = {
     "past_target": "the targets",
 }
 _OF_THE_DICTIONARY = {"langs", "lang_tok_style"} | {name for name, sets in _COMPARED.items() if "dictionary" in sets}
+_BESIDE = ("lang_pairs", "lang_dict")  # which say the languages where `langs` does not
 _OF_ONE_PAIR = ("source_lang", "target_lang")  # which a multilingual model serves many of
 
 
@@ -55,6 +58,13 @@ class CheckpointTask:
         """Of a checkpoint as `read_checkpoint` gives it; fields: its task's, as plain data."""
         extra = state.get("extra_state")
         checksum = extra.get(DICTIONARY_CHECKSUM) if isinstance(extra, dict) else None
+        fields = {name: fields[name] for name in (*_COMPARED, *_BESIDE) if name in fields}
+        for name, value in fields.items():
+            if not _is_option(value):
+                raise CheckpointError(
+                    f"{path}: its task's {name} must be a word, a number, a list or a mapping of words, got "
+                    f"{shown(value)}"
+                )
         rows = frozenset(state["model"][key].size(0) for key in EMBEDDINGS if key in state["model"])
         return cls(path, fields, checksum, rows)
 
@@ -87,6 +97,15 @@ class CheckpointTask:
                     f"{self.path}: the dictionary must hold the words of the checkpoint's in the same order, and these "
                     f"{len(dictionary)} differ: dict.*.txt and the language flags must be those of the conversion"
                 )
+
+
+def _is_option(value: Any, depth: int = 2) -> bool:
+    """Whether a value is one that an option of fairseq's tasks can have."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(name, str) and _is_option(item, depth - 1) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(isinstance(item, str | Enum | None) for item in value)
+    return isinstance(value, str | bool | int | float | Enum | None)
 
 
 def _fields(task: Any) -> dict[str, Any]:
@@ -133,5 +152,5 @@ def _languages(fields: dict[str, Any]) -> list[str] | None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "none" if value in (None, "") else str(value)
+        return ",".join(map(str, value))[:5000]
+    return "none" if value in (None, "") else str(value)[:200]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -40,6 +39,8 @@ from fairseq_moe_ext.serving.nllb_config import SIDES, NllbConfig
 from fairseq_moe_ext.serving.nllb_fields import dropped_fields
 from fairseq_moe_ext.serving.nllb_names import NamedTensor, named_tensors
 from fairseq_moe_ext.serving.nllb_tokens import extra_tokens_of
+from fairseq_moe_ext.serving.plain_config import ConfigError, namespace
+from fairseq_moe_ext.serving.served_config import model_fields, task_fields
 from fairseq_moe_ext.serving.state_keys import GATE_KEY, expert_count, moe_layer_numbers
 from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
@@ -115,9 +116,13 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -> NllbConfig:
-    args, model = _arguments(state, "model"), state["model"]
+    model = state["model"]
     embeddings = model.get("encoder.embed_tokens.weight")
-    if args is None or embeddings is None:
+    try:
+        args = namespace(model_fields(state))
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    if embeddings is None:
         raise CheckpointError(f"{checkpoint}: it must be a translation model with its arguments")
     moe_layers = {side: moe_layer_numbers(model, side) for side in SIDES}
     gates = [tensor.dtype for key, tensor in model.items() if GATE_KEY.match(key)]
@@ -128,13 +133,6 @@ def _config(checkpoint: str, state: dict[str, Any], dtype: torch.dtype | None) -
         return config
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
-
-
-def _arguments(state: dict[str, Any], group: str) -> Namespace | None:
-    """The checkpoint's `args`, as fairseq prefers them, or that group of its `cfg`."""
-    cfg = state.get("cfg")
-    args = state.get("args") or (cfg.get(group) if hasattr(cfg, "get") else None)
-    return Namespace(**args) if hasattr(args, "keys") else args
 
 
 def _extra(state: dict[str, Any], name: str) -> Any:
@@ -201,7 +199,7 @@ def _names(state: dict[str, Any], config: NllbConfig, theirs: HfVocabulary, word
 
     CheckpointError where they cannot be those that the checkpoint was trained, or converted, with.
     """
-    args, checksum = _arguments(state, "task"), _extra(state, DICTIONARY_CHECKSUM)
+    args, checksum = namespace(task_fields(state)), _extra(state, DICTIONARY_CHECKSUM)
     languages = getattr(args, "langs", None)
     if isinstance(languages, str):
         languages = languages.split(",")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from fairseq_moe_ext.serving.errors import CheckpointError
@@ -123,9 +124,10 @@ class _Folder:
         return self._folder / f"{self._stem}{part}.pt"
 
     def _without_gap(self, files: dict[int, Path], kind: str, part: str) -> tuple[Path, ...]:
-        missing = sorted(set(range(max(files) + 1)) - set(files))
+        # a file's name can hold any number
+        missing = list(islice((number for number in range(max(files) + 1) if number not in files), 4))
         if missing:
-            names = ", ".join(self._file(part.format(number)).name for number in missing[:4])
+            names = ", ".join(self._file(part.format(number)).name for number in missing)
             raise CheckpointError(
                 f"--path {self._path}: {kind} files must run from 0 to {max(files)} with no gap; missing {names}"
             )

@@ -31,18 +31,23 @@ def served_config(state: Mapping[str, Any], overrides: Mapping[str, Any]) -> Dic
     has more layers than the state.
     """
     overrides = plain(dict(overrides))
-    fields = {**_fields(state, "model"), **_overridden(overrides, "model")}
-    model = parse_model_fields(_upgraded(fields))
-    name = model.get("_name") or model.get("arch")
-    if not name:
-        raise ConfigError(f"a configuration must name the model's architecture, got {shown(name)}")
-    model |= {"_name": name, "arch": name}
-    _check_layers(model, state["model"])
+    model = model_fields(state, overrides)
     overridden = _overridden(overrides, "task")
     of_task = _task({**task_fields(state), **overridden}, overridden.get("data"))
     config = OmegaConf.create({"model": None, "task": of_task}, flags={"allow_objects": True})
     config.model = _complete(model, of_task)
     return config
+
+
+def model_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The model's part of the configuration as serving reads it; ConfigError as in `served_config`."""
+    model = parse_model_fields(_upgraded({**_fields(state, "model"), **_overridden(overrides or {}, "model")}))
+    name = model.get("_name") or model.get("arch")
+    if not name:
+        raise ConfigError(f"a configuration must name the model's architecture, got {shown(name)}")
+    model |= {"_name": name, "arch": name}
+    _check_layers(model, state["model"])
+    return model
 
 
 def task_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zipfile
@@ -18,6 +19,7 @@ from measured import refused_cheaply
 from omegaconf import OmegaConf
 
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.export_hf import export_hf
 
 KEY = "decoder.layers.1.moe_layer.experts.0.fc1.weight"
 
@@ -213,6 +215,42 @@ def test_a_broken_file_ends_in_one_sentence(tmp_path, name):
     path = tmp_path / "X.pt"
     path.write_bytes(FILES[name]())
     refused_cheaply(lambda: served(path), path.stat().st_size, "X.pt")
+
+
+def test_a_rank_file_of_any_number(tmp_path):
+    for name in ("X-shared.pt", "X-rank-0.pt", f"X-rank-{10**12}.pt"):
+        (tmp_path / name).write_bytes(saved(whole(proving_state(2))))
+    refused_cheaply(lambda: served(tmp_path / "X.pt"), 0, f"from 0 to {10**12}", "missing X-rank-1.pt")
+
+
+@pytest.mark.parametrize("place", ["X-shared.pt", "X-rank-0.pt"])
+def test_a_rank_file_that_is_a_fifo(tmp_path, place):
+    for name in ("X-shared.pt", "X-rank-0.pt"):
+        (tmp_path / name).write_bytes(saved(whole(proving_state(2))))
+    (tmp_path / place).unlink()
+    os.mkfifo(tmp_path / place)
+    refused_cheaply(lambda: served(tmp_path / "X.pt"), 0, place)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"encoder_layers": 10**9}, {"encoder_layers": "x"}, {3: 4}, {"decoder_embed_path": "/etc/passwd"}, {"keys": 1}],
+    ids=str,
+)
+def test_an_export_of_a_configuration_that_claims_more(tmp_path, fields):
+    args = Namespace()
+    vars(args).update({"arch": "transformer", **fields})
+    model = {"encoder.embed_tokens.weight": torch.ones(9, 4), **proving_state(2)}
+    (tmp_path / "X.pt").write_bytes(saved(whole(model, args=args, cfg=None)))
+    refused_cheaply(lambda: export_hf(str(tmp_path / "X.pt"), str(tmp_path / "hf")), 0, "X.pt")
+
+
+@pytest.mark.parametrize("value", [3.5j, [1], {"a": {"b": {"c": ["d"]}}}, {1: "a"}, [["en"]], b"en"], ids=str)
+@pytest.mark.parametrize("name", ["langs", "lang_pairs", "langtoks", "finetune_dict_specs", "source_lang"])
+def test_options_of_the_checkpoints_task_are_words(tmp_path, name, value):
+    cfg = {"model": {"_name": "transformer_lm", "decoder_layers": 0}, "task": {"_name": "x", name: value}}
+    (tmp_path / "X.pt").write_bytes(with_config(cfg=cfg))
+    refused_cheaply(lambda: served(tmp_path / "X.pt"), 0, "X.pt", name)
 
 
 def test_pickles_opcodes_are_as_the_tests_write_them():
