@@ -73,6 +73,8 @@ class Pass:
 class Dense(nn.Module):
     """In a MoE layer's place; x (B, L, D) -> (B, L, D). The weights are random, what they cost is not."""
 
+    gating = "dynamic"  # which the transformer's layer asks for: padding is no matter here
+
     def __init__(self, layer: MOELayer):
         super().__init__()
         model_dim, values = layer.experts.model_dim, layer.experts.expert_bytes // layer.experts.dtype.itemsize
