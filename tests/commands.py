@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import os
 import sys
@@ -100,14 +102,20 @@ def recorded_scores() -> Iterator[list[ScoredBatch]]:
 
 
 def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
-    """The configuration that fairseq-eval-lm or fairseq-generate makes of its arguments."""
-    arguments = [str(argument) for argument in arguments] + ["--model-overrides", repr(overrides or {})]
+    """The configuration that fairseq-eval-lm or fairseq-generate makes of its arguments; each caller has his own."""
+    rank = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")  # the parser asks for them
+    parts = (*map(str, arguments), "--model-overrides", repr(overrides or {}))
+    return copy.deepcopy(_parsed(command, parts, rank))
+
+
+@functools.cache
+def _parsed(command: str, arguments: tuple[str, ...], _rank: tuple):
     if command == "eval_lm":
-        args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
+        args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
     else:
         parser = options.get_generation_parser()
         parser.add_argument("--arch", "-a", default="wav2vec2")  # as fairseq_cli.generate has it
-        args = options.parse_args_and_arch(parser, arguments)
+        args = options.parse_args_and_arch(parser, list(arguments))
     return convert_namespace_to_omegaconf(args)
 
 

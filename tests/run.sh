@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up and passes the tests: bash tests/run.sh [--all] [pytest's arguments]
 #   --all  also those marked slow; WORKERS=n: processes that share the tests (2)
+# What a test costs: --durations=60 on quiet cores. Commands start as forks (tests/processes.py, `fresh=True` as users
+# start them), so that nearly all of it is the test's own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 marker=(-m "not slow")
