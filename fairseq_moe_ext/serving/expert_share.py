@@ -11,6 +11,7 @@ import torch
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.experts import ResidentExperts
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.ranks import Ranks
@@ -83,3 +84,16 @@ def limit_experts(
         layer.capacity = Capacity(settings.rules, [ranks[0] for ranks in places[name]], num_ranks)
         layer.capacity_phases = settings.phases
         layer.prefer_resident = settings.prefer_resident
+
+
+def choose_kernels(model: ServedModel, kernel: str) -> None:
+    """`--moe-kernel` for the experts as they are shared out; ValueError where the kernel could compute none of them."""
+    layers = model.moe_layers().values()
+    for layer in layers:
+        layer.experts.kernel = kernel
+    fitting = [each for each in layers if each.gating == "dynamic" and each.exchange is None]
+    if kernel not in ("auto", "loop") and not any(isinstance(each.experts, ResidentExperts) for each in fitting):
+        raise ValueError(
+            "--moe-kernel must be auto or loop under static gating, on several ranks and where all experts are in a "
+            f"buffer, got {kernel}"
+        )

@@ -34,6 +34,12 @@ def check_options(generation: Any, models: Sequence) -> None:
             raise ValueError(f"--continuous-batching goes without --{name.replace('_', '-')}, got {value}")
     if len(models) != 1:
         raise ValueError(f"--continuous-batching serves one model, got an ensemble of {len(models)}")
+    for name, layer in getattr(models[0], "moe_layers", dict)().items():
+        if layer.gate.is_random:
+            raise ValueError(
+                "--continuous-batching needs results that do not depend on a sentence's batch: "
+                f"moe_second_expert_policy must be all (--model-overrides), got {layer.gate.second_expert_policy} in {name}"
+            )
     decoder = getattr(models[0], "decoder", None)
     if (
         not isinstance(decoder, TransformerDecoderBase)

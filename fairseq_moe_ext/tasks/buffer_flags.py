@@ -62,11 +62,12 @@ def check_buffer_flags(flags: Any) -> None:
     _size(getattr(flags, "expert_buffer_size", None))
     _bytes(getattr(flags, "expert_host_memory", AUTO))
     folder = getattr(flags, "expert_store_dir", None)
-    if folder is not None:
-        if str(getattr(flags, "expert_store", "host")) != "disk":
-            raise ValueError(f"--expert-store-dir needs --expert-store disk, got {folder} without it")
-        if Path(folder).exists() and not Path(folder).is_dir():
-            raise ValueError(f"--expert-store-dir must be a folder, got the file {folder}")
+    if str(getattr(flags, "expert_store", "host")) != "disk":
+        for name, without in (("expert_store_dir", None), ("expert_host_memory", AUTO)):
+            if (value := getattr(flags, name, without)) != without:
+                raise ValueError(f"{_flag(name)} needs --expert-store disk, got {value} without it")
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"--expert-store-dir must be a folder, got the file {folder}")
     if getattr(flags, "expert_profile", None) is not None:
         try:
             load_trace(flags.expert_profile)

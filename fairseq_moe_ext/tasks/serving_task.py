@@ -22,7 +22,7 @@ from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint_task import SERVED
 from fairseq_moe_ext.serving.dictionary_file import load_dictionary
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.expert_share import limit_experts, place_experts, share_experts
+from fairseq_moe_ext.serving.expert_share import choose_kernels, limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
     MoEContinuousGenerator,
     MoESequenceGenerator,
@@ -138,8 +138,7 @@ class ServingTask:
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
             limit_experts(model, capacity, places, num_ranks)
-        for layer in model.moe_layers().values():
-            layer.experts.kernel = str(flags.moe_kernel)
+        choose_kernels(model, str(flags.moe_kernel))
 
     def _with_flags(self, args: Any) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""

@@ -58,6 +58,7 @@ MEMORY = "--expert-host-memory must be a size as 64G or 500M, or auto, got"
     ({"expert_store": "tape"}, "--expert-store must be one of host, disk, got 'tape'"),
     ({"expert_buffer_scope": "head"}, "--expert-buffer-scope must be one of all, encoder, decoder, got 'head'"),
     ({"expert_store_dir": "x"}, "--expert-store-dir needs --expert-store disk, got x without it"),
+    ({"expert_host_memory": "1G"}, "--expert-host-memory needs --expert-store disk, got 1G without it"),
     ({"expert_store_dir": __file__, "expert_store": "disk"}, "--expert-store-dir must be a folder, got the file"),
     ({"expert_profile": __file__}, "--expert-profile must be a trace that --moe-trace wrote: .*not a routing trace"),
     ({"expert_profile": "missing.npz"}, "--expert-profile must be a trace that --moe-trace wrote: missing.npz"),
