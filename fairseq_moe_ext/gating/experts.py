@@ -19,6 +19,10 @@ from fairseq_moe_ext.gating.grouped_linear import aligned, grouped_linear
 # packed parameter -> its name under `experts.{j}.` in upstream's state dict
 EXPERT_KEYS = {"fc1_weight": "fc1.weight", "fc1_bias": "fc1.bias", "fc2_weight": "fc2.weight", "fc2_bias": "fc2.bias"}
 ROWS_AT_ONCE = 512  # of hidden features at a time
+# Of PyTorch's elementwise functions on a CPU: values that the widest loop takes at once (two AVX-512 vectors of 16-bit
+# numbers), and up to how many values one thread computes alone (gelu's; the others' limits lie above it).
+VECTOR_VALUES = 64
+VALUES_OF_ONE_THREAD = 16_384
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,19 @@ def run_experts(
 
 
 def activate_rows(hidden: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """hidden (N, F), which is overwritten on a CPU -> the activation of every row as if it were alone.
+    """hidden (N, F), which may be overwritten on a CPU -> the activation of every row as if it were alone.
 
     On a CPU PyTorch computes some of a tensor's values with vector instructions and the last few of each thread's part
-    without, and rounds them differently: of many rows at once a value's bits would depend on where its row lies.
+    without, and rounds them differently: of many rows at once a value's bits would depend on where its row lies. Here
+    no value is left over, and no part is shared by threads.
     """
     if hidden.device.type != "cpu":
         return activation(hidden)
-    for row in hidden.unbind(0):
-        row.copy_(activation(aligned(row)))
-    return hidden
+    dim = hidden.size(1)
+    padded = F.pad(hidden, (0, -dim % VECTOR_VALUES)).contiguous()
+    for part in padded.view(-1).split(VALUES_OF_ONE_THREAD):
+        part.copy_(activation(aligned(part)))
+    return padded[:, :dim].contiguous()
 
 
 def wants_gradients(*tensors: Tensor) -> bool:
