@@ -44,10 +44,11 @@ class NonFinite:
         for name in ("passes", "beams", "results"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def describe(self, dtype: str) -> str:
+    def describe(self, dtype: str, has_experts: bool = True) -> str:
         where = f", first in {self.first_layer}" if self.first_layer else ""
-        advice = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
-        advice = f"; --moe-dtype {advice} has the wider range" if advice else ""
+        wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
+        advice = f"--moe-dtype {wider}" if has_experts else "float32, without --fp16,"
+        advice = f"; {advice} has the wider range" if wider else ""
         return f"values in {dtype} are not finite{where}{advice}"
 
 

@@ -47,6 +47,7 @@ class Observer:
         self._trace_path = trace_path
         self._recorder = TraceRecorder() if trace_path else None
         self.has_model = False
+        self.models = 0  # that are served together; of an ensemble one is watched
         self._batch = -1
         self._calls: list[tuple[str, LayerCall]] = []  # of the pass under way
         self._outputs = PassOutputs()  # of the pass under way
@@ -63,10 +64,14 @@ class Observer:
         self._model = weakref.ref(model)
         self._describe(model)
 
+    def watch_dense(self, model) -> None:
+        """One of fairseq's own models, which tells nothing: only what it comes to, its device and dtype are known."""
+        self._model = weakref.ref(model)
+
     def _describe(self, model) -> None:
         parameter = next(model.parameters())
         self._described = parameter.device, parameter.dtype
-        self.report.describe(model, model.moe_layers())
+        self.report.describe(model, model.moe_layers() if hasattr(model, "moe_layers") else {})
 
     def _is_on_gpu(self) -> bool:
         """Whether the model computes on a GPU now; the report hears where it has gone."""
@@ -106,6 +111,7 @@ class Observer:
 
         numbers: the sentences'; None: they go on counting.
         """
+        self._is_on_gpu()
         if self._ranks is None or self._ranks.rank == 0:
             if numbers is None:
                 numbers = range(self._results.served, self._results.served + len(hypotheses))
@@ -114,12 +120,20 @@ class Observer:
 
     def check_results(self) -> None:
         """Raise NotFiniteError where results that were given out are no numbers; for when all is written."""
-        self._results.check(self.report.non_finite.describe(self.report.dtype))
+        self._results.check(self._not_finite())
 
-    def _tell_of_non_finite(self) -> None:
-        if self.report.non_finite and not self._told_of_non_finite:
+    def _tell_of_non_finite(self, of_all: bool = False) -> None:
+        """of_all: the passes of all ranks are known; if no layer was wrong in any, what follows the last one was."""
+        found = self.report.non_finite
+        watched = self.report.layers and self.models <= 1
+        if found and not found.first_layer and watched and (of_all or self._ranks is None):
+            found.first_layer = "decoder.output_projection"
+        if found and not self._told_of_non_finite:
             self._told_of_non_finite = True
-            logger.warning(self.report.non_finite.describe(self.report.dtype))
+            logger.warning(self._not_finite())
+
+    def _not_finite(self) -> str:
+        return self.report.non_finite.describe(self.report.dtype, bool(self.report.layers))
 
     def layer_hook(self, name: str) -> Callable[[LayerCall], None]:
         """What the MoE layer called `name` tells of every call."""
@@ -155,7 +169,7 @@ class Observer:
     def _finish_and_check(self) -> None:
         self._finish()
         if self._results.broken:
-            self._exit_code.fail(self.report.non_finite.describe(self.report.dtype))
+            self._exit_code.fail(self._not_finite())
 
     def _finish(self) -> None:
         """The report first, which a trace that cannot be written does not take with it."""
@@ -170,7 +184,7 @@ class Observer:
         for figures in reports.values():
             if figures is not None:
                 self.report.add_rank(json.loads(figures))
-        self._tell_of_non_finite()
+        self._tell_of_non_finite(of_all=None not in reports.values())
         if self._report_path and None not in reports.values():
             with self._going_on():
                 write_json(self._report_path, self.report.as_dict(), "--moe-report")

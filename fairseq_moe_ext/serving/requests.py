@@ -38,7 +38,8 @@ def check_options(generation: Any, models: Sequence) -> None:
         if layer.gate.is_random:
             raise ValueError(
                 "--continuous-batching needs results that do not depend on a sentence's batch: "
-                f"moe_second_expert_policy must be all (--model-overrides), got {layer.gate.second_expert_policy} in {name}"
+                "moe_second_expert_policy must be all (--model-overrides), "
+                f"got {layer.gate.second_expert_policy} in {name}"
             )
     decoder = getattr(models[0], "decoder", None)
     if (

@@ -88,6 +88,7 @@ class ServingTask:
         if self.observer is None:
             self.ranks = served_ranks()
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
+        self.observer.models += 1
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
@@ -100,7 +101,10 @@ class ServingTask:
                 args = self._with_flags(args)
             build = super().build_model if known else self._build_served
             check_fits(lambda: build(copy.deepcopy(args), from_checkpoint), state)
-            return build(args, from_checkpoint)
+            model = build(args, from_checkpoint)
+            if not self.observer.has_model:
+                self.observer.watch_dense(model)
+            return model
         if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
             found, fitting = _KINDS[has_encoder]
             raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")

@@ -12,6 +12,8 @@ from fairseq import search
 from model_makers import dictionary
 
 from fairseq_moe_ext.serving.finite import FiniteSearch, NotFiniteError, PassOutputs, Results
+from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.serving.totals import LayerTotals
 
 LM = ("--task", "moe_language_modeling", "--gen-subset", "test", "--tokens-per-sample", "16", *commands.LM[-3:])
 MT = ("--task", "moe_translation", "--gen-subset", "test", "-s", "en", "-t", "de", "--max-len-b", "10")
@@ -73,6 +75,26 @@ def test_float32_can_be_no_number_either(tmp_path, value):
     path = overflowing(tmp_path / "x.pt", data, *LM_TRAINING, layer="decoder.layers.1", **change)
     with pytest.raises(NotFiniteError, match=r"float32 are not finite, first in decoder\.layers\.1"):
         commands.eval_lm(data, "--path", path, *LM)
+
+
+def test_a_dense_models_dtype_is_named(tmp_path):
+    data, file, report = write_data(tmp_path / "data"), tmp_path / "x.pt", tmp_path / "report.json"
+    untrained_checkpoint(file, data, *LM_TRAINING, "--moe-freq", "0")
+    state = commands.read_state(file)
+    state["model"]["decoder.layers.1.fc2.weight"].fill_(3e4)
+    torch.save(state, file)
+    with pytest.raises(NotFiniteError, match="values in float16 are not finite; float32, without --fp16, has"):
+        commands.eval_lm(data, "--path", file, *LM, "--fp16", "--moe-report", report)
+    assert json.loads(report.read_text())["dtype"] == "float16"
+
+
+def test_behind_the_last_layer():
+    observer = Observer("dynamic")
+    observer.count_broken_beams(1)
+    assert observer.report.non_finite.first_layer is None  # nothing is known of a dense model's layers
+    observer.report.layers["decoder.layers.1.moe_layer"] = LayerTotals("decoder.layers.1.moe_layer")
+    observer.count_broken_beams(1)
+    assert observer.report.non_finite.first_layer == "decoder.output_projection"
 
 
 @pytest.mark.parametrize("flags", [(), ("--sampling",), ("--continuous-batching",), ("--beam", "1")], ids=" ".join)
