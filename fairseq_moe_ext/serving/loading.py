@@ -102,7 +102,10 @@ def loading_into(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Loading
     try:
         with loading.timed(total=sum(tensor.nbytes for tensor in state.values())):
             yield loading
-    except RuntimeError as error:
+    except Exception as error:
+        # fairseq's own complaints of old versions are of no narrower type
+        if not isinstance(error, RuntimeError) and type(error) is not Exception:
+            raise
         if loading.error is not None:
             raise loading.error from None
         complaints = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -27,6 +28,17 @@ def dense_model(name: str | None) -> type | None:
             f"a dense checkpoint's architecture must be of fairseq's families transformer or transformer_lm, got {name}"
         )
     return found
+
+
+@contextmanager
+def naming_the_checkpoint(state: ModelState | None) -> Iterator[None]:
+    """A ValueError in this context that speaks of the checkpoint, not of a flag, names its file."""
+    try:
+        yield
+    except ValueError as error:
+        if state is not None and not str(error).startswith("--"):
+            error.args = (f"{state.loading.path}: {error}",)
+        raise
 
 
 def check_fits(build: Callable[[], nn.Module], state: ModelState | None) -> None:

@@ -31,7 +31,8 @@ from fairseq_moe_ext.serving.generator import (
     keep_every_sentence,
 )
 from fairseq_moe_ext.serving.left_out import keep_fitting
-from fairseq_moe_ext.serving.model_fits import check_fits, dense_model
+from fairseq_moe_ext.serving.loading import ModelState
+from fairseq_moe_ext.serving.model_fits import check_fits, dense_model, naming_the_checkpoint
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
@@ -82,7 +83,6 @@ class ServingTask:
     def build_model(self, args, from_checkpoint=False):
         if not from_checkpoint:
             return super().build_model(args, from_checkpoint)
-        has_encoder = getattr(args, "encoder_layers", None) is not None
         flags = self._flags()
         check_dtype_flags(flags)
         if self.observer is None:
@@ -90,6 +90,11 @@ class ServingTask:
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
         self.observer.models += 1
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None
+        with naming_the_checkpoint(state):
+            return self._build_for_serving(args, state)
+
+    def _build_for_serving(self, args: Any, state: ModelState | None):
+        has_encoder, flags = getattr(args, "encoder_layers", None) is not None, self._flags()
         if not has_moe_layers(args):
             check_fields(args, has_encoder, has_experts=False)
             check_flags_of_dense(flags, takes_dtype=False)
@@ -100,8 +105,8 @@ class ServingTask:
                 check_fields(args, has_encoder)  # built as a model with experts is
                 args = self._with_flags(args)
             build = super().build_model if known else self._build_served
-            check_fits(lambda: build(copy.deepcopy(args), from_checkpoint), state)
-            model = build(args, from_checkpoint)
+            check_fits(lambda: build(copy.deepcopy(args), True), state)
+            model = build(args, True)
             if not self.observer.has_model:
                 self.observer.watch_dense(model)
             return model

@@ -110,6 +110,22 @@ def test_no_string_is_evaluated(served, code, field, name, where):
         served.refused(name, served.model(name, fields, as_args=where == "args"), field)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "words"),
+    [
+        ("moe lm", "moe_second_expert_policy", "best", "second_expert_policy must be one of all, sampling, random"),
+        ("moe lm", "moe_eom", 1.5, "moe_eom"),
+        ("moe lm", "moe_eval_capacity_token_fraction", float("nan"), "must be a finite number"),
+        ("moe lm", "adaptive_softmax_cutoff", "10,20", "no longer supported"),
+        ("moe mt", "alibi", True, "checkpoint field alibi"),
+        ("dense mt", "alibi", True, "checkpoint field alibi"),
+    ],
+)
+def test_a_field_that_cannot_be_served_is_of_a_file(served, name, field, value, words):
+    state = served.model(name, {field: value})
+    served.refused(name, state, f"{served.folder}/X.pt: ", words, error=(CheckpointError, ValueError))
+
+
 @pytest.mark.parametrize("name", ["moe mt", "dense mt"])
 @pytest.mark.parametrize("group", ["encoder", "decoder"])
 def test_no_string_is_evaluated_in_a_nested_group(served, code, name, group):
