@@ -73,7 +73,8 @@ def test_reading_a_state_reads_no_weight_and_no_optimizer(lm, tmp_path):
 def test_seconds_and_bytes_are_in_the_report(lm, tmp_path, new_format):
     data, content = lm
     torch.save(content, tmp_path / "X.pt", _use_new_zipfile_serialization=new_format)
-    commands.eval_lm(data, "--path", tmp_path / "X.pt", *commands.LM, "--moe-report", tmp_path / "report.json")
+    flags = (*commands.LM, "--tokens-per-sample", "16", "--moe-report", tmp_path / "report.json")
+    commands.eval_lm(data, "--path", tmp_path / "X.pt", *flags)
     found = json.loads((tmp_path / "report.json").read_text())["loading"]
     assert found.keys() == {"seconds", "bytes", "seconds_per_gb"}
     assert found["bytes"] == pytest.approx(sum(tensor.nbytes for tensor in content["model"].values()), abs=8)
