@@ -127,12 +127,13 @@ class FiniteSearch:
         if whole or not sentence:
             return whole
         scores = sentence[0]["positional_scores"]
-        scores = scores.masked_fill(self._stands_in(scores), float("nan"))
+        # what follows a stand-in is the difference of two sums that have no digits left for it
+        scores = scores.masked_fill(self._stands_in(scores).cumsum(0) > 0, float("nan"))
         return [{**sentence[0], "score": scores.sum(), "positional_scores": scores}]
 
-    @staticmethod
-    def _stands_in(scores: Tensor) -> Tensor:
-        return (scores < -1e8) | (scores > 40)
+    def _stands_in(self, scores: Tensor) -> Tensor:
+        """Also a word of a row whose end was forbidden (a prefix, `--min-len`)."""
+        return (scores < -1e8) | (scores > 40) | ((scores - self._any_word).abs() < 1e-3)
 
 
 @dataclass

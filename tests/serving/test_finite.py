@@ -203,6 +203,9 @@ def test_only_rows_that_are_no_numbers_are_changed(strategy):
     assert rows[0].tolist() == [-1.0, -2.0, -3.0]
     assert rows[1].isfinite().all() and rows[1].argmax() == 1 and rows[1].exp().isfinite().all()
     assert (finite.count(), finite.count()) == (1, 0)
+    sums = torch.stack((torch.tensor(-1.0), rows[1, 0], torch.tensor(-2.0))).cumsum(0)  # a word, a broken row, a word
+    ((kept,),) = finite.without_broken([[{"positional_scores": sums.diff(prepend=sums.new_zeros(1))}]])
+    assert kept["positional_scores"].tolist()[0] == -1 and kept["positional_scores"][1:].isnan().all()
     assert generator.model.forward_decoder()[0].isnan().any()  # outside the context nothing is replaced
     with pytest.raises(torch.OutOfMemoryError), finite.around():
         generator.model.forward_decoder()
