@@ -25,6 +25,7 @@ from fairseq_cli import generate as generate_command
 
 # what fairseq imports for --user-dir; it refuses to where a test has imported the package before
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401
+from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.tasks import (  # noqa: F401
     moe_language_modeling,
     moe_translation,
@@ -86,6 +87,7 @@ class Generation:
 def recorded_scores() -> Iterator[list[ScoredBatch]]:
     """All batches that SequenceScorer scores in this context."""
     batches: list[ScoredBatch] = []
+    fairseq_hooks.install()  # else it would happen within, and the plugin's part would be gone afterwards
     original = SequenceScorer.generate
 
     def generate(self, models, sample, **kwargs):
