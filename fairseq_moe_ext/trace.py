@@ -43,6 +43,11 @@ class PhaseTrace:
                 f"load must be unsigned (steps, layers, experts) for {len(self.names)} layers and batch "
                 f"{self.batch.shape}, got {self.load.dtype} {self.load.shape}"
             )
+        if len(set(self.names)) < len(self.names) or self.load.shape[2] == 0:
+            raise ValueError(
+                f"the layers of a trace must have names of their own, and experts, got {', '.join(self.names)[:100]} "
+                f"with {self.load.shape[2]} experts"
+            )
 
     def in_order(self, names: tuple[str, ...]) -> PhaseTrace:
         """With its layers in the order of `names`, where these are the same layers; else as it is."""

@@ -121,6 +121,12 @@ def test_ranks_that_met_their_layers_in_another_order_merge():
     assert merged.names == ("a", "b") and merged.load.tolist() == [[[1, 2], [3, 4]], [[10, 20], [30, 40]]]
 
 
+@pytest.mark.parametrize(("names", "experts"), [(("a", "a"), 3), (("a", "b"), 0)])
+def test_layers_have_names_of_their_own_and_experts(names, experts):
+    with pytest.raises(ValueError, match=f"must have names of their own, and experts, got a, . with {experts} experts"):
+        PhaseTrace(names, np.zeros((1, 2, experts), np.uint8), np.zeros(1, int))
+
+
 def test_an_unknown_phase_is_refused():
     with pytest.raises(ValueError, match="^phase must be one of encoder, prefill, decode, got 'training'$"):
         TraceRecorder().begin_step("training", batch=0)
