@@ -89,8 +89,6 @@ def _load(original, path: str, arg_overrides: dict | None = None, load_on_all_ra
     if TAGS_FIELD in task:
         state["model"].extra_tokens = extra_tokens_of(namespace(task))
     vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
-    if expert_count(state["model"]) > 0 and cfg.task["_name"] == "language_modeling":
-        cfg.task["_name"] = "moe_language_modeling"  # our task, where fairseq sets it up by the checkpoint (--lm-path)
     history = [{"num_updates": updates(state) or 0}]
     found = {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history}
     return {**found, "task_state": {SERVED: CheckpointTask.of_state(path, state, task)}}

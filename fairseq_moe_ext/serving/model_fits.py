@@ -9,7 +9,9 @@ import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.modules.sinusoidal_positional_embedding import SinusoidalPositionalEmbedding
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary
@@ -28,6 +30,30 @@ def dense_model(name: str | None) -> type | None:
             f"a dense checkpoint's architecture must be of fairseq's families transformer or transformer_lm, got {name}"
         )
     return found
+
+
+class _WithoutNormalValues(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Tensors made in this context have no memory, and a model not the values that it begins with.
+
+    On tensors without memory PyTorch computes some values in Python, for which it imports its compiler: 150 MB and a
+    second.
+    """
+    sinusoidal = SinusoidalPositionalEmbedding
+    get_embedding = sinusoidal.get_embedding
+    sinusoidal.get_embedding = staticmethod(lambda rows, dim, padding_idx=None: torch.empty(rows, dim))
+    try:
+        with torch.device("meta"), _WithoutNormalValues():
+            yield
+    finally:
+        sinusoidal.get_embedding = staticmethod(get_embedding)
 
 
 @contextmanager
@@ -51,7 +77,7 @@ def check_fits(build: Callable[[], nn.Module], state: ModelState | None) -> None
         return
     path = state.loading.path
     try:
-        with torch.device("meta"):
+        with _without_memory():
             model = build()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration describes no model: {one_line(error)}") from error

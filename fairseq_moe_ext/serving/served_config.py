@@ -14,13 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from fairseq_moe_ext.serving.config_fields import parse_fields, parse_model_fields
 from fairseq_moe_ext.serving.plain_config import ConfigError, namespace, plain, shown
-from fairseq_moe_ext.serving.state_keys import layer_count
+from fairseq_moe_ext.serving.state_keys import expert_count, layer_count
 
 _LM_TASKS = ("language_modeling", "moe_language_modeling")
 # what of a language model's task bears on the model beside a served one (--lm-path)
 _LM_FIELDS = (
     *("sample_break_mode", "tokens_per_sample", "output_dictionary_size", "self_target", "future_target"),
     *("past_target", "add_bos_token", "max_target_positions", "shorten_method", "pad_to_fixed_length"),
+)
+# what the plugin's task takes from the command's configuration (tasks/flags.py), which is not at hand there
+_COMMAND_FIELDS = (
+    *("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "skip_invalid_size_inputs_valid_test"),
 )
 
 
@@ -33,7 +37,7 @@ def served_config(state: Mapping[str, Any], overrides: Mapping[str, Any]) -> Dic
     overrides = plain(dict(overrides))
     model = model_fields(state, overrides)
     overridden = _overridden(overrides, "task")
-    of_task = _task({**task_fields(state), **overridden}, overridden.get("data"))
+    of_task = _task({**task_fields(state), **overridden}, overridden.get("data"), expert_count(state["model"]) > 0)
     config = OmegaConf.create({"model": None, "task": of_task}, flags={"allow_objects": True})
     config.model = _complete(model, of_task)
     return config
@@ -104,11 +108,16 @@ def _complete(model: dict[str, Any], task: Mapping[str, Any]) -> Namespace:
     return namespace({**model, "tpu": False})
 
 
-def _task(fields: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """Of a language model's task all that fairseq sets it up with; of other tasks nothing."""
+def _task(fields: Mapping[str, Any], data: Any, has_experts: bool) -> dict[str, Any]:
+    """Of a language model's task all that fairseq sets it up with (--lm-path), by our task where it has experts; of
+    other tasks nothing."""
     name = fields.get("_name", fields.get("task"))
     if name not in _LM_TASKS:
         return {"_name": None}
     parsed = parse_fields({field: fields[field] for field in _LM_FIELDS if field in fields}, LanguageModelingConfig)
     parsed |= {"seed": 1, "batch_size": None, "batch_size_valid": None, "dataset_impl": None, "data_buffer_size": 10}
-    return {**parsed, "tpu": False, "use_plasma_view": False, "plasma_path": "", "data": data, "_name": name}
+    parsed |= {"tpu": False, "use_plasma_view": False, "plasma_path": ""}
+    if has_experts or name == "moe_language_modeling":
+        name = "moe_language_modeling"
+        parsed |= dict.fromkeys(_COMMAND_FIELDS, False)
+    return {**parsed, "data": data, "_name": name}

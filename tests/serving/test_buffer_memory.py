@@ -25,7 +25,8 @@ def checkpoints(tmp_path_factory):
 
 def measure(data, path, report, *flags) -> tuple[dict, str]:
     done = commands.run(
-        "eval-lm", data, "--path", path, *commands.LM, "--batch-size", 8, "--moe-report", report, *flags
+        *("eval-lm", data, "--path", path, *commands.LM, "--tokens-per-sample", 16),
+        *("--batch-size", 8, "--moe-report", report, *flags),
     )
     return json.loads(report.read_text())["memory"], done.stderr[done.stderr.index("Loss (base 2)") :].splitlines()[0]
 

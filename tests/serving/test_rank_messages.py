@@ -47,6 +47,7 @@ def run_ranks(function, size: int, *arguments, killed: tuple[int, ...] = ()) -> 
 
 def _serve(environment: dict[str, str], answers, function, arguments: tuple) -> None:
     os.environ.update(environment)
+    served_ranks.cache_clear()  # of the process that was forked
     torch.set_num_threads(1)
     try:
         answers.put(function(served_ranks(), *arguments))
