@@ -127,14 +127,6 @@ def test_layers_have_names_of_their_own_and_experts(names, experts):
         PhaseTrace(names, np.zeros((1, 2, experts), np.uint8), np.zeros(1, int))
 
 
-@pytest.mark.parametrize("batches", [(1, 0), (-1, 0)])
-def test_batches_rise(batches, tmp_path):
-    trace = PhaseTrace(("a",), np.zeros((2, 1, 3), np.uint8), np.array(batches))
-    save_trace(tmp_path / "t.npz", {"decode": trace})
-    with pytest.raises(ValueError, match="t.npz: not a routing trace .*: the numbers in decode_batch must rise from 0"):
-        load_trace(tmp_path / "t.npz")
-
-
 def test_an_unknown_phase_is_refused():
     with pytest.raises(ValueError, match="^phase must be one of encoder, prefill, decode, got 'training'$"):
         TraceRecorder().begin_step("training", batch=0)
