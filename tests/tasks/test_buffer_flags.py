@@ -39,7 +39,7 @@ def test_every_task_reads_every_flag(task):
 ])
 def test_sizes_of_memory(text, wanted):
     flags = Namespace(**{item.name: item.default for item in fields(BufferFlags)})
-    flags.expert_buffer_size, flags.expert_host_memory = "2", text
+    flags.expert_buffer_size, flags.expert_store, flags.expert_host_memory = "2", "disk", text
     check_buffer_flags(flags)
     assert buffer_settings(flags).host_memory == wanted
 
