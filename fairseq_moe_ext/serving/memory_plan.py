@@ -184,10 +184,10 @@ def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload
 
 
 def table(settings: list[Setting]) -> str:
-    """As Markdown, in GB (1e9 bytes)."""
+    """As Markdown, in GiB (2**30 bytes), the unit of the flags."""
     rows = [("setting", "fits", "GPU memory", "RAM", "disk", "flags")]
     for item in settings:
-        sizes = (f"{value / 1e9:.1f} GB" if value else "" for value in (item.device, item.host, item.disk))
+        sizes = (f"{value / 2**30:.1f} GiB" if value else "" for value in (item.device, item.host, item.disk))
         rows.append((item.name, "yes" if item.fits else "no", *sizes, f"`{item.flags}`" if item.flags else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)

@@ -8,10 +8,11 @@ from pathlib import Path
 import hf_makers
 import pytest
 
+from fairseq_moe_ext.byte_sizes import parse_bytes
 from fairseq_moe_ext.serving.checkpoint_summary import summarize
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.memory_plan import ModelSizes, Workload, plan, read_sizes
+from fairseq_moe_ext.serving.memory_plan import ModelSizes, Setting, Workload, plan, read_sizes, table
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "plan_memory.py"))
 GB = 10**9
@@ -94,6 +95,12 @@ def test_the_script_prints_a_table(tmp_path, capsys):
     assert SCRIPT["memory"]("1.5GB") == 3 << 29
     with pytest.raises(SystemExit):
         SCRIPT["main"](["x", "--device-memory", "much"])
+
+
+def test_the_table_speaks_in_the_unit_of_the_flags():
+    (row,) = [line for line in table([Setting("all", 24 * 2**30, 0, 3 << 29, True, "")]).splitlines() if "all" in line]
+    assert [cell.strip() for cell in row.split("|")[3:6]] == ["24.0 GiB", "", "1.5 GiB"]
+    assert parse_bytes("24.0 GiB") == 24 * 2**30
 
 
 def test_no_model():
