@@ -48,7 +48,7 @@ def measure(data: Path, path: Path, *flags: str) -> dict:
     tests = Path(commands.__file__).parent
     program = MEASURE.format(paths=[str(tests), str(tests.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = processes.run([sys.executable, "-c", program, data, path, *flags], env=environment)
+    done = processes.run([sys.executable, "-c", program, data, path, *flags], env=environment, fresh=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
