@@ -18,10 +18,11 @@ import processes
 import remembered_overrides
 import torch
 from fairseq import checkpoint_utils, options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, omegaconf_no_object_check
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq_cli import eval_lm as eval_lm_command
 from fairseq_cli import generate as generate_command
+from omegaconf import open_dict
 
 # what fairseq imports for --user-dir; it refuses to where a test has imported the package before
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401
@@ -107,7 +108,12 @@ def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
     """The configuration that fairseq-eval-lm or fairseq-generate makes of its arguments; each caller has his own."""
     rank = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")  # the parser asks for them
     parts = (*map(str, arguments), "--model-overrides", repr(overrides or {}))
-    return copy.deepcopy(_parsed(command, parts, rank))
+    cfg = copy.deepcopy(_parsed(command, parts, rank))
+    with omegaconf_no_object_check(), open_dict(cfg):
+        for name, part in cfg.items():  # a task of the old kind has a Namespace, which omegaconf's copies would share
+            if isinstance(part, Namespace):
+                cfg[name] = copy.deepcopy(part)
+    return cfg
 
 
 @functools.cache

@@ -118,6 +118,8 @@ class DecoderRows:
             mask = torch.cat((mask, mask.new_zeros(more, cached)))
         mask.view(total, self._beam_size, cached)[slots] = 1
         cache[MASK] = mask
+        for name in (KEY, VALUE):  # a weight of 0 does not keep out what is no number
+            cache[name].view(total, self._beam_size, *cache[name].shape[1:])[slots] = 0
 
 
 def _place(old: Tensor | None, slots: Tensor, new: Tensor, total: int, length_dim: int) -> Tensor:
