@@ -1,7 +1,21 @@
-"""Serve Mixture-of-Experts checkpoints made with fairseq: a fairseq `--user-dir` plugin.
+"""Serve Mixture-of-Experts checkpoints made with fairseq: a fairseq `--user-dir` plugin, and `load` for Python.
 
-This file imports nothing on purpose: fairseq imports `tasks/` and `models/` by itself, and the pure rooms
-(`gating`, `trace`) are of use without fairseq.
+This file imports nothing on purpose: fairseq imports `tasks/` and `models/` by itself, the pure rooms (`gating`,
+`trace`) are of use without fairseq, and `load` comes in when it is asked for.
 """
 
 __version__ = "0.1.0"
+
+_EXPORTS = {"load": "load"}  # name -> the module in serving/ that has it
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.serving.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

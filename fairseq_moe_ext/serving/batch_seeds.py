@@ -37,5 +37,8 @@ class BatchSeeds:
         if self._first is None:
             self._first = torch.initial_seed()
         torch.manual_seed((self._first + batch * _STEP) % _SEEDS)
+        self._seed_sources(batch)
+
+    def _seed_sources(self, batch: int) -> None:
         for source, first in self._sources.items():
             source.seed((first + batch * _STEP) % _SEEDS)

@@ -85,7 +85,7 @@ class CheckpointTask:
             wanted, given = _value(self.fields, name), _value(ours, name)
             if name in skipped or name not in ours or wanted is None or wanted == given:
                 continue
-            if name in _OF_ONE_PAIR and _is_multilingual(self.fields):
+            if name in _OF_ONE_PAIR and is_multilingual(self.fields):
                 continue
             flag = f"--{name.replace('_', '-')}"
             raise CheckpointError(
@@ -119,7 +119,7 @@ def _fields(task: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not (isinstance(value, str) and value.startswith("${"))}
 
 
-def _is_multilingual(fields: dict[str, Any]) -> bool:
+def is_multilingual(fields: dict[str, Any]) -> bool:
     return any(fields.get(name) for name in ("langs", "lang_pairs", "lang_dict"))
 
 

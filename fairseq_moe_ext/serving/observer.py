@@ -40,6 +40,7 @@ class Observer:
         report_path: str | None = None,
         trace_path: str | None = None,
         ranks: Ranks | None = None,
+        exit_code: ExitCode | None = None,
     ):
         self.report = Report(gating)
         self._ranks = ranks
@@ -53,7 +54,8 @@ class Observer:
         self._outputs = PassOutputs()  # of the pass under way
         self._results = Results()
         self._told_of_non_finite = False
-        self._exit_code = ExitCode()  # before `finish_at_exit`, hence after it when the process ends
+        # before `finish_at_exit`, hence after it when the process ends
+        self._exit_code = ExitCode() if exit_code is None else exit_code
         self.seeds = BatchSeeds()
         self._at_exit = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it

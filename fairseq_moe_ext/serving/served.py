@@ -1,0 +1,193 @@
+"""A model that a Python program serves: translation and generation, its report, its end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.token_generation_constraints import pack_constraints
+from omegaconf import DictConfig
+
+from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
+from fairseq_moe_ext.serving.library_observer import LibraryObserver
+from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
+
+BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is given
+
+
+class ClosedError(RuntimeError):
+    """A served model was used after its end."""
+
+
+@dataclass
+class ServedParts:
+    """What a served model consists of; emptied by its end.
+
+    options: as `load` was given them, together with the checkpoint's.
+    """
+
+    paths: list[str]
+    models: list[torch.nn.Module]
+    task: Any
+    observer: LibraryObserver
+    codec: TextCodec
+    keywords: KeywordOptions
+    data: str
+    options: Mapping[str, Any]
+    generators: dict[tuple, tuple[Any, DictConfig]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.models[0].parameters()).device
+
+    def generator(self, call: Mapping[str, Any]) -> tuple[Any, DictConfig]:
+        """fairseq's generator under a call's options, and the configuration that they give; kept for the next call."""
+        key = tuple(sorted((name, repr(value)) for name, value in call.items()))
+        if key not in self.generators:
+            cfg = configuration(self.keywords.parse(self.data, {**self.options, **call}))
+            if cfg.dataset.batch_size is None and cfg.dataset.max_tokens is None:
+                cfg.dataset.batch_size = BATCH_SIZE
+            self.generators.clear()  # one: others cost little to make again
+            self.generators[key] = self.task.build_generator(self.models, cfg.generation), cfg
+        return self.generators[key]
+
+    def end(self) -> None:
+        """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights."""
+        self.observer.write()
+        for model in self.models:
+            for layer in model.moe_layers().values() if hasattr(model, "moe_layers") else ():
+                if hasattr(layer.experts, "stop"):
+                    layer.experts.stop()
+        on_gpu = bool(self.models) and self.device.type == "cuda"
+        self.models.clear()
+        self.generators.clear()
+        self.task = self.codec = None
+        gc.collect()  # a model's parts refer to each other
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+class Served:
+    """A model in service, made by `fairseq_moe_ext.load`; also a context manager that closes it.
+
+    Threads may share it: their calls wait for each other.
+    """
+
+    def __init__(self, parts: ServedParts):
+        self._name = ":".join(parts.paths)
+        self._lock = threading.RLock()
+        self._parts: ServedParts | None = parts
+        self._end = weakref.finalize(self, parts.end)
+
+    def translate(self, sentences: Sequence[str], **options: Any) -> list[str | None]:
+        """The best translation of every sentence, of a language model its most likely continuation.
+
+        options: of the search and its batches (keyword_options.py, SEARCH and BATCHES) above those given to `load`.
+        None stands for a sentence that `skip_invalid_size_inputs_valid_test` left out. OptionError, ClosedError,
+        NotFiniteError where a result is no number.
+        """
+        if options.get("nbest", 1) != 1:
+            raise OptionError(f"nbest must be 1 for translate(), got {options['nbest']}: generate() gives several")
+        return [found[0].text if found else None for found in self._generate(sentences, options, best_alone=True)]
+
+    def generate(self, sentences: Sequence[str], **options: Any) -> list[list[Hypothesis]]:
+        """The `nbest` hypotheses of every sentence, best first; otherwise as `translate`."""
+        return self._generate(sentences, options)
+
+    def report(self) -> dict:
+        """What was served so far: the content of `--moe-report`."""
+        with self._open() as parts:
+            return parts.observer.as_dict()
+
+    def close(self) -> None:
+        """Give back memory, threads and files, and write what was asked for; once more does nothing."""
+        with self._lock:
+            self._parts = None
+            self._end()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{'closed' if self._parts is None else 'served'} model {self._name}>"
+
+    @contextmanager
+    def _open(self) -> Iterator[ServedParts]:
+        """The parts, for one thread at a time."""
+        with self._lock:
+            if self._parts is None:
+                raise ClosedError(f"a served model must be open, got a call of {self._name} after its close()")
+            yield self._parts
+
+    def _generate(
+        self, sentences: Sequence[str], options: Mapping[str, Any], best_alone: bool = False
+    ) -> list[list[Hypothesis]]:
+        _check_call(sentences, options)
+        with self._open() as parts:
+            generator, cfg = parts.generator(options)
+            nbest = 1 if best_alone else cfg.generation.nbest
+            results: list[list[Hypothesis]] = [[] for _ in sentences]
+            generation = cfg.generation
+            draws = generation.sampling or generation.retain_dropout
+            seed = None if generation.no_seed_provided else cfg.common.seed
+            with parts.observer.call(draws, seed, parts.device):
+                for numbers, batch in _batches(parts, [text.strip() for text in sentences], cfg):
+                    found = parts.task.inference_step(
+                        generator, parts.models, batch, constraints=batch.pop("constraints", None)
+                    )
+                    for number, hypotheses in zip(numbers, found, strict=True):
+                        results[number] = [parts.codec.hypothesis(each, generator) for each in hypotheses[:nbest]]
+            return results
+
+
+def _check_call(sentences: Any, options: Mapping[str, Any]) -> None:
+    if isinstance(sentences, str):
+        raise TypeError(f"sentences must be a list of strings, got the string {sentences[:40]!r}")
+    for number, text in enumerate(sentences):
+        if not isinstance(text, str):
+            raise TypeError(f"sentences must be strings, got {type(text).__name__} as number {number}")
+    for name in options:
+        if name not in SEARCH and name not in BATCHES:
+            raise OptionError(f"{name} must be given to load(): a call takes {', '.join((*SEARCH, *BATCHES))}")
+
+
+def _batches(parts: ServedParts, lines: list[str], cfg: DictConfig) -> Iterator[tuple[list[int], dict]]:
+    """(the sentences' numbers, a batch of them) as fairseq-interactive makes them of its input."""
+    if not lines:
+        return
+    constraints = None
+    if cfg.generation.constraints:
+        split = [line.split("\t") for line in lines]
+        lines = [words for words, *_ in split]
+        constraints = pack_constraints([[_constraint(parts, text) for text in texts] for _, *texts in split])
+    tokens, lengths = parts.task.get_interactive_tokens_and_lengths(lines, parts.codec.encode)
+    batches = parts.task.get_batch_iterator(
+        dataset=parts.task.build_dataset_for_inference(tokens, lengths, constraints=constraints),
+        max_tokens=cfg.dataset.max_tokens,
+        max_sentences=cfg.dataset.batch_size,
+        max_positions=utils.resolve_max_positions(
+            parts.task.max_positions(), *(model.max_positions() for model in parts.models)
+        ),
+        ignore_invalid_inputs=cfg.dataset.skip_invalid_size_inputs_valid_test,
+        disable_iterator_cache=True,
+    ).next_epoch_itr(shuffle=False)
+    for batch in batches:
+        sample = {name: batch[name] for name in ("id", "constraints") if batch.get(name) is not None}
+        sample["net_input"] = {name: batch["net_input"][name] for name in ("src_tokens", "src_lengths")}
+        numbers = batch["id"].tolist()
+        yield numbers, utils.move_to_cuda(sample) if parts.device.type == "cuda" else sample
+
+
+def _constraint(parts: ServedParts, text: str) -> torch.Tensor:
+    words = parts.codec.encode(text)
+    return parts.task.target_dictionary.encode_line(words, append_eos=False, add_if_not_exist=False)
