@@ -26,6 +26,15 @@ def _dictionary_specs(text: str) -> dict[str, str]:
     return specs
 
 
+def _truth(value: bool | str, name: str) -> bool:
+    """What an argument that fairseq evaluates says."""
+    truths = {"true": True, "1": True, "false": False, "0": False}
+    found = truths.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"--{name.replace('_', '-')} must be True or False, got {value!r}")
+    return found
+
+
 @register_task("moe_translation_multi_simple_epoch")
 class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpochTask):
     """Multilingual translation: training, `fairseq-generate`, `fairseq-interactive`.
@@ -42,6 +51,14 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
                 if token not in dictionary:
                     dictionary.add_symbol(token)
         super().__init__(args, langs, dicts, training)
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        # fairseq evaluates them as text, and takes a value that is one already for false: a training writes such into
+        # its checkpoint, and so does another set-up of the same arguments
+        for name in ("left_pad_source", "left_pad_target"):
+            setattr(args, name, str(_truth(getattr(args, name, name == "left_pad_source"), name)))
+        return super().setup_task(args, **kwargs)
 
     @staticmethod
     def add_args(parser):
