@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary
 
 _DENSE = (TransformerModel, TransformerLanguageModel)
+_ONE_AT_A_TIME = threading.Lock()  # who replaces a function of fairseq's
 
 
 def dense_model(name: str | None) -> type | None:
@@ -44,16 +46,23 @@ def _without_memory() -> Iterator[None]:
     """Tensors made in this context have no memory, and a model not the values that it begins with.
 
     On tensors without memory PyTorch computes some values in Python, for which it imports its compiler: 150 MB and a
-    second.
+    second. Other threads' models have their values meanwhile.
     """
     sinusoidal = SinusoidalPositionalEmbedding
-    get_embedding = sinusoidal.get_embedding
-    sinusoidal.get_embedding = staticmethod(lambda rows, dim, padding_idx=None: torch.empty(rows, dim))
-    try:
-        with torch.device("meta"), _WithoutNormalValues():
-            yield
-    finally:
-        sinusoidal.get_embedding = staticmethod(get_embedding)
+    with _ONE_AT_A_TIME:
+        get_embedding, here = sinusoidal.get_embedding, threading.get_ident()
+
+        def without_values(rows: int, dim: int, padding_idx: int | None = None) -> torch.Tensor:
+            if threading.get_ident() != here:
+                return get_embedding(rows, dim, padding_idx)
+            return torch.empty(rows, dim)
+
+        sinusoidal.get_embedding = staticmethod(without_values)
+        try:
+            with torch.device("meta"), _WithoutNormalValues():
+                yield
+        finally:
+            sinusoidal.get_embedding = staticmethod(get_embedding)
 
 
 @contextmanager
