@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 # of a call: how it searches and makes batches
 SEARCH = (
     *("beam", "nbest", "max_len_a", "max_len_b", "min_len", "match_source_len", "unnormalized", "lenpen", "unkpen"),
-    *("no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp", "temperature", "constraints"),
+    *("no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp", "temperature"),
     *("diverse_beam_groups", "diverse_beam_strength", "diversity_rate", "seed"),
 )
 BATCHES = ("batch_size", "max_tokens", "skip_invalid_size_inputs_valid_test")
 # of loading: where and in which dtype the model computes, what its text and its data are
-MODEL = ("cpu", "fp16", "model_overrides", "retain_dropout", "retain_dropout_modules", "print_alignment")
+MODEL = ("cpu", "fp16", "model_overrides", "retain_dropout", "retain_dropout_modules")
 TEXT = ("tokenizer", "bpe", "post_process", "remove_bpe")
 FLAGS = (
     *("moe_gating", "moe_eval_capacity_token_fraction", "moe_dtype", "moe_kernel", "moe_report", "moe_trace"),
@@ -39,16 +39,19 @@ FLAGS = (
 )
 # task -> its own options, beside those above
 TASKS = {
-    "moe_translation": ("source_lang", "target_lang", "max_source_positions", "max_target_positions"),
+    "moe_translation": (
+        *("source_lang", "target_lang", "max_source_positions", "max_target_positions", "print_alignment"),
+        "constraints",
+    ),
     "moe_translation_multi_simple_epoch": (
         *("source_lang", "target_lang", "max_source_positions", "max_target_positions", "langs", "lang_dict"),
         *("lang_pairs", "source_dict", "target_dict", "lang_tok_style", "encoder_langtok", "decoder_langtok"),
         *("lang_tok_replacing_bos_eos", "langtoks", "keep_inference_langtok", "add_data_source_prefix_tags"),
-        *("add_ssl_task_tokens", "finetune_dict_specs"),
+        *("add_ssl_task_tokens", "finetune_dict_specs", "print_alignment"),
     ),
     "moe_language_modeling": (
         *("tokens_per_sample", "add_bos_token", "output_dictionary_size", "self_target", "future_target"),
-        *("past_target", "max_target_positions", "softmax_batch"),
+        *("past_target", "softmax_batch"),
     ),
 }
 _TEXT = ("tokenizer", "bpe")  # each choice there brings options of its own
@@ -83,6 +86,11 @@ class KeywordOptions:
         for name, value in given.items():
             arguments += _arguments(actions[name], name, value)
         args = parser.parse_args(arguments)
+        if "tokens_per_sample" in given and args.moe_gating != "static":
+            raise OptionError(
+                "tokens_per_sample must go with moe_gating='static', under which a text is padded to it, "
+                f"got {args.tokens_per_sample} with {args.moe_gating}"
+            )
         # what fairseq's `parse_args_and_arch` makes of them
         args.no_seed_provided = args.seed is None
         args.seed = 1 if args.seed is None else args.seed
@@ -120,11 +128,11 @@ class KeywordOptions:
     def _refusal(self, name: str, known: Iterable[str], actions: Iterable[str]) -> str:
         if name in _options_of_text():
             return f"{name} must go with the bpe or the tokenizer whose option it is, got it without"
-        if name in actions or name in _COMMANDS_ALONE:
-            return f"{name} must not be given: it has an effect in fairseq's commands alone, or none with {self._task}"
         other = [task for task, names in TASKS.items() if name in names]
         if other:
             return f"{name} must go with a model of {' or '.join(other)}, got one of {self._task}"
+        if name in actions or name in _COMMANDS_ALONE:
+            return f"{name} must not be given: it has an effect in fairseq's commands alone, or none with {self._task}"
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         return f"{name} must be an option of fairseq's commands or of this plugin, and is not{meant}"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.data import FairseqDataset
+from fairseq.sequence_scorer import SequenceScorer
 from fairseq.token_generation_constraints import pack_constraints
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
 from fairseq_moe_ext.serving.library_observer import LibraryObserver
+from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
 
 BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is given
@@ -57,6 +60,27 @@ class ServedParts:
             self.generators.clear()  # one: others cost little to make again
             self.generators[key] = self.task.build_generator(self.models, cfg.generation), cfg
         return self.generators[key]
+
+    def scorer(self, cfg: DictConfig) -> Any:
+        """What scores instead of searching."""
+        if hasattr(self.task, "eval_lm_dataloader"):
+            return SequenceScorer(self.task.target_dictionary, cfg.eval_lm.softmax_batch)
+        return self.task.build_generator(self.models, OmegaConf.merge(cfg.generation, {"score_reference": True}))
+
+    def batches(self, dataset: FairseqDataset, cfg: DictConfig) -> Iterator[dict]:
+        """fairseq's, where the model is."""
+        batches = self.task.get_batch_iterator(
+            dataset=dataset,
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            max_positions=utils.resolve_max_positions(
+                self.task.max_positions(), *(model.max_positions() for model in self.models)
+            ),
+            ignore_invalid_inputs=cfg.dataset.skip_invalid_size_inputs_valid_test,
+            disable_iterator_cache=True,
+        ).next_epoch_itr(shuffle=False)
+        for batch in batches:
+            yield utils.move_to_cuda(batch, self.device) if self.device.type == "cuda" else batch
 
     def end(self) -> None:
         """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights."""
@@ -101,6 +125,27 @@ class Served:
         """The `nbest` hypotheses of every sentence, best first; otherwise as `translate`."""
         return self._generate(sentences, options)
 
+    def score(
+        self, sentences: Sequence[str], targets: Sequence[str] | None = None, **options: Any
+    ) -> list[Hypothesis | None]:
+        """The model's log-probabilities of texts, of a translation model those of `targets` given `sentences`.
+
+        options: of the batches (keyword_options.py, BATCHES). Of a translation's scores the language token's is one;
+        otherwise as `translate`.
+        """
+        _check_call(sentences, options, BATCHES)
+        with self._open() as parts:
+            _check_targets(parts.task, sentences, targets)
+            _, cfg = parts.generator(options)
+            scorer = parts.scorer(cfg)
+            results: list[Hypothesis | None] = [None] * len(sentences)
+            with parts.observer.call(False, None, parts.device):
+                for batch in parts.batches(_scored(parts, sentences, targets), cfg) if sentences else ():
+                    found = scorer.generate(parts.models, batch)
+                    for number, (hypothesis, *_) in zip(batch["id"].tolist(), found, strict=True):
+                        results[number] = parts.codec.hypothesis(hypothesis, scorer)
+            return results
+
     def report(self) -> dict:
         """What was served so far: the content of `--moe-report`."""
         with self._open() as parts:
@@ -132,8 +177,10 @@ class Served:
     def _generate(
         self, sentences: Sequence[str], options: Mapping[str, Any], best_alone: bool = False
     ) -> list[list[Hypothesis]]:
-        _check_call(sentences, options)
+        _check_call(sentences, options, (*SEARCH, "constraints", *BATCHES))
         with self._open() as parts:
+            if not sentences:
+                return []
             generator, cfg = parts.generator(options)
             nbest = 1 if best_alone else cfg.generation.nbest
             results: list[list[Hypothesis]] = [[] for _ in sentences]
@@ -150,42 +197,54 @@ class Served:
             return results
 
 
-def _check_call(sentences: Any, options: Mapping[str, Any]) -> None:
-    if isinstance(sentences, str):
-        raise TypeError(f"sentences must be a list of strings, got the string {sentences[:40]!r}")
-    for number, text in enumerate(sentences):
-        if not isinstance(text, str):
-            raise TypeError(f"sentences must be strings, got {type(text).__name__} as number {number}")
+def _check_call(sentences: Any, options: Iterable[str], known: Sequence[str]) -> None:
+    _check_texts("sentences", sentences)
     for name in options:
-        if name not in SEARCH and name not in BATCHES:
-            raise OptionError(f"{name} must be given to load(): a call takes {', '.join((*SEARCH, *BATCHES))}")
+        if name not in known:
+            raise OptionError(f"{name} must be given to load(), for this call takes {', '.join(known)}")
+
+
+def _check_texts(name: str, texts: Any) -> None:
+    if isinstance(texts, str):
+        raise TypeError(f"{name} must be a list of strings, got the string {texts[:40]!r}")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be strings, got {type(text).__name__} as number {number}")
+
+
+def _check_targets(task: Any, sentences: Sequence[str], targets: Sequence[str] | None) -> None:
+    if hasattr(task, "eval_lm_dataloader"):
+        if targets is not None:
+            raise ValueError(f"targets must be None for a language model, got {len(targets)} texts")
+        return
+    _check_texts("targets", targets or ())
+    if targets is None or len(targets) != len(sentences):
+        got = "none" if targets is None else len(targets)
+        raise ValueError(f"targets must be one translation for each of the {len(sentences)} sentences, got {got}")
+
+
+def _scored(parts: ServedParts, sentences: Sequence[str], targets: Sequence[str] | None) -> FairseqDataset:
+    sources, _ = parts.task.get_interactive_tokens_and_lengths(list(sentences), parts.codec.encode)
+    if targets is None:
+        return blocks(parts.task, sources)
+    words = map(parts.codec.encode, targets)
+    dictionary = parts.task.target_dictionary
+    return pairs(parts.task, sources, [dictionary.encode_line(each, add_if_not_exist=False).long() for each in words])
 
 
 def _batches(parts: ServedParts, lines: list[str], cfg: DictConfig) -> Iterator[tuple[list[int], dict]]:
     """(the sentences' numbers, a batch of them) as fairseq-interactive makes them of its input."""
-    if not lines:
-        return
     constraints = None
     if cfg.generation.constraints:
         split = [line.split("\t") for line in lines]
         lines = [words for words, *_ in split]
         constraints = pack_constraints([[_constraint(parts, text) for text in texts] for _, *texts in split])
     tokens, lengths = parts.task.get_interactive_tokens_and_lengths(lines, parts.codec.encode)
-    batches = parts.task.get_batch_iterator(
-        dataset=parts.task.build_dataset_for_inference(tokens, lengths, constraints=constraints),
-        max_tokens=cfg.dataset.max_tokens,
-        max_sentences=cfg.dataset.batch_size,
-        max_positions=utils.resolve_max_positions(
-            parts.task.max_positions(), *(model.max_positions() for model in parts.models)
-        ),
-        ignore_invalid_inputs=cfg.dataset.skip_invalid_size_inputs_valid_test,
-        disable_iterator_cache=True,
-    ).next_epoch_itr(shuffle=False)
-    for batch in batches:
+    dataset = parts.task.build_dataset_for_inference(tokens, lengths, constraints=constraints)
+    for batch in parts.batches(dataset, cfg):
         sample = {name: batch[name] for name in ("id", "constraints") if batch.get(name) is not None}
         sample["net_input"] = {name: batch["net_input"][name] for name in ("src_tokens", "src_lengths")}
-        numbers = batch["id"].tolist()
-        yield numbers, utils.move_to_cuda(sample) if parts.device.type == "cuda" else sample
+        yield batch["id"].tolist(), sample
 
 
 def _constraint(parts: ServedParts, text: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ import commands
 import numpy as np
 import processes
 import pytest
+from fairseq.data import data_utils
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.serving.keyword_options import OptionError
@@ -14,12 +15,10 @@ from fairseq_moe_ext.serving.served import ClosedError
 PIECES = {"post_process": "sentencepiece", "cpu": True}
 
 
-def source_pieces(served) -> list[str]:
-    """The recorded test set's sources, in the words of the dictionary."""
-    task = served._parts.task
-    task.load_dataset("test")
-    sources = task.dataset("test").src
-    return [task.source_dictionary.string(sources[number][sources[number] > 2]) for number in range(len(sources))]
+def lines_of(served, name: str = "test.en-de.en") -> list[str]:
+    """A file of the recorded test set, in the words of the dictionary."""
+    dictionary = served._parts.task.source_dictionary
+    return list(map(dictionary.string, data_utils.load_indexed_dataset(f"{served._parts.data}/{name}", dictionary)))
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +30,21 @@ def bilingual(shared_goldens):
 
 @pytest.fixture(scope="module")
 def lines(bilingual):
-    return source_pieces(bilingual)[:12]
+    return lines_of(bilingual)[:12]
+
+
+def interactive(folder, lines, *options: str) -> commands.Generation:
+    """fairseq-interactive of these lines, with more of its options."""
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", "--cpu", "--buffer-size", "100")
+    done = commands.run("interactive", *arguments, *options, stdin="\n".join(lines) + "\n")
+    return commands.Generation(done.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
 def command(shared_goldens, lines):
-    """fairseq-interactive of these lines, with more of its options."""
-
     def run(*options: str) -> commands.Generation:
-        folder = shared_goldens / "mt_plain"
-        arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", "--cpu", "--task", "moe_translation")
-        text = "\n".join(lines) + "\n"
-        more = ("--remove-bpe", "sentencepiece", "--buffer-size", "100", *options)
-        done = commands.run("interactive", *arguments, *more, stdin=text)
-        return commands.Generation(done.stdout.splitlines())
+        of_model = ("--task", "moe_translation", "--remove-bpe", "sentencepiece")
+        return interactive(shared_goldens / "mt_plain", lines, *of_model, *options)
 
     return run
 
@@ -70,6 +70,73 @@ def test_an_option_of_a_call_stands_above_that_of_loading(bilingual, lines, comm
     wanted = command(*"--beam 3 --nbest 2 --lenpen 0.3 --max-len-b 4 --max-len-a 0.5 --batch-size 32".split())
     assert_as_the_command(found, wanted, nbest=2)
     assert bilingual.translate(lines[:2]) == bilingual.translate(lines[:2], beam=5)
+
+
+MULTILINGUAL = {"source_lang": "en", "target_lang": "fr", "model_overrides": commands.NLLB_OVERRIDES, **PIECES}
+
+
+@pytest.mark.slow
+def test_a_multilingual_model_takes_its_languages_from_the_checkpoint(shared_goldens):
+    folder = shared_goldens / "mt_nllb_ws2"
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **MULTILINGUAL) as served:
+        lines = lines_of(served, "test.en-fr.en")[:8]
+        found = served.generate(lines, beam=4)
+        scored = served.score(lines, [each[0].words for each in found])
+    flags = [flag for flag in commands.NLLB if flag not in ("--gen-subset", "test", "--scoring", "sacrebleu")]
+    options = (*flags, "-t", "fr", "--batch-size", "32", "--model-overrides", str(commands.NLLB_OVERRIDES))
+    assert_as_the_command(found, interactive(folder, lines, *options))
+    assert len(scored) == 8
+
+
+@pytest.mark.parametrize("model", ["mt_plain", pytest.param("mt_nllb_ws2", marks=pytest.mark.slow)])
+def test_scores_of_translations_are_those_of_score_reference(shared_goldens, model):
+    folder = shared_goldens / model
+    options, flags = PIECES, commands.MT
+    if model == "mt_nllb_ws2":
+        options, flags = MULTILINGUAL, (*commands.NLLB, "-t", "fr")
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", *flags)
+    more = ("--score-reference", "--batch-size", "16")
+    wanted = commands.generate(*arguments, *more, overrides=options.get("model_overrides"))
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **options) as served:
+        pair, target = ("en-fr", "fr") if model == "mt_nllb_ws2" else ("en-de", "de")
+        sources, targets = lines_of(served, f"test.{pair}.en"), lines_of(served, f"test.{pair}.{target}")
+        found = served.score(sources, targets, batch_size=16)
+        with pytest.raises(ValueError, match="targets must be one translation for each of the 2 sentences, got none"):
+            served.score(sources[:2])
+    of_command = {number: (float(score), words) for number, (score, words) in wanted.of_kind("H")}
+    assert {number: (each.score, each.words) for number, each in enumerate(found)} == of_command
+
+
+@pytest.mark.parametrize("gating", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+def test_scores_of_texts_are_those_of_eval_lm(shared_goldens, gating):
+    folder = shared_goldens / "lm_top2_ws2"
+    flags, options = ("--moe-gating", gating), {"moe_gating": gating}
+    if gating == "static":
+        flags += ("--moe-eval-capacity-token-fraction", "0.05")
+        options |= {"moe_eval_capacity_token_fraction": 0.05, "tokens_per_sample": 128}
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", *commands.LM, "--batch-size", "16")
+    wanted = commands.eval_lm(*arguments, "--sample-break-mode", "eos", *flags)
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", cpu=True, **options) as served:
+        found = served.score(lines_of(served, "test"), batch_size=16)
+        with pytest.raises(ValueError, match="targets must be None for a language model, got 1 texts"):
+            served.score(["a"], ["b"])
+    by_id = wanted.by_id()
+    assert len(found) == len(by_id) > 100
+    for number, each in enumerate(found):
+        np.testing.assert_array_equal(each.positional_scores, (by_id[number] / np.float32(np.log(2))))
+    total = sum(sum(each.positional_scores) for each in found)
+    assert -total / sum(len(each.positional_scores) for each in found) == pytest.approx(wanted.loss, rel=1e-5)
+
+
+def test_continuations_are_those_of_fairseq_interactive(shared_goldens):
+    folder = shared_goldens / "lm_top2"
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", cpu=True) as served:
+        lines = [" ".join(text.split()[:5]) for text in lines_of(served, "test")[:4]]
+        found = served.generate(lines, beam=2, max_len_b=20, max_len_a=0)
+        with pytest.raises(OptionError, match="constraints must go with a model of moe_translation, got one of moe_la"):
+            served.generate(lines, constraints="ordered")
+    options = "--task moe_language_modeling --beam 2 --max-len-a 0 --max-len-b 20 --batch-size 4".split()
+    assert_as_the_command(found, interactive(folder, lines, *options))
 
 
 @pytest.mark.parametrize(
