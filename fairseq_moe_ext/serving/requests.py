@@ -10,7 +10,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 # options of generation under which a sentence's search is not its own, or that this search does not have
-_REFUSED = {
+NOT_OF_ONE_SENTENCE = {
     "constraints": None,
     "diverse_beam_groups": -1,
     "diversity_rate": -1,
@@ -28,7 +28,7 @@ def check_options(generation: Any, models: Sequence) -> None:
 
     A model's decoder must be fairseq's transformer, whose state can be taken apart.
     """
-    for name, without in _REFUSED.items():
+    for name, without in NOT_OF_ONE_SENTENCE.items():
         value = getattr(generation, name, without)
         if value not in (without, False, None):
             raise ValueError(f"--continuous-batching goes without --{name.replace('_', '-')}, got {value}")
@@ -49,6 +49,18 @@ def check_options(generation: Any, models: Sequence) -> None:
     ):
         name = type(models[0]).__name__
         raise ValueError(f"--continuous-batching serves transformers whose decoder attends to an encoder, got {name}")
+
+
+def check_gating(flags: Any) -> None:
+    """Raise ValueError where a sentence's result depends on who is in its encoder pass, by a task's `flags`."""
+    rule = "an engine needs results that do not depend on who shares a pass"
+    fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
+    if str(getattr(flags, "moe_gating", "dynamic")) == "static" and (fraction is None or fraction < 1):
+        got = "the checkpoint's" if fraction is None else fraction
+        raise ValueError(f"{rule}: moe_gating static must have moe_eval_capacity_token_fraction 1.0, got {got}")
+    factor = getattr(flags, "moe_capacity_factor", None)
+    if factor is not None:
+        raise ValueError(f"{rule}: moe_capacity_factor must not be given, got {factor}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,34 @@ class Room:
         return self.tokens is None or len(lengths) * max(lengths) <= self.tokens
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a sentence's search may have for itself; fairseq's generator explains them under the same names."""
+
+    min_len: int = 1
+    normalize_scores: bool = True
+    len_penalty: float = 1.0
+    unk_penalty: float = 0.0
+    temperature: float = 1.0
+
+
+def check_beam(beam_size: int, vocab_size: int) -> None:
+    """ValueError where a beam's candidates, twice as many, are not among the words."""
+    if 2 * beam_size >= vocab_size:
+        raise ValueError(f"--beam must be below half of the {vocab_size} words, got {beam_size}")
+
+
+def longest_output(max_len_a: float, max_len_b: int, source_length: int, positions: int, min_len: int) -> int:
+    """Most tokens of an output without its end, by fairseq's rule; `positions` are the decoder's.
+
+    ValueError where `min_len` asks for more.
+    """
+    longest = min(int(max_len_a * source_length + max_len_b), positions - 1)
+    if min_len > longest:
+        raise ValueError(f"--min-len must be at most the longest output allowed, {longest}, got {min_len}")
+    return longest
+
+
 @dataclass
 class Sentence:
     """On its way from the encoder to its hypotheses.
@@ -104,6 +144,7 @@ class Sentence:
     max_len: int
     first_token: int
     prefix: list[int]
+    options: SearchOptions = SearchOptions()
     step: int = 0
     hypotheses: list[dict[str, Tensor]] = field(default_factory=list)
     done: bool = False

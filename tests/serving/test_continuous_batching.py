@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from argparse import Namespace
 
@@ -61,8 +62,8 @@ def continuous(model, requests: list[Request], room: Room = Room(4), **options):
     """Hypotheses, and the sentences in the decoder at every step, of the stream of `requests`."""
     generator = MoEContinuousGenerator([model], dictionary(), **options)
     generator.room = room
-    live, step = [], generator._step
-    generator._step = lambda: (live.append([sentence.source_length for sentence in generator._live]), step())
+    live, steps, step = [], generator._steps, generator._steps.step
+    steps.step = lambda: (live.append([sentence.source_length for sentence in steps.live]), step())
     return in_turn(generator, requests), live
 
 
@@ -253,13 +254,32 @@ def test_an_answer_is_the_asked_batchs_not_the_next_ones(ids):
         assert_same(generator.generate([served], requests[number].sample), expected[number])
 
 
+def test_a_sentence_of_nans_leaves_nothing_in_its_slot():
+    """Its cached keys and values have no weight for whoever comes after it, which does not keep a NaN out."""
+    served, options = model(), {"beam_size": 3, "max_len_b": 8}
+    expected = in_turn(MoESequenceGenerator([served], dictionary(), **options), batches())
+    requests = batches()
+    word = int(requests[0].sample["net_input"]["src_tokens"][0, -2])
+    broken = [word in row for request in requests for row in request.sample["net_input"]["src_tokens"].tolist()]
+    assert broken[0] and not all(broken)
+    with torch.no_grad():
+        served.encoder.embed_tokens.weight[word] = math.nan
+    generator = MoEContinuousGenerator([served], dictionary(), **options)
+    generator.room, ahead = Room(2), iter(requests[1:])
+    generator.look_ahead = lambda: next(ahead, None)
+    found = [each for request in requests for each in generator.generate([served], request.sample)]
+    assert [not math.isfinite(sentence[0]["score"]) for sentence in found] == broken
+    whole = [number for number, wrong in enumerate(broken) if not wrong]
+    assert_same([found[number] for number in whole], [expected[number] for number in whole])
+
+
 def test_a_generator_leaves_nothing_with_the_model():
     served = model()
     embed = served.decoder.embed_positions
     generator = MoEContinuousGenerator([served], dictionary(), beam_size=2, max_len_b=6)
     in_turn(generator, batches())
-    assert not embed._forward_hooks and not generator._rows.state and generator._tokens is None
-    rows, found = weakref.ref(generator._rows), weakref.ref(generator)
+    assert not embed._forward_hooks and not generator._steps._rows.state and generator._steps._tokens is None
+    rows, found = weakref.ref(generator._steps._rows), weakref.ref(generator)
     del generator
     gc.collect()
     assert rows() is None and found() is None
