@@ -17,16 +17,14 @@ from fairseq.sequence_scorer import SequenceScorer
 from fairseq.token_generation_constraints import pack_constraints
 from omegaconf import DictConfig, OmegaConf
 
+from fairseq_moe_ext.serving.engine import Engine
+from fairseq_moe_ext.serving.errors import ClosedError
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
 from fairseq_moe_ext.serving.library_observer import LibraryObserver
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
 
 BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is given
-
-
-class ClosedError(RuntimeError):
-    """A served model was used after its end."""
 
 
 @dataclass
@@ -45,6 +43,7 @@ class ServedParts:
     data: str
     options: Mapping[str, Any]
     generators: dict[tuple, tuple[Any, DictConfig]] = field(default_factory=dict)
+    engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)  # that are open, or were
 
     @property
     def device(self) -> torch.device:
@@ -82,8 +81,17 @@ class ServedParts:
         for batch in batches:
             yield utils.move_to_cuda(batch, self.device) if self.device.type == "cuda" else batch
 
+    def codec_of(self, task: Any, source: str, target: str) -> TextCodec:
+        """For `task`, which is this one for other languages."""
+        if task is self.task or self.options.get("tokenizer") is None:
+            return self.codec.of(task)
+        languages = {"source_lang": source, "target_lang": target}
+        return TextCodec(task, self.keywords.parse(self.data, {**self.options, **languages}))
+
     def end(self) -> None:
         """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights."""
+        for engine in tuple(self.engines):
+            engine.close()
         self.observer.write()
         for model in self.models:
             for layer in model.moe_layers().values() if hasattr(model, "moe_layers") else ():
@@ -150,6 +158,20 @@ class Served:
         """What was served so far: the content of `--moe-report`."""
         with self._open() as parts:
             return parts.observer.as_dict()
+
+    def engine(self, *, max_waiting: int = 1024, max_beam: int | None = None, **options: Any) -> Engine:
+        """Continuous batching: requests come one by one and are decoded side by side (engine.py).
+
+        options: as of a call; `batch_size` and `max_tokens` are the room, of what is under way at a time, the others
+        what holds where a request does not say otherwise. max_waiting: requests beyond. max_beam: the most that a
+        request may ask for. ValueError where the model or an option has no such search.
+        """
+        _check_call((), options, (*(name for name in SEARCH if name != "seed"), "batch_size", "max_tokens"))
+        with self._open() as parts:
+            _, cfg = parts.generator(options)
+            engine = Engine(parts, cfg, self._lock, max_waiting, max_beam, keep=self)
+            parts.engines.add(engine)
+            return engine
 
     def close(self) -> None:
         """Give back memory, threads and files, and write what was asked for; once more does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ class TextCodec:
         self._post_process = args.post_process
         self._tokenizer = encoders.build_tokenizer(args)
         self._bpe = encoders.build_bpe(args)
+
+    def of(self, task: Any) -> TextCodec:
+        """The same for a task of other dictionaries or languages."""
+        found = copy.copy(self)
+        found._task = task
+        return found
 
     def encode(self, text: str) -> str:
         """As the model's dictionary knows the words."""
