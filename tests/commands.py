@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import processes
-import remembered_overrides
+import quick_hydra
 import torch
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, omegaconf_no_object_check
@@ -33,7 +33,7 @@ from fairseq_moe_ext.tasks import (  # noqa: F401
     moe_translation_multi_simple_epoch,
 )
 
-remembered_overrides.remember()
+quick_hydra.install()
 REPOSITORY = Path(__file__).resolve().parents[1]
 USER_DIR = REPOSITORY / "fairseq_moe_ext"
 # a loader process takes seconds to end where this process has threads

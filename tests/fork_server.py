@@ -32,7 +32,7 @@ from typing import NoReturn
 
 import numpy
 import processes
-import remembered_overrides
+import quick_hydra
 import sacrebleu  # noqa: F401
 import torch
 import torch.distributed.run  # noqa: F401
@@ -257,7 +257,7 @@ def main() -> None:
     (address,) = sys.argv[1:]
     processes.server_address = lambda: address
     SubprocessHandler._popen = fork_rank
-    remembered_overrides.remember()
+    quick_hydra.install()
     sys.meta_path.insert(0, Stash("fairseq", parse_defaults))
     gc.collect()
     gc.freeze()

@@ -11,6 +11,7 @@ if [ "${1:-}" = --all ]; then
   shift
 fi
 bash scripts/setup_environment.sh
+unset PYTHONDONTWRITEBYTECODE # several hundred processes import the package: compiled once, not by each
 # one thread per process: steadier and, at the tests' sizes, faster
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
