@@ -6,7 +6,7 @@ This file imports nothing on purpose: fairseq imports `tasks/` and `models/` by 
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"load": "load"}  # name -> the module in serving/ that has it
+_EXPORTS = {"load": "load", "register": "load"}  # name -> the module in serving/ that has it
 
 
 def __getattr__(name: str):
@@ -19,3 +19,19 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
+
+
+class _Folders(list):
+    """The package's folders, of which fairseq asks whether its `--user-dir` is one.
+
+    It asks only where the package has been imported before, and then would import neither tasks nor models.
+    """
+
+    def __contains__(self, folder) -> bool:
+        found = super().__contains__(folder)
+        if found:
+            __getattr__("register")()
+        return found
+
+
+__path__ = _Folders(__path__)

@@ -86,11 +86,6 @@ class KeywordOptions:
         for name, value in given.items():
             arguments += _arguments(actions[name], name, value)
         args = parser.parse_args(arguments)
-        if "tokens_per_sample" in given and args.moe_gating != "static":
-            raise OptionError(
-                "tokens_per_sample must go with moe_gating='static', under which a text is padded to it, "
-                f"got {args.tokens_per_sample} with {args.moe_gating}"
-            )
         # what fairseq's `parse_args_and_arch` makes of them
         args.no_seed_provided = args.seed is None
         args.seed = 1 if args.seed is None else args.seed
@@ -99,6 +94,11 @@ class KeywordOptions:
         args.batch_size_valid, args.max_tokens_valid = args.batch_size, args.max_tokens
         _check(args)
         return args
+
+    def known(self, options: Mapping[str, Any]) -> set[str]:
+        """Those names among `options` that `parse` takes."""
+        _, known = self._parser(options.get("tokenizer"), options.get("bpe"))
+        return {name for name in options if _ALIASES.get(name, name) in known}
 
     def _parser(self, *choices: str | None) -> tuple[argparse.ArgumentParser, frozenset[str]]:
         """fairseq's parser of the command that serves the task, and the names of its options that work here."""
@@ -149,6 +149,17 @@ def task_configuration(args: argparse.Namespace) -> DictConfig | argparse.Namesp
     if fields_of_task is None:
         return args
     return OmegaConf.create({**_groups(args, task=fields_of_task).task, "_name": args.task})
+
+
+def text_configuration(args: argparse.Namespace, name: str) -> DictConfig | None:
+    """What fairseq's `build_tokenizer` or `build_bpe` takes for the one that `args` name."""
+    choice = getattr(args, name)
+    if choice is None:
+        return None
+    fields_of_choice = REGISTRIES[name]["dataclass_registry"].get(choice)
+    return OmegaConf.create(
+        {**({} if fields_of_choice is None else vars(fields_of_choice.from_namespace(args))), "_name": choice}
+    )
 
 
 def _groups(args: argparse.Namespace, **more: type) -> DictConfig:

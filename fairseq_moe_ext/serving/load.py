@@ -12,19 +12,13 @@ import torch
 from fairseq import models as fairseqs_models
 from fairseq import tasks as fairseqs_tasks
 from fairseq import utils
+from omegaconf import DictConfig
 
-from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask, is_multilingual
-from fairseq_moe_ext.serving.keyword_options import (
-    TASKS,
-    KeywordOptions,
-    OptionError,
-    configuration,
-    task_configuration,
-)
+from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.library_observer import LibraryObserver
+from fairseq_moe_ext.serving.load_models import load_models
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.serving.served import Served, ServedParts
-from fairseq_moe_ext.serving.served_state import served_state
 from fairseq_moe_ext.serving.text import TextCodec
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -47,20 +41,21 @@ def load(
         raise ValueError(f"load() must be called in one process, got {world_size()} ranks of torchrun")
     register()
     paths = _paths(path)
-    overrides = _overrides(options)
-    state = served_state(paths[0], overrides)
-    options = {**_of_checkpoint(state), **options}
-    keywords = KeywordOptions(_task_of(state))
-    folder = os.fspath(Path(paths[0]).parent if data is None else data)
-    args = keywords.parse(folder, options)
-    cfg = configuration(args)
-    task = fairseqs_tasks.setup_task(task_configuration(args))
-    observer = LibraryObserver(str(args.moe_gating), args.moe_report, args.moe_trace)
-    task.observer = observer
-    models = [_model(task, state, cfg)]
-    models += [_model(task, served_state(each, overrides), cfg) for each in paths[1:]]
-    codec = TextCodec(task, args)
-    return Served(ServedParts(paths, models, task, observer, codec, keywords, folder, options))
+    loaded = load_models(paths, data, options, _overrides(options), LibraryObserver)
+    if options.get("tokens_per_sample") is not None and loaded.args.moe_gating != "static":
+        raise OptionError(
+            "tokens_per_sample must go with moe_gating='static', under which a text is padded to it, got "
+            f"{options['tokens_per_sample']} with {loaded.args.moe_gating}"
+        )
+    cfg = configuration(loaded.args)
+    for model in loaded.models:
+        _put_into_service(model, cfg)
+    codec = TextCodec(loaded.task, loaded.args)
+    return Served(
+        ServedParts(
+            paths, loaded.models, loaded.task, loaded.task.observer, codec, loaded.keywords, loaded.data, loaded.options
+        )
+    )
 
 
 def register() -> None:
@@ -88,32 +83,10 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(overrides)
 
 
-def _task_of(state: Mapping[str, Any]) -> str:
-    if not any(key.startswith("encoder.") for key in state["model"]):
-        return "moe_language_modeling"
-    served: CheckpointTask = state["task_state"][SERVED]
-    return "moe_translation_multi_simple_epoch" if is_multilingual(served.fields) else "moe_translation"
-
-
-def _of_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of its task's options; paths in it stay where they are."""
-    served: CheckpointTask = state["task_state"][SERVED]
-    known = set(TASKS[_task_of(state)]) - {"lang_dict"}
-    if is_multilingual(served.fields):
-        known -= {"source_lang", "target_lang"}
-    return {name: value for name, value in served.fields.items() if name in known and value not in (None, "", [])}
-
-
-def _model(task: Any, state: dict[str, Any], cfg: Any) -> torch.nn.Module:
-    """As fairseq's `load_model_ensemble` and its commands make it."""
-    model_cfg = state["cfg"].model
-    task.load_state_dict(state["task_state"])
-    model = task.build_model(model_cfg, from_checkpoint=True)
-    model.set_num_updates(state["optimizer_history"][-1]["num_updates"])
-    model.load_state_dict(state["model"], strict=True, model_cfg=model_cfg)
+def _put_into_service(model: torch.nn.Module, cfg: DictConfig) -> None:
+    """As fairseq's commands do once a model has its weights."""
     if cfg.common.fp16:
         model.half()
     if torch.cuda.is_available() and not cfg.common.cpu:
         model.cuda()
     model.prepare_for_inference_(cfg)
-    return model

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import threading
 import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +91,45 @@ SAFE_GLOBALS = (
 )
 
 
+_LIST = threading.Lock()  # PyTorch has one for the whole process
+
+
+@contextmanager
+def allowed(users_first: bool = False) -> Iterator[None]:
+    """In this context PyTorch's safe loader also takes what fairseq's files hold; afterwards its list is as it was.
+
+    users_first: where the program has allowed a name of the list by itself, what it has allowed stands.
+    """
+    serialization = torch.serialization
+    with _LIST:
+        users = serialization.get_safe_globals()
+        names = {_name(item): item for item in users}
+        ours = [item for item in SAFE_GLOBALS if item not in users and not (users_first and _name(item) in names)]
+        hidden = [names[_name(item)] for item in ours if _name(item) in names]
+        if hidden:
+            _replace(hidden, [])
+        serialization.add_safe_globals(ours)
+        try:
+            yield
+        finally:
+            _replace(ours, hidden)
+
+
+def _replace(gone: Sequence[Any], new: Sequence[Any]) -> None:
+    kept = [item for item in torch.serialization.get_safe_globals() if item not in gone]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*kept, *new])
+
+
+def _name(item: Any) -> str:
+    """Under which a pickle asks for it."""
+    return item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
+
+
 def load_safely(file: Path, map_location: str) -> Any:
     """What lies in `file`; CheckpointError where the safe loader refuses it or cannot read it."""
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with allowed():
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged pickle makes the unpickler raise anything
         raise CheckpointError(f"{file}: {_reason(error)}") from error

@@ -57,6 +57,7 @@ class ServingTask:
     A task serves once fairseq has asked it for the model of a checkpoint; a task that trains never does.
     """
 
+    serves_experts = True  # for serving/fairseq_hooks.py, which cannot know this class
     observer: Observer | None = None
     ranks: Ranks | None = None
     batches_in_order = False  # whether a batch depends on the one before it
@@ -77,8 +78,9 @@ class ServingTask:
     @classmethod
     def setup_task(cls, args, **kwargs):
         check_flags(args)
-        fairseq_hooks.install()
-        return super().setup_task(args, **kwargs)
+        task = super().setup_task(args, **kwargs)
+        fairseq_hooks.remember(task)
+        return task
 
     def build_model(self, args, from_checkpoint=False):
         if not from_checkpoint:

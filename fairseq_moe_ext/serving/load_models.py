@@ -1,0 +1,103 @@
+"""Checkpoints -> models and the task that serves them, where no command has set one up."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import tasks as fairseqs
+from omegaconf import DictConfig, open_dict
+
+from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask, is_multilingual
+from fairseq_moe_ext.serving.keyword_options import (
+    TASKS,
+    KeywordOptions,
+    configuration,
+    task_configuration,
+    text_configuration,
+)
+from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.serving.served_state import served_state
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """models: of an ensemble several, with their weights, on the CPU. data, options: as they were parsed, with what
+    the checkpoint says of its task; args: what came of them."""
+
+    models: list[torch.nn.Module]
+    task: Any
+    keywords: KeywordOptions
+    data: str
+    options: dict[str, Any]
+    args: Namespace
+    model_cfg: Namespace
+
+    def configuration(self) -> DictConfig:
+        """As fairseq has it of a checkpoint; what a training left there is not in it."""
+        cfg = configuration(self.args)
+        with open_dict(cfg):
+            cfg._set_flag("allow_objects", True)
+            cfg.model, cfg.task = self.model_cfg, task_configuration(self.args)
+            cfg.tokenizer, cfg.bpe = (text_configuration(self.args, name) for name in ("tokenizer", "bpe"))
+        return cfg
+
+
+def load_models(
+    paths: Sequence[str],
+    data: str | os.PathLike | None,
+    options: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    observer: type[Observer] | None = None,
+    ignore_unknown: bool = False,
+) -> LoadedModels:
+    """The models of the checkpoints at `paths`, which make an ensemble, under `overrides` (`--model-overrides`).
+
+    data: where the dictionaries are; None: beside the first checkpoint. options: as KeywordOptions takes them, above
+    what the checkpoint says of its task. observer: of what is served; None: one that ends with the process.
+    ignore_unknown: options that are not known may be of others. OptionError, CheckpointError, ValueError.
+    """
+    state = served_state(paths[0], overrides)
+    keywords = KeywordOptions(_task_of(state))
+    if ignore_unknown:
+        options = {name: options[name] for name in keywords.known(options)}
+    options = {**_of_checkpoint(state), **options}
+    data = os.fspath(Path(paths[0]).parent if data is None else data)
+    args = keywords.parse(data, options)
+    task = fairseqs.setup_task(task_configuration(args))
+    if observer is not None:
+        task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace)
+    models = [_model(task, state)]
+    models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
+    return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model)
+
+
+def _task_of(state: Mapping[str, Any]) -> str:
+    if not any(key.startswith("encoder.") for key in state["model"]):
+        return "moe_language_modeling"
+    served: CheckpointTask = state["task_state"][SERVED]
+    return "moe_translation_multi_simple_epoch" if is_multilingual(served.fields) else "moe_translation"
+
+
+def _of_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint says of its task's options; paths in it stay where they are."""
+    served: CheckpointTask = state["task_state"][SERVED]
+    known = set(TASKS[_task_of(state)]) - {"lang_dict"}
+    if is_multilingual(served.fields):
+        known -= {"source_lang", "target_lang"}
+    return {name: value for name, value in served.fields.items() if name in known and value not in (None, "", [])}
+
+
+def _model(task: Any, state: dict[str, Any]) -> torch.nn.Module:
+    """As fairseq's `load_model_ensemble` makes it."""
+    model_cfg = state["cfg"].model
+    task.load_state_dict(state["task_state"])
+    model = task.build_model(model_cfg, from_checkpoint=True)
+    model.set_num_updates(state["optimizer_history"][-1]["num_updates"])
+    model.load_state_dict(state["model"], strict=True, model_cfg=model_cfg)
+    return model
