@@ -1,19 +1,31 @@
 """fairseq's own doors from Python: loading functions, `from_pretrained` and hub interfaces, on the first call."""
 
+import argparse
+import collections
 import sys
 
 import commands
+import numpy as np
 import processes
 import pytest
 import torch
+from checkpoint_makers import proving_state, split, whole
 from fairseq import checkpoint_utils
+from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from model_makers import SMALL, dictionary
+
+import fairseq_moe_ext as moe
+from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.ours import is_ours
+from fairseq_moe_ext.serving.safe_loader import load_safely
 
 FIRST_AND_SECOND = """
 import argparse, sys
 import {first}
 from fairseq import checkpoint_utils, utils
+from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.models.transformer import TransformerModel
 utils.import_user_module(argparse.Namespace(user_dir={user_dir!r}))
 found = []
@@ -27,10 +39,135 @@ print(found[0] == found[1], found[0][1:])
 """
 
 
-@pytest.mark.parametrize("first", ["fairseq", pytest.param("fairseq_moe_ext", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["fairseq", "fairseq_moe_ext"])
 def test_the_first_load_in_a_process_succeeds_as_the_second(shared_goldens, first):
     code = FIRST_AND_SECOND.format(
         first=first, user_dir=str(commands.USER_DIR), folder=str(shared_goldens / "mt_plain")
     )
     done = processes.run([sys.executable, "-c", code], cwd=commands.REPOSITORY, env=commands.environment(), fresh=True)
     assert done.stdout.splitlines()[-1:] == ["True ('MoETranslationTask', 'MoETransformerModel')"], done.stderr[-3000:]
+
+
+def hub_of(folder, kind=TransformerModel, **options):
+    return kind.from_pretrained(str(folder), "checkpoint_last.pt", str(folder / "data-bin"), **options)
+
+
+def test_a_hub_interface_translates_as_the_command(shared_goldens):
+    folder = shared_goldens / "mt_plain"
+    hub = hub_of(folder)
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", cpu=True) as served:
+        lines = ["▁A ▁man ▁in ▁an ▁orange ▁hat ▁star ring ▁at ▁something .", "▁A ▁girl"]
+        assert hub.translate(lines, beam=4) == served.translate(lines, beam=4)
+
+
+def test_a_hub_interface_of_a_multilingual_model(shared_goldens):
+    hub = hub_of(shared_goldens / "mt_nllb_ws2", source_lang="en", target_lang="fr")
+    assert type(hub.task).__name__ == "MoETranslationMultiSimpleEpochTask"
+    assert len(hub.translate(["▁A ▁man", "▁A ▁girl ▁."], beam=2)) == 2
+
+
+def test_a_hub_interface_scores_as_the_command(shared_goldens):
+    folder = shared_goldens / "lm_top2"
+    hub = hub_of(folder, TransformerLanguageModel)
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", cpu=True) as served:
+        text = "▁What ▁say ▁you ▁?"
+        wanted = served.score([text])[0].positional_scores
+    found = hub.score(text)["positional_scores"] / np.log(2)
+    torch.testing.assert_close(found[: len(wanted) - 1], torch.tensor(wanted[:-1]), rtol=0, atol=1e-5)
+
+
+def test_flags_go_through_from_pretrained_and_stay_out_of_the_checkpoint(shared_goldens, tmp_path):
+    folder = shared_goldens / "mt_plain"
+    content = commands.read_state(folder / "checkpoint_merged.pt")
+    task = {**dict(content["cfg"]["task"]), "expert_buffer_size": "2", "moe_report": "report.json"}
+    content["cfg"] = {**content["cfg"], "task": task}
+    torch.save(content, tmp_path / "checkpoint_last.pt")
+    (tmp_path / "data-bin").symlink_to(folder / "data-bin")
+    for flags, buffered in (({}, False), ({"expert_buffer_size": 2}, True)):
+        hub = hub_of(tmp_path, **flags)
+        assert (hub.models[0].expert_buffer is not None) == buffered
+        assert hub.task.cfg.moe_report is None
+
+
+def dense_checkpoint(file) -> None:
+    """A model of fairseq's own, as its training writes it in plain data."""
+    words = dictionary()
+    task = {"_name": "translation", "data": str(file.parent), "source_lang": "en", "target_lang": "de"}
+    fields = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SMALL.items()}
+    model_cfg = {"_name": "transformer", "arch": "transformer", **fields}
+    args = argparse.Namespace(**model_cfg)
+    for language in ("en", "de"):
+        words.save(str(file.parent / f"dict.{language}.txt"))
+    ARCH_CONFIG_REGISTRY["transformer"](args)
+    task_like = argparse.Namespace(source_dictionary=words, target_dictionary=words)
+    torch.manual_seed(1)
+    model = TransformerModel.build_model(args, task_like)
+    cfg = {"model": vars(args), "task": task, "dataset": {"gen_subset": "test"}}
+    history = [{"num_updates": 7, "optimizer_name": "adam", "lr_scheduler_state": {}}]
+    content = {"args": None, "cfg": cfg, "model": model.state_dict(), "optimizer_history": history, "extra_state": {}}
+    torch.save({**content, "task_state": {}}, file)
+
+
+def test_other_models_are_fairseqs_before_and_after(shared_goldens, tmp_path):
+    dense_checkpoint(tmp_path / "bart-shared.pt")
+    original = checkpoint_utils.load_model_ensemble_and_task.moe_ext_original
+    wanted, wanted_cfg, wanted_task = original([str(tmp_path / "bart-shared.pt")])
+    for _ in range(2):
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "bart-shared.pt")])
+        assert type(task) is type(wanted_task) and type(models[0]) is TransformerModel and cfg == wanted_cfg
+        for name, tensor in wanted[0].state_dict().items():
+            assert torch.equal(models[0].state_dict()[name], tensor)
+        folder = shared_goldens / "mt_plain"
+        with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", cpu=True) as served:
+            served.translate(["a"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("s3://bucket/model.pt", "", 0, 1),
+        ("s3://bucket/model.pt", "-rank-0", 0, 1),
+        ("model.pt", "", 1, 2),  # model-parallel shards
+        ("bart-shared.pt", "", 0, 1),
+        ("none.pt", "", 0, 1),
+    ],
+)
+def test_files_that_are_not_ours_are_found_as_fairseq_finds_them(tmp_path, asked, monkeypatch):
+    dense_checkpoint(tmp_path / "bart-shared.pt")
+    monkeypatch.chdir(tmp_path)
+    find = checkpoint_utils.get_maybe_sharded_checkpoint_filename
+    assert type(find(*asked)) is str and find(*asked) == find.moe_ext_original(*asked)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_checkpoint_is_ours_by_its_experts_or_its_names(tmp_path, new_format):
+    contents = {
+        "experts": whole(proving_state(2)),
+        "task": whole({}, cfg={"model": {"_name": "transformer_lm"}, "task": {"_name": "moe_language_modeling"}}),
+        "dense": whole({"decoder.moe": torch.ones(1)}, cfg={"model": {"_name": "transformer_lm"}}),
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=new_format)
+    assert [is_ours(str(tmp_path / f"{name}.pt")) for name in contents] == [True, True, False]
+    split(proving_state(4), 2, tmp_path)
+    assert is_ours(str(tmp_path / "X.pt")) and is_ours(str(tmp_path / "X-rank-1.pt"))
+    (tmp_path / "damaged.pt").write_bytes((tmp_path / "experts.pt").read_bytes()[:200])
+    assert not is_ours(str(tmp_path / "damaged.pt")) and not is_ours(str(tmp_path / "none.pt"))
+
+
+def test_the_programs_own_safe_globals_are_left_alone(tmp_path):
+    torch.save({"a": argparse.Namespace(b=1), "c": np.float64(2)}, tmp_path / "X.pt")
+    users = [argparse.Namespace, (dict, "collections.defaultdict"), np.dtype, collections.Counter]
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(users)
+    try:
+        now = set(torch.serialization.get_safe_globals())
+        assert load_safely(tmp_path / "X.pt", "cpu")["a"].b == 1
+        assert set(torch.serialization.get_safe_globals()) == now
+        with pytest.raises(CheckpointError):
+            load_safely(tmp_path / "none.pt", "cpu")
+        assert set(torch.serialization.get_safe_globals()) == now
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
