@@ -116,7 +116,7 @@ def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
     return cfg
 
 
-@functools.cache
+@functools.lru_cache(16)  # a configuration has thousands of objects
 def _parsed(command: str, arguments: tuple[str, ...], _rank: tuple):
     if command == "eval_lm":
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))

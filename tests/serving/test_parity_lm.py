@@ -32,12 +32,12 @@ class Case:
 EOS = ("--sample-break-mode", "eos")
 ONE, TWO, SIXTEEN = (("--batch-size", str(rows)) for rows in (1, 2, 16))
 STATIC = [
-    Case("lm_top2", "eval_b8_cap-1.0", -1.0, 7.2274427),
+    Case("lm_top2", "eval_b8_cap-1.0", -1.0, 7.2274427, slow=True),
     Case("lm_top2", "eval_b8_cap1.0", 1.0, 7.2231145),
     Case("lm_top2", "eval_b8_cap0.25", 0.25, 7.2274427, slow=True),
     Case("lm_top2", "eval_b8_cap0.05", 0.05, 7.5339174),
     Case("lm_top2", "eval_b1_cap-1.0", -1.0, 7.2297053, ONE, slow=True),
-    Case("lm_top2", "eval_b1_cap0.25", 0.25, 7.2297053, ONE),
+    Case("lm_top2", "eval_b1_cap0.25", 0.25, 7.2297053, ONE, slow=True),
     Case("lm_top2", "eval_b8_cap0.05_bpr", 0.05, 7.4296, overrides={"moe_batch_prioritized_routing": True}),
     Case(
         "lm_top2",
@@ -48,26 +48,26 @@ STATIC = [
     ),
     Case("lm_top2", "eval_maxtok2048_cap0.25", 0.25, 7.2273, ("--max-tokens", "2048"), slow=True),
     Case("lm_top2", "eval_eos_b16_cap0.05", 0.05, 7.3187, SIXTEEN, EOS, slow=True),
-    Case("lm_top2", "eval_eos_b16_cap0.05_padmask", 0.05, 7.2024, SIXTEEN, EOS, {"use_moe_pad_mask": True}),
+    Case("lm_top2", "eval_eos_b16_cap0.05_padmask", 0.05, 7.2024, SIXTEEN, EOS, {"use_moe_pad_mask": True}, slow=True),
     Case("lm_top2", "eval_eos_b16_cap0.25", 0.25, 7.2854, SIXTEEN, EOS, slow=True),
     Case("lm_top2", "eval_eos_b2_cap1.0", 1.0, 7.2018, TWO, EOS, slow=True),
-    Case("lm_top1", "eval_b8_cap-1.0", -1.0, 7.3743834),
+    Case("lm_top1", "eval_b8_cap-1.0", -1.0, 7.3743834, slow=True),
     Case("lm_top1", "eval_b8_cap1.0", 1.0, 7.3645797, slow=True),
     Case("lm_top1", "eval_b8_cap0.25", 0.25, 7.3645797, slow=True),
     Case("lm_top1", "eval_b8_cap0.05", 0.05, 7.4239945),
     Case("lm_top1", "eval_b1_cap0.25", 0.25, 7.3647022, ONE),
-    Case("lm_top2_ws2", "eval_ws1_b8_cap-1.0", -1.0, 7.4512734),
+    Case("lm_top2_ws2", "eval_ws1_b8_cap-1.0", -1.0, 7.4512734, slow=True),
     Case("lm_top2_ws2", "eval_ws1_b8_cap1.0", 1.0, 7.4446363, slow=True),
-    Case("lm_top2_ws2", "eval_ws1_b8_cap0.05", 0.05, 7.6267228),
-    Case("lm_top2_ws2", "eval_ws1_b2_cap1.0", 1.0, 7.4446363, TWO),
-    Case("lm_top2_ws2", "eval_ws1_b2_cap0.05", 0.05, 7.6280, TWO),
+    Case("lm_top2_ws2", "eval_ws1_b8_cap0.05", 0.05, 7.6267228, slow=True),
+    Case("lm_top2_ws2", "eval_ws1_b2_cap1.0", 1.0, 7.4446363, TWO, slow=True),
+    Case("lm_top2_ws2", "eval_ws1_b2_cap0.05", 0.05, 7.6280, TWO, slow=True),
 ]
 DYNAMIC = [
     Case("lm_top2", "eval_b8_cap1.0", 1.0, 7.2231145),
     Case("lm_top2", "eval_eos_b2_cap1.0", 1.0, 7.2018, TWO, EOS, slow=True),
     Case("lm_top1", "eval_b8_cap1.0", 1.0, 7.3645797),
     Case("lm_top2_ws2", "eval_ws1_b8_cap1.0", 1.0, 7.4446363),
-    Case("lm_top2_ws2", "eval_ws1_b2_cap1.0", 1.0, 7.4446363, TWO),
+    Case("lm_top2_ws2", "eval_ws1_b2_cap1.0", 1.0, 7.4446363, TWO, slow=True),
 ]
 
 
@@ -137,7 +137,7 @@ def test_a_flag_stands_above_model_overrides_and_those_above_the_checkpoint(shar
     assert flagged.loss == pytest.approx(7.3743834, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.05])
+@pytest.mark.parametrize("fraction", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
 def test_two_ranks_of_upstream_score_as_one_process_does(shared_goldens, fraction):
     case = Case("lm_top2_ws2", f"eval_ws1_b2_cap{fraction}", fraction, 0.0, TWO)
     found = evaluate(

@@ -13,7 +13,7 @@ PAIR = ("--expert-order", "ascending", "--expert-eviction", "lifo")
 
 @pytest.mark.parametrize(("ranks", "size", "placed"), [(2, 2, True), pytest.param(3, 1, False, marks=pytest.mark.slow)])
 def test_the_simulator_tells_what_every_rank_misses(shared_goldens, tmp_path, ranks, size, placed):
-    arguments = arguments_of(shared_goldens, "mt_nllb_ws2", "--batch-size", 8)
+    arguments = arguments_of(shared_goldens, "mt_nllb_ws2", "--batch-size", 8, "--max-len-b", 8)
     one = commands.generate(*arguments, *telling(tmp_path))
     trace = Told.read(tmp_path).trace
     places = shuffled(MT_LAYERS, ranks) if placed else dict.fromkeys(MT_LAYERS, contiguous(8, ranks))
@@ -31,7 +31,8 @@ def test_the_simulator_tells_what_every_rank_misses(shared_goldens, tmp_path, ra
 @pytest.mark.parametrize("size", [1, pytest.param("auto", marks=pytest.mark.slow)])
 def test_ranks_in_different_layers_fetch_in_half_precision(shared_goldens, tmp_path, size):
     """Several layers' copies run at once; one rank holds nothing of a layer, another nothing at all."""
-    arguments = arguments_of(shared_goldens, "mt_plain", "--beam", 2, "--batch-size", 4, "--moe-dtype", "float16")
+    flags = ("--beam", 2, "--batch-size", 4, "--max-len-b", 6, "--moe-dtype", "float16")
+    arguments = arguments_of(shared_goldens, "mt_plain", *flags)
     one = commands.generate(*arguments)
     encoder, decoder = MT_LAYERS
     places = {encoder: [(expert % 2,) for expert in range(8)], decoder: [(0,)] * 8}
@@ -44,7 +45,8 @@ def test_ranks_in_different_layers_fetch_in_half_precision(shared_goldens, tmp_p
 
 
 def test_a_placement_that_does_not_fit_the_trace(shared_goldens, tmp_path):
-    commands.generate(*arguments_of(shared_goldens, "mt_nllb_ws2", "--batch-size", 100), *telling(tmp_path))
+    flags = ("--batch-size", 100, "--max-len-b", 2)
+    commands.generate(*arguments_of(shared_goldens, "mt_nllb_ws2", *flags), *telling(tmp_path))
     trace = Told.read(tmp_path).trace
     for places in ({}, dict.fromkeys(MT_LAYERS, contiguous(7, 2)), dict.fromkeys(MT_LAYERS, [(0, 1)] * 8)):
         with pytest.raises(ValueError, match="the placement must hold each of the 8 experts of .* once"):

@@ -29,6 +29,7 @@ from rank_commands import (
 from fairseq_moe_ext.balancing.placement import Placement, contiguous, experts_of_rank, save_placement
 
 STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction")
+SHORT = ("--max-len-b", 10)  # of some sentences the search ends before, of others there
 # --- language models
 
 
@@ -67,32 +68,40 @@ def test_eval_lm_on_three_ranks_with_shuffled_experts(shared_goldens, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("fraction", "slots", "perplexity", "by_torchrun"),
+    ("fraction", "slots", "shards", "perplexity", "by_torchrun"),
     # upstream's documented flags start the ranks by themselves; slots: of each expert for two rows of 128 tokens
-    [pytest.param(1.0, 256, "174.20", True, marks=pytest.mark.slow), (0.05, 13, "197.81", False)],
+    [
+        pytest.param(1.0, 256, 1, "174.20", True, marks=pytest.mark.slow),
+        pytest.param(0.05, 13, 1, "197.81", False, marks=pytest.mark.slow),
+        (0.05, 13, 4, None, True),
+    ],
 )
 def test_static_gating_on_two_ranks_equals_upstreams(
-    shared_goldens, tmp_path, fraction, slots, perplexity, by_torchrun
+    shared_goldens, tmp_path, fraction, slots, shards, perplexity, by_torchrun
 ):
+    """Of a shard every fourth batch is scored."""
     scores: dict[int, np.ndarray] = {}
     for rank in (0, 1):  # upstream's second rank scores a batch of the first's again, to have as many
         file = shared_goldens / "lm_top2_ws2" / "golden" / f"eval_ws2_b2_cap{fraction}.rank{rank}.npz"
         with np.load(file) as arrays:
-            for batch in (f"b{number}" for number in range(int(arrays["n_batches"]))):
+            numbers = [number for number in range(int(arrays["n_batches"])) if (2 * number + rank) % shards == 0]
+            for batch in (f"b{number}" for number in numbers):
                 rows = zip(arrays[f"{batch}/scores"], arrays[f"{batch}/target"], strict=True)
                 ids = arrays[f"{batch}/id"].tolist()
                 scores |= {number: row[target != 1] for number, (row, target) in zip(ids, rows, strict=True)}
     recorded = np.concatenate(list(scores.values()))
-    assert len(recorded) == 15035
+    batches = math.ceil(59 / shards)
+    assert len(recorded) == {1: 15035, 4: 3771}[shards]
     flags, ranks = ((*STATIC, fraction), 2) if by_torchrun else ((*STATIC[:2], *AS_UPSTREAM), None)
-    done = eval_lm(shared_goldens, *flags, *telling(tmp_path), ranks=ranks, rows=2)
+    part = ("--num-shards", shards, "--shard-id", 0) if shards > 1 else ()
+    done = eval_lm(shared_goldens, *flags, *part, *telling(tmp_path), ranks=ranks, rows=2)
     loss, found = loss_of(done)
     assert float(loss) == pytest.approx(-recorded.mean(dtype=np.float64) / math.log(2), abs=1e-4)
-    assert found == perplexity
+    assert perplexity in (found, None)
     report = Told.read(tmp_path).report
     assert (report["world_size"], report["gating"]) == (2, "static")
-    # 59 batches; of 8 experts 4 lie elsewhere, whatever was routed to them
-    assert [layer["bytes_exchanged"] for layer in report["layers"]] == [59 * 4 * slots * 64 * 4] * 2
+    # of 8 experts 4 lie elsewhere, whatever was routed to them
+    assert [layer["bytes_exchanged"] for layer in report["layers"]] == [batches * 4 * slots * 64 * 4] * 2
 
 
 def test_static_gating_sends_more_at_the_same_checkpoint(one_lm):
@@ -139,7 +148,7 @@ def test_generate_on_four_ranks(shared_goldens, tmp_path):
     """Nine batches; a report and a trace as of one rank; beam 5."""
     one, four = (tmp_path / name for name in ("one", "four"))
     one.mkdir(), four.mkdir()
-    flags = ("--beam", "5")
+    flags = ("--beam", "5", *SHORT)
     wanted = generated_alone(shared_goldens, "mt_plain", *flags, *telling(one), rows=12)
     done = generate(shared_goldens, "mt_plain", *flags, *telling(four), ranks=4, rows=12)
     assert_same_lines(done.stdout, wanted)
@@ -151,8 +160,8 @@ def test_generate_on_four_ranks(shared_goldens, tmp_path):
 
 
 def test_upstreams_command_as_written_starts_two_ranks_and_writes_one_file(shared_goldens, tmp_path):
-    wanted = generated_alone(shared_goldens, "mt_nllb_ws2", overrides=UPSTREAM)
-    arguments = (*AS_UPSTREAM, "--results-path", tmp_path / "results", *telling(tmp_path))
+    wanted = generated_alone(shared_goldens, "mt_nllb_ws2", *SHORT, overrides=UPSTREAM)
+    arguments = (*AS_UPSTREAM, *SHORT, "--results-path", tmp_path / "results", *telling(tmp_path))
     done = generate(shared_goldens, "mt_nllb_ws2", *arguments, ranks=None)
     assert done.stdout == ""
     assert [file.name for file in (tmp_path / "results").iterdir()] == ["generate-test.txt"]
@@ -166,8 +175,8 @@ def test_upstreams_command_as_written_starts_two_ranks_and_writes_one_file(share
 @pytest.mark.slow
 def test_more_ranks_than_batches(shared_goldens):
     """One batch of 96 sentences and one of 4 for three ranks; beam 1."""
-    wanted = generated_alone(shared_goldens, "mt_plain", "--beam", 1, rows=100)
-    done = generate(shared_goldens, "mt_plain", "--beam", 1, ranks=3, rows=100)
+    wanted = generated_alone(shared_goldens, "mt_plain", "--beam", 1, *SHORT, rows=100)
+    done = generate(shared_goldens, "mt_plain", "--beam", 1, *SHORT, ranks=3, rows=100)
     assert_same_lines(done.stdout, wanted)
     assert_translated_once(done)
 
@@ -188,9 +197,9 @@ def test_more_ranks_than_batches(shared_goldens):
 )
 def test_generate_equals_one_ranks(shared_goldens, name, ranks, flags):
     alone = flags[:2] if "--distributed-world-size" in flags else flags
-    wanted = generated_alone(shared_goldens, name, *alone, overrides=commands.NLLB_OVERRIDES)
+    wanted = generated_alone(shared_goldens, name, *SHORT, *alone, overrides=commands.NLLB_OVERRIDES)
     overrides = ("--model-overrides", repr(commands.NLLB_OVERRIDES))
-    done = generate(shared_goldens, name, *flags, *overrides, ranks=ranks)
+    done = generate(shared_goldens, name, *SHORT, *flags, *overrides, ranks=ranks)
     assert_same_lines(done.stdout, wanted)
     assert_translated_once(done)
 
@@ -198,7 +207,7 @@ def test_generate_equals_one_ranks(shared_goldens, name, ranks, flags):
 @pytest.mark.slow
 def test_a_placement_with_replicas_on_more_ranks_than_some_experts_need(shared_goldens, tmp_path):
     """Expert 0 on every rank, the others shuffled: less travels than by the same placement without replicas."""
-    told = []
+    told, wanted = [], generated_alone(shared_goldens, "mt_plain", *SHORT, rows=12)
     for replicas in (False, True):
         layers = shuffled(MT_LAYERS, 3)
         if replicas:
@@ -207,8 +216,8 @@ def test_a_placement_with_replicas_on_more_ranks_than_some_experts_need(shared_g
         folder.mkdir()
         save_placement(folder / "placement.json", Placement(3, layers))
         flags = ("--expert-placement", folder / "placement.json", *telling(folder))
-        done = generate(shared_goldens, "mt_plain", *flags, ranks=3, rows=12)
-        assert_same_lines(done.stdout, generated_alone(shared_goldens, "mt_plain", rows=12))
+        done = generate(shared_goldens, "mt_plain", *SHORT, *flags, ranks=3, rows=12)
+        assert_same_lines(done.stdout, wanted)
         told.append(Told.read(folder))
     assert_same_trace(*told)
     memory = told[1].report["memory"]

@@ -10,6 +10,7 @@ from rank_commands import arguments_of, assert_same_lines, assert_translated_onc
 from ties import assert_same_generation
 
 pytestmark = pytest.mark.slow
+SHORT = ("--batch-size", 36, "--max-len-b", 10)
 
 
 def test_a_dense_model(tmp_path):
@@ -37,7 +38,7 @@ def test_a_dense_model(tmp_path):
     ids=lambda flags: " ".join(flags),
 )
 def test_options_of_generation(shared_goldens, flags):
-    arguments = arguments_of(shared_goldens, "mt_plain", "--batch-size", 36, *flags)
+    arguments = arguments_of(shared_goldens, "mt_plain", *SHORT, *flags)
     wanted = commands.run("generate", *arguments)
     done = commands.run("generate", *arguments, ranks=2)
     assert_same_lines(done.stdout, commands.Generation(wanted.stdout.splitlines()))
@@ -47,7 +48,7 @@ def test_options_of_generation(shared_goldens, flags):
 def test_an_ensemble(shared_goldens):
     """Two models in one process, each with layers of its own."""
     path = shared_goldens / "mt_plain" / "checkpoint_last.pt"
-    arguments = arguments_of(shared_goldens, "mt_plain", "--path", f"{path}:{path}", "--batch-size", 36)
+    arguments = arguments_of(shared_goldens, "mt_plain", "--path", f"{path}:{path}", *SHORT)
     wanted = commands.generate(*arguments)
     done = commands.run("generate", *arguments, ranks=3)
     assert_same_lines(done.stdout, wanted)
