@@ -85,7 +85,7 @@ class Engine:
         self._waiting: deque[EngineRequest] = deque()
         self._closed = False
 
-    def submit(self, source: str | Sequence[int] | Tensor, **options: Any) -> EngineRequest:
+    def submit(self, source: str | Sequence[int] | Tensor, /, **options: Any) -> EngineRequest:
         """Let one sentence be translated under `options` (request_options.py).
 
         source: a line of text, or its tokens (S,) with the end, to which is added what the command adds. The request's
@@ -120,6 +120,10 @@ class Engine:
     def cancel(self, request: EngineRequest) -> bool:
         """Give a request up; False where it has its result already. Its room is free from the next step on."""
         return request.cancel()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     @property
     def pending(self) -> int:

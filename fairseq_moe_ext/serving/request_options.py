@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,23 +17,31 @@ class _Rule:
     holds: Callable[[Any], bool]
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _whole(least: int, most: int = 1_000_000) -> _Rule:
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return _Rule(f"a whole number from {least} to {most}", holds)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(least: float, most: float, above: bool = False) -> _Rule:
+    def holds(value: Any) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and least <= value <= most and not (above and value == least)
+
+    return _Rule(f"a number {'above' if above else 'from'} {least} {'and up ' if above else ''}to {most}", holds)
 
 
+# far beyond what is of use, and within what a float holds
 _SEARCH = {
-    "beam": _Rule("a whole number from 1", lambda value: _whole(value) and value >= 1),
-    "nbest": _Rule("a whole number from 1", lambda value: _whole(value) and value >= 1),
-    "max_len_a": _Rule("a number from 0", lambda value: _number(value) and value >= 0),
-    "max_len_b": _Rule("a whole number from 0", lambda value: _whole(value) and value >= 0),
-    "min_len": _Rule("a whole number from 0", lambda value: _whole(value) and value >= 0),
-    "lenpen": _Rule("a number", _number),
-    "unkpen": _Rule("a number", _number),
-    "temperature": _Rule("a number above 0", lambda value: _number(value) and value > 0),
+    "beam": _whole(1),
+    "nbest": _whole(1),
+    "max_len_a": _number(0, 1_000_000),
+    "max_len_b": _whole(0),
+    "min_len": _whole(0),
+    "lenpen": _number(-50, 50),
+    "unkpen": _number(-1_000_000, 1_000_000),
+    "temperature": _number(0, 1_000_000, above=True),
     "unnormalized": _Rule("true or false", lambda value: isinstance(value, bool)),
 }
 _LANGUAGES = {
@@ -57,18 +64,20 @@ class RequestOptions:
 
     @classmethod
     def read(cls, given: Mapping[str, Any], generation: Any) -> RequestOptions:
-        """`given` over fairseq's `generation` options; OptionError for a name or a value that is none of a request's."""
+        """`given` over fairseq's `generation` options; OptionError for a name or a value that no request has."""
         rules = {**_SEARCH, **_LANGUAGES}
         for name, value in given.items():
             if name in NOT_OF_ONE_SENTENCE:
                 raise OptionError(f"{name} is no option of a request, whose search is beam search")
             if name not in rules:
-                raise OptionError(f"a request's options must be of {', '.join(rules)}, got {name!r}")
+                raise OptionError(f"a request's options must be of {', '.join(rules)}, got {name!r:.40}")
             if not rules[name].holds(value):
-                raise OptionError(f"{name} must be {rules[name].says}, got {value!r}")
+                raise OptionError(f"{name} must be {rules[name].says}, got {value!r:.40}")
         of = Namespace(**{name: given.get(name, getattr(generation, name)) for name in _SEARCH})
         if "nbest" in given and of.nbest > of.beam:
             raise OptionError(f"nbest must be at most the beam size, {of.beam}, got {of.nbest}")
-        search = SearchOptions(of.min_len, not of.unnormalized, of.lenpen, of.unkpen, of.temperature)
+        search = SearchOptions(
+            of.min_len, not of.unnormalized, float(of.lenpen), float(of.unkpen), float(of.temperature)
+        )
         languages = given.get("source_lang"), given.get("target_lang")
         return cls(of.beam, min(of.nbest, of.beam), of.max_len_a, of.max_len_b, search, *languages)
