@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_moe_ext.torch_versions import has_grouped_mm
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton comes in: its kernels run on the CPU
 
@@ -15,6 +17,17 @@ def pytest_collection_finish() -> None:
     """The imports' objects stay: the garbage collector need not go through all of them again and again (0.3 s)."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Older PyTorch has no grouped product: neither the tests marked so nor those with a "grouped-mm" can run."""
+    if has_grouped_mm():
+        return
+    skip = pytest.mark.skip(reason=f"PyTorch {torch.__version__} has no grouped_mm")
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "'grouped-mm'" in repr(list(parameters.values())) or item.get_closest_marker("grouped_mm"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def run(*command, **environment):
     )
 
 
+@pytest.mark.grouped_mm
 def test_the_random_model_serves_every_way(tmp_path):
     output = tmp_path / "model.json"
     script = ROOT / "scripts" / "benchmark_random_model.py"
@@ -52,6 +53,7 @@ def test_the_measurements_without_a_gpu():
     assert result.stderr.endswith("nothing was measured\n") and not (ROOT / "docs" / "results" / "gpu-cpu").exists()
 
 
+@pytest.mark.grouped_mm
 def test_the_measurements_go_on_after_a_failure(tmp_path):
     """A python that fails for one script stands for a step that does not run on some machine."""
     python, folder = tmp_path / "python", tmp_path / "results"

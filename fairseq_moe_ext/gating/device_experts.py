@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fairseq_moe_ext.gating.experts import ResidentExperts, activate_rows, wants_gradients
 from fairseq_moe_ext.gating.routing import Routing
+from fairseq_moe_ext.torch_versions import has_grouped_mm, triton_is_interpreted
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -82,6 +83,10 @@ def choose_kernel(experts: nn.Module, tokens: Tensor, *weights: Tensor) -> str:
     dims, dtype = experts.fc1_weight.shape[1:], tokens.dtype
     if experts.kernel == "auto":
         return best_kernel(hardware_of(tokens.device), dtype, dims) if tokens.device.type == "cuda" else "loop"
+    if experts.kernel == "grouped-mm" and not has_grouped_mm():
+        raise ValueError(
+            f"kernel grouped-mm needs torch.nn.functional.grouped_mm, which PyTorch {torch.__version__} does not have"
+        )
     if experts.kernel == "grouped-mm" and not _fits_grouped_mm(dtype, dims):
         raise ValueError(
             f"kernel grouped-mm needs dims whose rows are multiples of {GROUPED_MM_ALIGNMENT} bytes, got model dim "
@@ -89,16 +94,9 @@ def choose_kernel(experts: nn.Module, tokens: Tensor, *weights: Tensor) -> str:
         )
     if experts.kernel == "triton" and find_spec("triton") is None:
         raise ValueError("kernel triton needs the package triton, which is not installed")
-    if experts.kernel == "triton" and tokens.device.type != "cuda" and not _interpreted():
+    if experts.kernel == "triton" and tokens.device.type != "cuda" and not triton_is_interpreted():
         raise ValueError(f"kernel triton needs a GPU, got tokens on {tokens.device}")
     return experts.kernel
-
-
-def _interpreted() -> bool:
-    """Whether Triton's kernels run under its interpreter (TRITON_INTERPRET=1), on any device."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
 
 
 def best_kernel(hardware: Hardware, dtype: torch.dtype, dims: Sequence[int]) -> str:
@@ -117,7 +115,7 @@ def best_kernel(hardware: Hardware, dtype: torch.dtype, dims: Sequence[int]) -> 
 
 
 def _fits_grouped_mm(dtype: torch.dtype, dims: Sequence[int]) -> bool:
-    return hasattr(F, "grouped_mm") and all(dim * dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for dim in dims)
+    return has_grouped_mm() and all(dim * dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for dim in dims)
 
 
 @lru_cache

@@ -175,6 +175,7 @@ def pytorchs(experts, tokens, routing, weights):
     return result
 
 
+@pytest.mark.grouped_mm
 def test_a_nan_stays_one():
     """An expert that breaks must be seen, and must not touch the tokens of others."""
     for path in BOTH[:2]:
@@ -269,6 +270,7 @@ def test_the_kernel_is_chosen_by_what_the_device_can_do(hardware, dtype, dims, k
     assert best_kernel(hardware, dtype, dims) == kernel
 
 
+@pytest.mark.grouped_mm
 def test_where_the_loop_runs_whatever_is_there():
     case = SMALL
     layer, x = case.layer(), case.batch()[0].flatten(0, 1)
@@ -284,14 +286,18 @@ def test_where_the_loop_runs_whatever_is_there():
 def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     layer = SMALL.with_(hidden_dim=33).layer()
     layer.experts.kernel = "grouped-mm"
+    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: True)
     with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* dim 32 and hidden dim 33"):
+        layer(SMALL.batch()[0])
+    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: False)
+    with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs .*grouped_mm, which PyTorch .* not have"):
         layer(SMALL.batch()[0])
     layer.experts.kernel = "triton"
     monkeypatch.setattr(device_experts, "find_spec", lambda name: None)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs the package triton"):
         layer(SMALL.batch()[0])
     monkeypatch.undo()
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(device_experts, "triton_is_interpreted", lambda: False)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs a GPU, got tokens on cpu"):
         layer(SMALL.batch()[0])
 

@@ -13,6 +13,7 @@ def loader(shared_goldens):
     return Loader(shared_goldens)
 
 
+@pytest.mark.grouped_mm
 @pytest.mark.parametrize("name", ["lm_top2", "mt_nllb_ws2"])
 def test_results_report_and_trace_are_the_loops(loader, name, tmp_path):
     found = {}

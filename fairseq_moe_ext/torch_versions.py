@@ -1,0 +1,29 @@
+"""What older PyTorch and Triton lack or name otherwise, asked in one place; setup.py names the oldest served."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself (AMX or AVX512-BF16), which PyTorch's products use.
+
+    PyTorch 2.4 cannot say, and False costs speed alone.
+    """
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+
+
+def has_grouped_mm() -> bool:
+    return hasattr(F, "grouped_mm")  # not in PyTorch 2.8
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run under its interpreter (TRITON_INTERPRET=1), on any device; imports triton."""
+    import triton
+
+    if hasattr(triton, "knobs"):
+        return triton.knobs.runtime.interpret
+    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton 3.3 and older
