@@ -26,29 +26,30 @@ setup(
             optional=True,  # slower without it
         )
     ],
+    # lower bounds: the oldest that the tests ran on, all together (tests/versions.sh)
     install_requires=[
         "fairseq-fixed>=0.12.3.1",  # provides `fairseq`, mended for Python 3.11 and later
-        "torch>=2.13",  # the oldest that the tests ran on
-        "numpy>=1.26,<2",  # fairseq-generate breaks on numpy 2
-        "omegaconf>=2.3,<2.4",
-        "hydra-core>=1.3,<1.4",
-        "sacrebleu>=2.6",
+        "torch>=2.6.0",  # before it even the safe loader of pickles could be made to run code
+        "numpy>=1.24.4,<2",  # fairseq-generate breaks on numpy 2
+        "omegaconf>=2.3.0,<2.4",
+        "hydra-core>=1.3.2,<1.4",
+        "sacrebleu>=2.4.0",
         "fairscale>=0.4.13",  # its MOELayer is the independent baseline of benchmark and tests
-        "scipy>=1.17",  # the integer programme that bounds a placement
-        "safetensors>=0.8",  # Hugging Face's layout
-        "sentencepiece>=0.2.1",  # NLLB's pieces
+        "scipy>=1.10.1",  # the integer programme that bounds a placement
+        "safetensors>=0.4.2",  # Hugging Face's layout
+        "sentencepiece>=0.1.99",  # NLLB's pieces
         "tqdm",
-        "matplotlib>=3.11",  # the scripts' plots
+        "matplotlib>=3.7.5",  # the scripts' plots
     ],
     extras_require={
-        "examples": ["Babel>=2.18"],
+        "examples": ["Babel>=2.14"],
         "test": [
-            "pytest>=9",
-            "pytest-xdist>=3.8",
-            "hypothesis>=6",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
             "ruff",
-            "Babel>=2.18",
-            "triton>=3.6; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
+            "Babel>=2.14",
+            "triton>=3.2; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
         ],
     },
 )

@@ -9,15 +9,12 @@ import torch.nn.functional as F
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself (AMX or AVX512-BF16), which PyTorch's products use.
-
-    PyTorch 2.4 cannot say, and False costs speed alone.
-    """
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    """Whether this CPU multiplies bfloat16 by itself (AMX or AVX512-BF16), which PyTorch's products use."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def has_grouped_mm() -> bool:
-    return hasattr(F, "grouped_mm")  # not in PyTorch 2.8
+    return hasattr(F, "grouped_mm")  # PyTorch 2.8 has none
 
 
 def triton_is_interpreted() -> bool:
