@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import os
 
-import torch
 import torch.nn.functional as F
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself (AMX or AVX512-BF16), which PyTorch's products use."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def has_grouped_mm() -> bool:

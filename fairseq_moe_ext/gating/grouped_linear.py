@@ -20,8 +20,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.torch_versions import has_bfloat16_units
-
 logger = logging.getLogger("fairseq_moe_ext")
 
 VARIABLE = "FAIRSEQ_MOE_CPU_KERNEL"
@@ -73,6 +71,11 @@ def most_rows(dtype: torch.dtype, device: torch.device) -> int:
     if dtype == torch.bfloat16 and not has_bfloat16_units():
         return ANY_ROWS  # PyTorch's product takes 2.5 times as long at any number of rows
     return FEW_ROWS if dtype == torch.float32 else 0
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself (AMX or AVX512-BF16), which PyTorch's products use."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def load_kernel() -> Callable[..., None] | None:

@@ -57,7 +57,7 @@ def summarize(path: str) -> CheckpointSummary:
     """The summary of the checkpoint at `path`; CheckpointError as `read_checkpoint`."""
     state = read_checkpoint(path)
     model = state["model"]
-    once = {_place(tensor): (key, tensor) for key, tensor in reversed(model.items())}.values()
+    once = {place_of(tensor): (key, tensor) for key, tensor in reversed(model.items())}.values()
     dtypes: dict[str, int] = {}
     for _, tensor in once:
         name = str(tensor.dtype).removeprefix("torch.")
@@ -91,7 +91,8 @@ def _matrix(path: str, model: dict[str, Tensor], ending: str) -> tuple[int, int]
     return shape
 
 
-def _place(tensor: Tensor) -> tuple:
+def place_of(tensor: Tensor) -> tuple:
+    """Equal for two tensors that are the same values in the same place."""
     return tensor.place if isinstance(tensor, StoredTensor) else (tensor.data_ptr(), tensor.shape, tensor.dtype)
 
 

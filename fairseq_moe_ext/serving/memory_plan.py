@@ -1,7 +1,9 @@
 """What serving a model takes in device memory, main memory and disk, from its tensors' shapes, and the flags to use.
 
 Legend: E = experts of a layer, N = experts of a layer in a buffer, R = ranks. Bytes throughout. An estimate: weights
-are exact, what a batch needs is the decoder's caches, the scores over the vocabulary and a lump sum.
+are exact, what a batch needs is the decoder's caches, the scores over the vocabulary and a lump sum. Weights for a GPU
+pass through main memory, where fairseq makes the model. On disk lies the checkpoint, in its own dtype; `--expert-store
+disk` reads it, too.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from torch import Tensor
 
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.checkpoint_summary import place_of
 from fairseq_moe_ext.serving.convert_nllb import match_tensors
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.hf_folder import HfFolder
@@ -28,11 +32,15 @@ from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
 USABLE = 0.95  # of a device's memory: the rest is fragments
 PROCESS = 2_000_000_000  # Python, PyTorch and, on a GPU, its context
 CPU_PLACES = 8  # N on a CPU where nothing else is asked for
+_VOCABULARY_KEYS = ("embed_tokens.weight", "output_projection.weight")
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many."""
+    """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many.
+
+    vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
+    """
 
     dense: int
     expert: int
@@ -41,22 +49,23 @@ class ModelSizes:
     decoder_layers: int
     model_dim: int
     vocabulary: int
+    file_bytes: int | None = None
 
     @classmethod
-    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> ModelSizes:
-        """shapes: of a state in fairseq's names; embeddings of one shape count once, as they are tied."""
-        embeddings = next((shape for key, shape in shapes.items() if key.endswith("embed_tokens.weight")), None)
-        if embeddings is None:
+    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], file_bytes: int | None = None) -> ModelSizes:
+        """shapes: of a state in fairseq's names, a tensor that has several of them under one."""
+        embeddings = [shape for key, shape in shapes.items() if key.endswith(_VOCABULARY_KEYS)]
+        if not embeddings:
             raise CheckpointError("a model must have embed_tokens.weight")
-        vocabulary, model_dim = embeddings
+        vocabulary, model_dim = embeddings[-1]  # the decoder's
         sizes: dict[tuple[str, int], int] = {}
-        dense = vocabulary * model_dim
+        dense = 0
         for name, shape in shapes.items():
             match = EXPERT_KEY.match(name)
             if match:
                 place = match.group(1), int(match.group(2))
                 sizes[place] = sizes.get(place, 0) + math.prod(shape)
-            elif shape != embeddings:
+            else:
                 dense += math.prod(shape)
         layers = {layer for layer, _ in sizes}
         numbers = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -68,6 +77,7 @@ class ModelSizes:
             decoder_layers=len({match.group(1) for match in map(numbers.match, shapes) if match}),
             model_dim=model_dim,
             vocabulary=vocabulary,
+            file_bytes=file_bytes,
         )
 
     @property
@@ -93,7 +103,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setting:
-    """device: per GPU. fits: whether `device` is within what there is; flags: of fairseq-generate."""
+    """device: per GPU. fits: whether there is so much, and if not, why; flags: of fairseq-generate."""
 
     name: str
     device: int
@@ -101,6 +111,7 @@ class Setting:
     disk: int
     fits: bool
     flags: str
+    why: str = ""
 
 
 def read_sizes(source: str) -> ModelSizes:
@@ -110,9 +121,18 @@ def read_sizes(source: str) -> ModelSizes:
     if Path(source).is_dir():
         folder = HfFolder(Path(source))
         config = NllbConfig.from_hf(folder.config, source)
-        found = match_tensors(named_tensors(config), folder.shapes(), source)
-        return ModelSizes.of_shapes({tensor.fairseq[0]: tensor.shape for tensor in found.values()})
-    return ModelSizes.of_shapes({key: tuple(tensor.shape) for key, tensor in read_checkpoint(source)["model"].items()})
+        there = folder.shapes()
+        found = {tensor: key for key, tensor in match_tensors(named_tensors(config), there, source).items()}
+        stored = sum(math.prod(tensor.shape) * there[key][1].itemsize for tensor, key in found.items())
+        return ModelSizes.of_shapes({tensor.fairseq[0]: tensor.shape for tensor in found}, stored)
+    once: dict[Hashable, tuple[str, Tensor]] = {}
+    for key, tensor in read_checkpoint(source)["model"].items():
+        # tied embeddings may also lie in a file twice: they are one where their values are
+        tied = key.endswith(_VOCABULARY_KEYS) and getattr(tensor, "checksum", None)
+        once.setdefault(tied or place_of(tensor), (key, tensor))
+    return ModelSizes.of_shapes(
+        {key: tuple(tensor.shape) for key, tensor in once.values()}, sum(tensor.nbytes for _, tensor in once.values())
+    )
 
 
 class _Vocabulary:
@@ -134,12 +154,16 @@ class _Dictionary:
 
 
 def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dict[str, tuple[int, ...]]:
-    """Of a state of the registered architecture `name`, no weight made; fields: set above the architecture's own."""
+    """Of a state of the registered architecture `name`, no weight made, tied tensors under their first name.
+
+    fields: set above the architecture's own.
+    """
     args = Namespace(allocate_experts=False, initialize_experts=False, **fields)
     ARCH_CONFIG_REGISTRY[name](args)
     with torch.device("meta"):
         model = ARCH_MODEL_REGISTRY[name].build_model(args, _Vocabulary(vocabulary))
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    once = {id(tensor): (key, tensor) for key, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {key: tuple(tensor.shape) for key, tensor in reversed(once.values())}
 
 
 def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload | None = None) -> list[Setting]:
@@ -148,47 +172,54 @@ def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload
     element, batch = work.element, work.bytes(sizes) + PROCESS
     dense, a_place = sizes.dense * element, sizes.expert * sizes.moe_layers * element
     experts = a_place * sizes.experts
-    disk = dense + experts
+    disk = dense + experts if sizes.file_bytes is None else sizes.file_bytes
     room = int(USABLE * device) - dense - batch
     dtype = "--moe-dtype float16" if element == 2 else ""
-    enough = host if host is not None else dense + experts + PROCESS
 
-    def setting(name: str, device_bytes: int, host_bytes: int, fits: bool, *flags: str) -> Setting:
-        within = host is None or host_bytes <= host
-        return Setting(name, device_bytes, host_bytes, disk, fits and within, " ".join(filter(None, (dtype, *flags))))
+    def setting(name: str, device_bytes: int, host_bytes: int, *flags: str) -> Setting:
+        why = []
+        if device_bytes > USABLE * device:
+            why.append(f"more than {USABLE:.0%} of the GPU's {_gib(device)}")
+        if host is not None and host_bytes > host:
+            why.append(f"more than {_gib(host)} of RAM")
+        return Setting(name, device_bytes, host_bytes, disk, not why, " ".join(filter(None, flags)), ", ".join(why))
 
-    settings = [setting("one GPU, all experts on it", dense + experts + batch, dense + PROCESS, room >= experts)]
+    settings = [setting("one GPU, all experts on it", dense + experts + batch, dense + experts + PROCESS, dtype)]
     if not sizes.experts:
         return settings
-    places = min(room // a_place - STAGING_SLOTS, sizes.experts)
-    used = dense + batch + (max(places, 1) + STAGING_SLOTS) * a_place
-    buffer = f"--expert-buffer-size {max(places, 1)}"
-    settings.append(setting("one GPU, buffer, experts in RAM", used, experts + PROCESS, places >= 1, buffer))
-    tier = max(0, min(enough - PROCESS, experts) // 2)
-    flags = (buffer, "--expert-store disk", f"--expert-host-memory {max(1, tier // (1 << 30))}G")
-    settings.append(setting("one GPU, buffer, disk and some RAM", used, tier + PROCESS, places >= 1, *flags))
-    ranks = next((ranks for ranks in range(2, sizes.experts + 1) if room >= a_place * -(-sizes.experts // ranks)), 0)
-    share = a_place * -(-sizes.experts // max(ranks, 1))
-    name, host_bytes = f"{ranks or 'several'} GPUs, torchrun", (dense + PROCESS) * max(ranks, 1)
-    settings.append(setting(name, dense + share + batch, host_bytes, ranks > 0))
+    places = max(1, min(room // a_place - STAGING_SLOTS, sizes.experts))
+    used = dense + batch + (places + STAGING_SLOTS) * a_place
+    buffer = f"--expert-buffer-size {places}"
+    settings.append(setting("one GPU, buffer, experts in RAM", used, dense + experts + PROCESS, dtype, buffer))
+    free = experts if host is None else host - dense - PROCESS
+    tier = max(0, min(free, experts) // 2)
+    flags = (dtype, buffer, "--expert-store disk", f"--expert-host-memory {max(1, tier // (1 << 30))}G")
+    settings.append(setting("one GPU, buffer, disk and some RAM", used, dense + tier + PROCESS, *flags))
+    fitting = (ranks for ranks in range(2, sizes.experts + 1) if room >= a_place * -(-sizes.experts // ranks))
+    ranks = next(fitting, sizes.experts)
+    share = dense + a_place * -(-sizes.experts // ranks)
+    settings.append(setting(f"{ranks} GPUs, torchrun", share + batch, (share + PROCESS) * ranks, dtype))
     cpu = Workload(work.batch, work.beam, work.length, element=4)
     wanted = sizes.dense * 4 + cpu.bytes(sizes) + PROCESS
     an_expert = sizes.expert * sizes.moe_layers * 4
     places = CPU_PLACES if host is None else int(USABLE * host - wanted) // an_expert - STAGING_SLOTS
     places = max(1, min(places, sizes.experts))
     needed = wanted + (places + STAGING_SLOTS) * an_expert
-    fits = host is None or needed <= host
-    flags = f"--cpu --expert-buffer-size {places} --expert-store disk"
-    settings.append(Setting("CPU, buffer, disk", 0, needed, disk, fits, flags))
+    settings.append(setting("CPU, buffer, disk", 0, needed, f"--cpu --expert-buffer-size {places} --expert-store disk"))
     return settings
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def table(settings: list[Setting]) -> str:
     """As Markdown, in GiB (2**30 bytes), the unit of the flags."""
     rows = [("setting", "fits", "GPU memory", "RAM", "disk", "flags")]
     for item in settings:
-        sizes = (f"{value / 2**30:.1f} GiB" if value else "" for value in (item.device, item.host, item.disk))
-        rows.append((item.name, "yes" if item.fits else "no", *sizes, f"`{item.flags}`" if item.flags else ""))
+        sizes = (_gib(value) if value else "" for value in (item.device, item.host, item.disk))
+        fits = "yes" if item.fits else f"no: {item.why}"
+        rows.append((item.name, fits, *sizes, f"`{item.flags}`" if item.flags else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     lines = [f"| {' | '.join(row)} |" for row in padded]

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import hf_makers
 import pytest
+import torch
 
 from fairseq_moe_ext.byte_sizes import parse_bytes
 from fairseq_moe_ext.serving.checkpoint_summary import summarize
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.memory_plan import ModelSizes, Setting, Workload, plan, read_sizes, table
+from fairseq_moe_ext.serving.memory_plan import (
+    PROCESS,
+    ModelSizes,
+    Setting,
+    Workload,
+    plan,
+    read_sizes,
+    shapes_of_architecture,
+    table,
+)
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "plan_memory.py"))
 GB = 10**9
@@ -60,6 +71,7 @@ def test_what_fits_stays_within_the_device():
     for device in (8, 16, 24, 40, 80, 160):
         for setting in plan(NLLB, device * GB):
             assert not setting.fits or setting.device <= device * GB
+            assert setting.fits == (not setting.why)
     assert by_name(plan(NLLB, 160 * GB), "all experts").fits
     assert not by_name(plan(NLLB, 80 * GB), "all experts").fits
     assert not by_name(plan(NLLB, 8 * GB), "experts in RAM").fits
@@ -78,6 +90,49 @@ def test_main_memory_limits():
     assert by_name(settings, "disk and some RAM").fits
     assert by_name(settings, "CPU").host <= 64 * GB
     assert not by_name(plan(NLLB, 24 * GB, host=8 * GB), "CPU").fits
+
+
+def test_what_does_not_fit_says_why():
+    settings = plan(NLLB, 8 * GB, host=64 * GB)
+    too_much = "more than 95% of the GPU's 7.5 GiB"
+    assert by_name(settings, "disk and some RAM").why == too_much
+    assert by_name(settings, "experts in RAM").why == f"{too_much}, more than 59.6 GiB of RAM"
+    assert f"| no: {too_much} " in table(settings)
+
+
+def test_weights_pass_through_main_memory():
+    """Also the dense ones, and those that end on a GPU; under torchrun every rank's."""
+    dense, experts = NLLB.dense * 2, NLLB.expert * NLLB.moe_layers * NLLB.experts * 2
+    settings = plan(NLLB, 24 * GB)
+    for name in ("all experts", "experts in RAM"):
+        assert by_name(settings, name).host == dense + experts + PROCESS
+    assert by_name(settings, "disk and some RAM").host == dense + experts // 2 + PROCESS
+    (ranks,) = (int(setting.name.split()[0]) for setting in settings if "torchrun" in setting.name)
+    assert by_name(settings, "torchrun").host >= ranks * (dense + PROCESS) + experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_disk_holds_the_files_own_dtype(tmp_path, dtype):
+    hf_makers.write_model(tmp_path / "hf")
+    convert_nllb(str(tmp_path / "hf"), str(tmp_path / "x.pt"), dtype=dtype)
+    found = summarize(str(tmp_path / "x.pt")).bytes
+    for work in (Workload(element=2), Workload(element=4)):
+        assert {each.disk for each in plan(read_sizes(str(tmp_path / "x.pt")), 24 * GB, work=work)} == {found}
+    folder = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
+    assert read_sizes(str(tmp_path / "hf")).file_bytes == pytest.approx(folder, rel=0.2)
+
+
+def test_untied_embeddings_count_each(tmp_path):
+    """In an architecture, and in a file where their shapes are the same; tied ones are one, however they are stored."""
+    tied = shapes_of_architecture("moe_transformer_tiny", 1000, share_all_embeddings=True)
+    untied = shapes_of_architecture("moe_transformer_tiny", 1000, share_all_embeddings=False)
+    sizes, larger = ModelSizes.of_shapes(tied), ModelSizes.of_shapes(untied)
+    assert larger.dense == sizes.dense + 2 * 1000 * sizes.model_dim and larger.vocabulary == 1000
+    one, other = torch.rand(5, 4), torch.rand(5, 4)
+    keys = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+    for tensors, dense in (([one] * 3, 20), ([one, one.clone(), one], 20), ([one, other, other], 40)):
+        torch.save({"args": Namespace(), "model": dict(zip(keys, tensors, strict=True))}, tmp_path / "x.pt")
+        assert read_sizes(str(tmp_path / "x.pt")).dense == dense
 
 
 def test_a_larger_batch_needs_more():
