@@ -36,6 +36,7 @@ from fairseq_moe_ext.serving.model_fits import check_fits, dense_model, naming_t
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
+from fairseq_moe_ext.serving.unknown_words import warn_of_unknown_words
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
@@ -248,6 +249,11 @@ class ServingTask:
         holding = [folder for folder in others if any(Path(folder).glob(f"{split}.*"))]
         if holding:
             logger.warning("--gen-subset %s is served of %s alone, not of %s", split, first, ", ".join(holding))
+
+    def get_interactive_tokens_and_lengths(self, lines, encode_fn):
+        tokens, lengths = super().get_interactive_tokens_and_lengths(lines, encode_fn)
+        warn_of_unknown_words(lines, tokens, self.source_dictionary)
+        return tokens, lengths
 
     def build_dataset_for_inference(self, *args, **kwargs):
         if self.observer is not None:
