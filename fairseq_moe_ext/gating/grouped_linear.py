@@ -86,6 +86,11 @@ def load_kernel() -> Callable[..., None] | None:
     return _kernel(os.environ.get(VARIABLE) or "auto")
 
 
+def instructions_of_kernel() -> str:
+    """What `load_kernel`'s runs on; there is one."""
+    return "AVX2" if load_kernel().args[0] else "plain"
+
+
 def check_kernel() -> None:
     """`load_kernel`'s errors, without its warning: where all runs on a GPU the kernel is not needed."""
     if os.environ.get(VARIABLE):

@@ -22,6 +22,7 @@ from fairseq_moe_ext.serving.exit_code import ExitCode
 from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import Report
+from fairseq_moe_ext.serving.start import kernel_in_words, warm_up
 from fairseq_moe_ext.serving.totals import PassTotals
 from fairseq_moe_ext.trace import PhaseTrace, TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
 
@@ -64,7 +65,11 @@ class Observer:
     def model_ready(self, model) -> None:
         """The model has its weights; also again, after it was prepared once more. What was counted so far stays."""
         self._model = weakref.ref(model)
+        first = self._described is None
         self._describe(model)
+        warm_up()
+        if first and self.report.layers and (self._ranks is None or self._ranks.rank == 0):
+            logger.info(kernel_in_words(model.moe_layers()))
 
     def watch_dense(self, model) -> None:
         """One of fairseq's own models, which tells nothing: only what it comes to, its device and dtype are known."""
