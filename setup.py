@@ -29,7 +29,7 @@ setup(
     # lower bounds: the oldest that the tests ran on, all together (tests/versions.sh)
     install_requires=[
         "fairseq-fixed>=0.12.3.1",  # provides `fairseq`, mended for Python 3.11 and later
-        "torch>=2.6.0",  # before it even the safe loader of pickles could be made to run code
+        "torch>=2.7.0",  # its loader says where a tensor lies in its file
         "numpy>=1.24.4,<2",  # fairseq-generate breaks on numpy 2
         "omegaconf>=2.3.0,<2.4",
         "hydra-core>=1.3.2,<1.4",
@@ -49,7 +49,7 @@ setup(
             "hypothesis>=6.100",
             "ruff",
             "Babel>=2.14",
-            "triton>=3.2; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
+            "triton>=3.3; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
         ],
     },
 )

@@ -17,4 +17,4 @@ def triton_is_interpreted() -> bool:
 
     if hasattr(triton, "knobs"):
         return triton.knobs.runtime.interpret
-    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton 3.3 and older
+    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton 3.3
