@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+# Provides `fairseq`, mended for Python 3.11 and later; an extra, since it would overwrite a fairseq that is there.
+FAIRSEQ = "fairseq-fixed>=0.12.3.1"
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq_moe_ext/__init__.py").read_text()).group(1)
 
@@ -28,7 +30,6 @@ setup(
     ],
     # lower bounds: the oldest that the tests ran on, all together (tests/versions.sh)
     install_requires=[
-        "fairseq-fixed>=0.12.3.1",  # provides `fairseq`, mended for Python 3.11 and later
         "torch>=2.7.0",  # its loader says where a tensor lies in its file
         "numpy>=1.24.4,<2",  # fairseq-generate breaks on numpy 2
         "omegaconf>=2.3.0,<2.4",
@@ -42,8 +43,10 @@ setup(
         "matplotlib>=3.7.5",  # the scripts' plots
     ],
     extras_require={
+        "fairseq": [FAIRSEQ],
         "examples": ["Babel>=2.14"],
         "test": [
+            FAIRSEQ,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

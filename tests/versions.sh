@@ -32,7 +32,7 @@ import re
 import sys
 
 name, setup = sys.argv[1], open(sys.argv[2], encoding="utf-8").read()
-bounds = dict(re.findall(r'^ +"([A-Za-z_-]+)>=([0-9.]+)', setup, re.M)) if name == "oldest" else {}
+bounds = dict(re.findall(r'"([A-Za-z_-]+)>=([0-9.]+)', setup)) if name == "oldest" else {}
 if name not in ("oldest", "newest"):
     bounds = {"torch": name}
 bounds.pop("triton", None)  # PyTorch asks for one of its own

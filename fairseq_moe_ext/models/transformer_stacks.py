@@ -7,6 +7,7 @@ from functools import partial
 
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 
+from fairseq_moe_ext.models.fairseq_version import check_fairseq
 from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.models.transformer_layer import (
     MoETransformerDecoderLayer,
@@ -34,6 +35,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
     """An encoder whose `observer`, where it has one, is told of every pass."""
 
     def __init__(self, cfg, moe: MoEConfig, dictionary, embed_tokens, return_fc: bool = False):
+        check_fairseq()
         self._moe, self._built = moe, 0
         super().__init__(cfg, dictionary, embed_tokens, return_fc=return_fc)
         mend_activations(self)

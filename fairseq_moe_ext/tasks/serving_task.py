@@ -15,6 +15,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.balancing.placement import load_placement
+from fairseq_moe_ext.models.fairseq_version import check_fairseq
 from fairseq_moe_ext.models.moe_config import has_moe_layers
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
@@ -78,6 +79,7 @@ class ServingTask:
 
     @classmethod
     def setup_task(cls, args, **kwargs):
+        check_fairseq()
         check_flags(args)
         task = super().setup_task(args, **kwargs)
         fairseq_hooks.remember(task)
