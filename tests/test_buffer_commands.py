@@ -7,7 +7,7 @@ import pytest
 
 SETS = {
     "eval-lm": ("lm_top2", ("--batch-size", 8, *commands.LM)),
-    "generate": ("mt_plain", ("--batch-size", 36, *commands.MT)),
+    "generate": ("mt_plain", ("--batch-size", 36, "--max-len-b", 8, *commands.MT)),
 }
 BUFFERS = {
     "one": ("--expert-buffer-size", 1, "--expert-store", "disk"),

@@ -40,10 +40,11 @@ def assert_prints(output: str, recording) -> None:
     ("model", "flags", "result"),
     [
         ("lm_top2", (), "Loss (base 2): 7.2231, Perplexity: 149.41"),
-        (
+        pytest.param(
             "lm_top2_ws2",
             ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.05"),
             "Loss (base 2): 7.6267, Perplexity: 197.64",
+            marks=pytest.mark.slow,
         ),
     ],
 )

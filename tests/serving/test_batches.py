@@ -50,6 +50,10 @@ def served_batches(goldens, data, *flags) -> list[list[int]]:
     return [batch.ids for batch in commands.generate(data, *path, *commands.MT, *flags).batches]
 
 
+def slow(*flags):
+    return pytest.param(flags, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("number", [1, 7, 8, 100])
 def test_as_many_sentences_come_out_as_went_in(shared_goldens, tmp_path, number):
     data = first_sentences(shared_goldens / "mt_plain" / "data-bin", number, tmp_path / "data")
@@ -63,10 +67,10 @@ def test_as_many_sentences_come_out_as_went_in(shared_goldens, tmp_path, number)
     "flags",
     [
         ("--batch-size", "36"),
-        ("--batch-size", "24"),
-        ("--max-tokens", "600"),
+        slow("--batch-size", "24"),
+        slow("--max-tokens", "600"),
         ("--max-tokens", "500", "--batch-size", "16"),
-        ("--batch-size", "1"),
+        slow("--batch-size", "1"),
         ("--batch-size", "9", "--required-batch-size-multiple", "1"),
         (),
     ],
@@ -107,7 +111,7 @@ def test_only_what_was_lost_is_appended(number):
     assert len(after) - len(before) == (number % 8 > 0)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 7])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 7])
 def test_language_models_score_every_token(shared_goldens, rows):
     folder = shared_goldens / "lm_top2"
     path = ("--path", folder / "checkpoint_last.pt", "--batch-size", rows)

@@ -44,7 +44,7 @@ def archive(
     """A checkpoint's archive, each of its records gone through `changed`; more: name -> further records."""
     source = zipfile.ZipFile(io.BytesIO(saved(content or whole(proving_state(2)))))
     target = io.BytesIO()
-    with zipfile.ZipFile(target, "w", method) as written:
+    with zipfile.ZipFile(target, "w", method, compresslevel=1) as written:
         for name in source.namelist():
             data = source.read(name)
             written.writestr(name, data if changed is None else changed(name, data))

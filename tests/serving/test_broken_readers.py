@@ -73,7 +73,7 @@ SAFETENSORS: dict[str, bytes] = {
 def npz(method=zipfile.ZIP_DEFLATED, **arrays) -> bytes:
     """A trace's archive; an array, or the member's bytes as they are."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
+    with zipfile.ZipFile(buffer, "w", method, compresslevel=1) as archive:
         for name, array in arrays.items():
             if not isinstance(array, bytes):
                 member = io.BytesIO()

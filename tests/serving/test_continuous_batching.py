@@ -213,7 +213,7 @@ def generated(goldens, name, report, *flags):
 
 @pytest.mark.parametrize(("name", "flags"), [
     pytest.param("mt_plain", ("--batch-size", "12", "--nbest", "3"), marks=pytest.mark.slow),
-    ("mt_nllb_ws2", ("--max-tokens", "200")),
+    ("mt_nllb_ws2", ("--max-tokens", "200", "--num-shards", "2")),
     pytest.param("mt_plain", ("--batch-size", "12", "--prefix-size", "2", "--beam", "1"), marks=pytest.mark.slow),
 ])
 def test_the_same_lines_in_fewer_steps(shared_goldens, tmp_path, name, flags):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import product
 
 import commands
 import pytest
@@ -17,6 +18,7 @@ from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 from fairseq_moe_ext.trace import load_trace
 
 STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.3")
+HALVES = (("--moe-dtype", "float16"), ("--moe-dtype", "bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,17 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
-@pytest.mark.parametrize("size", [1, *map(slow, (2, 5, 7, 8))])
-@pytest.mark.parametrize("store", ["host", "disk", "built"])
+def unless(chosen: tuple, *lists) -> list:
+    """All combinations; those that are not chosen are slow."""
+    return [each if each in chosen else slow(*each) for each in product(*lists)]
+
+
+QUICK = (("mt_plain", 1, "host"), ("lm_top2", 1, "disk"), ("mt_nllb_ws2", 1, "built"), ("lm_top2", 1, "built"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "store"), unless(QUICK, EVERY_MODEL, (1, 2, 5, 7, 8), ("host", "disk", "built"))
+)
 def test_logits_are_the_resident_ones(loader, name, size, store, tmp_path):
     flags = ("--expert-store", "host") if store == "host" else ("--expert-store", "disk")
     flags += ("--expert-store-dir", str(tmp_path)) if store == "built" else ()
@@ -40,21 +50,29 @@ def test_logits_are_the_resident_ones(loader, name, size, store, tmp_path):
     assert len(list(tmp_path.iterdir())) == (layers * (2 if name.startswith("mt") else 1) if store == "built" else 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [slow("lm_top2"), "mt_plain"])
+PAIRS = tuple(("mt_plain", policy, order) for policy, order in zip(POLICIES, ORDERS * 2, strict=True))
+
+
+@pytest.mark.parametrize(("name", "policy", "order"), unless(PAIRS, ("lm_top2", "mt_plain"), POLICIES, ORDERS))
 def test_every_policy_and_order(loader, name, policy, order):
     flags = buffered(3, "--expert-eviction", policy, "--expert-order", order, "--expert-store", "disk")
     assert torch.equal(loader.logits(name, {}, *flags), loader.logits(name, {}))
 
 
-@pytest.mark.parametrize(("name", "store"), [
-    ("lm_top2", "disk"), slow("lm_top2", "host"), ("mt_nllb_ws2", "host"), slow("mt_nllb_ws2", "disk"),
-])
-@pytest.mark.parametrize("how", [STATIC, ("--moe-dtype", "float16"), ("--moe-dtype", "bfloat16")])
+WAYS = (("lm_top2", "disk", STATIC), ("lm_top2", "disk", HALVES[0]), ("mt_nllb_ws2", "host", HALVES[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "store", "how"), unless(WAYS, ("lm_top2", "mt_nllb_ws2"), ("disk", "host"), (STATIC, *HALVES))
+)
 def test_static_gating_and_every_dtype(loader, name, store, how):
     flags = buffered(2, "--expert-store", store)
     assert torch.equal(loader.logits(name, {}, *how, *flags), loader.logits(name, {}, *how))
+
+
+def test_every_choice_is_among_the_quick_ones():
+    chosen = {part for case in (*QUICK, *PAIRS, *WAYS) for part in case}
+    assert chosen >= {*EVERY_MODEL, *POLICIES, *ORDERS, "host", "disk", "built", STATIC, *HALVES}
 
 
 @pytest.mark.slow
@@ -114,7 +132,7 @@ class Run:
         command, arguments = ("eval_lm", commands.LM) if name.startswith("lm") else ("generate", commands.MT)
         files = ("--moe-report", folder / "report.json", "--moe-trace", folder / "trace.npz")
         path = goldens / name / "checkpoint_last.pt"
-        batch = ("--batch-size", "8" if command == "eval_lm" else "36")
+        batch = ("--batch-size", "8") if command == "eval_lm" else ("--batch-size", "36", "--max-len-b", "10")
         self.result = getattr(commands, command)(
             goldens / name / "data-bin", "--path", path, *files, *arguments, *batch, *flags
         )

@@ -14,6 +14,7 @@ from fairseq_moe_ext.serving.errors import CheckpointError
 HERE = ("--gen-subset", "test", "--cpu", "--num-workers", "0")
 LM_SERVING = ("--task", "moe_language_modeling", "--tokens-per-sample", "16", *HERE)
 MT_SERVING = ("--task", "moe_translation", *HERE)
+SHORT = ("--beam", 2, "--max-len-b", 8)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_dense_checkpoint_is_served_as_what_it_is(lm_data, mt_data, tmp_path, 
         else:
             training = ("--task", "translation", "--arch", "transformer", "-s", "en", "-t", "de")
             saved = untrained_checkpoint(path, mt_data, *training, "--encoder-embed-dim", 16, "--encoder-layers", 1)
-            found = commands.generate(mt_data, "--path", path, *MT_SERVING, "--beam", 2, "--moe-report", tmp_path / "r")
+            found = commands.generate(mt_data, "--path", path, *MT_SERVING, *SHORT, "--moe-report", tmp_path / "r")
             assert len(found.hypotheses()) == 20
             assert (tmp_path / "r").read_text().startswith("{")
             served = served_mt(mt_data, path)
