@@ -49,6 +49,7 @@ VARIANTS = {
     "dense": (),
 }
 SIDES = ("encoder", "decoder")
+FRACTION = "--moe-eval-capacity-token-fraction"
 
 
 @dataclass
@@ -76,7 +77,7 @@ def made_model(name: str, args: argparse.Namespace, folder: Path) -> Model:
     else:
         flags = ["--task", "moe_language_modeling", "--tokens-per-sample", "128"]
     flags += ["--batch-size", str(rows), "--gen-subset"]
-    static = ["short", "--moe-eval-capacity-token-fraction", str(shape.capacity_fraction)]
+    static = ["short", FRACTION, str(shape.capacity_fraction)]
     arguments = {
         variant: [str(data), "--path", str(files["dense" if variant == "dense" else "moe"]), *flags]
         + (static if variant == "static" else ["test"])
@@ -98,8 +99,13 @@ def own_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mode
         parser.error(str(error))
     flags = ["--task", "moe_translation" if translates else "moe_language_modeling", "--gen-subset", "test"]
     arguments = [str(args.data), "--path", str(args.checkpoint), *flags, *shlex.split(args.flags)]
+    without = list(arguments)  # dynamic gating refuses static gating's capacity
+    if FRACTION in without:
+        place = without.index(FRACTION)
+        del without[place : place + 2]
     variants = [name for name in args.variants if name != "dense" and (translates or name != "continuous")]
-    return Model(args.checkpoint.name, translates, {variant: arguments for variant in variants})
+    chosen = {variant: arguments if variant == "static" else without for variant in variants}
+    return Model(args.checkpoint.name, translates, chosen)
 
 
 def serve(model: Model, variant: str, args: argparse.Namespace) -> dict:

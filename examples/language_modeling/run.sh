@@ -32,9 +32,11 @@ train() {
 
 serve() {
   for gating in static dynamic; do
+    capacity=()  # dynamic gating has none
+    [[ "$gating" == static ]] && capacity=(--moe-eval-capacity-token-fraction 1.0)
     fairseq-eval-lm "$work/data-bin" --cpu --user-dir fairseq_moe_ext --task moe_language_modeling \
       --path "$work/model.pt" --gen-subset test --tokens-per-sample 128 --batch-size 8 \
-      --moe-gating "$gating" --moe-eval-capacity-token-fraction 1.0 --moe-report "$work/$gating.json" \
+      --moe-gating "$gating" "${capacity[@]}" --moe-report "$work/$gating.json" \
       >"$work/$gating.log" 2>&1 || { tail -n 20 "$work/$gating.log" >&2; exit 1; }
   done
 }

@@ -33,9 +33,11 @@ train() {
 
 serve() {
   for gating in static dynamic; do
+    capacity=()  # dynamic gating has none
+    [[ "$gating" == static ]] && capacity=(--moe-eval-capacity-token-fraction 1.0)
     fairseq-generate "$work/data-bin" --cpu --user-dir fairseq_moe_ext --task moe_translation -s en -t xx \
       --path "$work/model.pt" --gen-subset test --beam 4 --max-len-a 1.5 --max-len-b 5 --batch-size 64 \
-      --scoring sacrebleu --moe-gating "$gating" --moe-eval-capacity-token-fraction 1.0 \
+      --scoring sacrebleu --moe-gating "$gating" "${capacity[@]}" \
       --moe-report "$work/$gating.json" \
       >"$work/$gating.txt" 2>"$work/$gating.log" || { tail -n 20 "$work/$gating.log" >&2; exit 1; }
   done

@@ -37,7 +37,7 @@ _COMPARED = {
     "future_target": "the targets",
     "past_target": "the targets",
 }
-_OF_THE_DICTIONARY = {"langs", "lang_tok_style"} | {name for name, sets in _COMPARED.items() if "dictionary" in sets}
+_OF_THE_DICTIONARY = {"langs", "lang_tok_style"} | {name for name, sets in _COMPARED.items() if "the dictionar" in sets}
 _BESIDE = ("lang_pairs", "lang_dict")  # which say the languages where `langs` does not
 _OF_ONE_PAIR = ("source_lang", "target_lang")  # which a multilingual model serves many of
 

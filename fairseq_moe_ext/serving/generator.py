@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 import numpy as np
 import torch
@@ -35,6 +37,8 @@ class _CountedGeneration:
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._finite = FiniteSearch(self)
+        if self.repeat_ngram_blocker is not None:
+            self.repeat_ngram_blocker = RepeatBlock(self.repeat_ngram_blocker)
 
     def generate(self, models, sample, **kwargs):
         hypotheses = take_turn(sample, lambda: self._generate_here(models, sample, **kwargs), self.nbest)
@@ -57,12 +61,53 @@ class _CountedGeneration:
         return hypotheses
 
 
+class RepeatBlock(torch.nn.Module):
+    """fairseq's `--no-repeat-ngram-size`, of the tokens so far.
+
+    fairseq looks for the last words at the end of a buffer that is still empty there, so that without its CUDA
+    extension the option does nothing; of single words, nor does it with it.
+    """
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self._block = block
+
+    def forward(self, tokens: torch.Tensor, lprobs: torch.Tensor, bsz: int, beam_size: int, step: int) -> torch.Tensor:
+        """tokens: (bsz * beam_size, places), the first and `step` generated ones. lprobs: (bsz * beam_size, V)."""
+        if self._block.no_repeat_ngram_size == 1:
+            return lprobs.scatter_(1, tokens[:, 1 : step + 1], -math.inf)
+        return self._block(tokens[:, : step + 1].contiguous(), lprobs, bsz, beam_size, step)
+
+
 class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):
     """fairseq's beam search over a served model."""
 
 
 class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWithAlignment):
-    """The same with attention alignments (`--print-alignment`)."""
+    """The same with attention alignments (`--print-alignment`); by_word: as `--replace-unk` asks for them."""
+
+    def __init__(self, *args, by_word: bool = False, **options):
+        super().__init__(*args, **options)
+        self._by_word = by_word
+
+    def generate(self, models, sample, **kwargs):
+        hypotheses = super().generate(models, sample, **kwargs)
+        if self._by_word:
+            for hypothesis in (each for sentence in hypotheses for each in sentence):
+                tokens = [token for token in hypothesis["tokens"].tolist() if token not in (self.pad, self.eos)]
+                kept = [token not in self.symbols_to_strip_from_output for token in tokens]
+                hypothesis["alignment"] = WordAlignment(compress(hypothesis["alignment"], kept))
+        return hypotheses
+
+
+class WordAlignment(list):
+    """Pairs (source word, target word) as fairseq prints them; an index gives the source word of that target word.
+
+    fairseq's replacement of unknown words still reads an alignment so, which its generator gives as pairs.
+    """
+
+    def __getitem__(self, word: int) -> int:
+        return super().__getitem__(word)[0]
 
 
 class MoEContinuousGenerator(_CountedGeneration, ContinuousGenerator):

@@ -1,6 +1,5 @@
 """The flags of expert buffering, and their checks before anything is loaded."""
 
-import logging
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,8 +11,6 @@ from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, OR
 from fairseq_moe_ext.byte_sizes import parse_bytes
 from fairseq_moe_ext.serving.expert_buffer import AUTO, SCOPES, STORES, BufferSettings
 from fairseq_moe_ext.trace import load_trace
-
-logger = logging.getLogger("fairseq_moe_ext")
 
 
 @dataclass
@@ -75,8 +72,9 @@ def check_buffer_flags(flags: Any) -> None:
             raise ValueError(f"--expert-profile must be a trace that --moe-trace wrote: {error}") from error
     if getattr(flags, "expert_buffer_size", None) is None:
         for item in fields(BufferFlags):
-            if item.name.startswith("expert_") and getattr(flags, item.name, item.default) != item.default:
-                logger.warning("%s has no effect without --expert-buffer-size", _flag(item.name))
+            value = getattr(flags, item.name, item.default)
+            if item.name.startswith("expert_") and str(value) != str(item.default):
+                raise ValueError(f"{_flag(item.name)} needs --expert-buffer-size, got {value} without it")
 
 
 def buffer_settings(flags: Any) -> BufferSettings | None:

@@ -81,7 +81,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
         # as fairseq's own: the forced language token is no part of the translation
         extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
         _, target_langtok = self.args.langtoks["main"]
-        if target_langtok and not getattr(args, "keep_inference_langtok", False):
+        if target_langtok and not getattr(self.args, "keep_inference_langtok", False):
             token = self.data_manager.get_decoder_langtok(self.args.target_lang, target_langtok)
             extra_gen_cls_kwargs["symbols_to_strip_from_output"] = {token}
         return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)

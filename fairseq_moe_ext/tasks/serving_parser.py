@@ -17,19 +17,36 @@ from pathlib import Path
 import torch
 
 from fairseq_moe_ext.serving.ranks import DEFERENCE, local_ranks, tell_errors_once, world_size
+from fairseq_moe_ext.tasks.contradicting_options import check_contradictions
+from fairseq_moe_ext.tasks.refused_options import (
+    EVAL_LM,
+    GENERATE,
+    INTERACTIVE,
+    TRAIN,
+    VALIDATE,
+    check_refused,
+    given_options,
+)
 
 # an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
-_COMMANDS = {"--input": "interactive", "--output-word-probs": "eval_lm", "--beam": "generate"}
-_SERVED_BY_RANKS = ("eval_lm", "generate")
+_COMMANDS = {"--input": INTERACTIVE, "--output-word-probs": EVAL_LM, "--beam": GENERATE}
+_SERVED_BY_RANKS = (EVAL_LM, GENERATE)
 
 
 def prepare_parser(parser: ArgumentParser) -> None:
-    """Make a serving command's parser fit for several ranks; a training command's stays as it is."""
+    """Let a command's parser refuse what cannot take effect, and make a serving one's fit for several ranks."""
     options = getattr(parser, "_option_string_actions", {})
-    if "--path" not in options or "--distributed-world-size" not in options:
+    if "--distributed-world-size" not in options:
         return
-    command = next((command for option, command in _COMMANDS.items() if option in options), "this command")
+    if "--path" not in options:
+        _check_what_is_parsed(parser, TRAIN)
+        return
+    command = next((command for option, command in _COMMANDS.items() if option in options), VALIDATE)
+    _check_what_is_parsed(parser, command)
     options["--distributed-world-size"].type = partial(_one_rank_or_start, command)
+    if "--replace-unk" in options:
+        options["--replace-unk"].const = ""  # fairseq would open a file of the name "@@ "
+    options["--distributed-init-method"].type = lambda _text: None  # the plugin starts the group
     if world_size() == 1:
         return
     rank = int(os.environ["RANK"])
@@ -38,8 +55,24 @@ def prepare_parser(parser: ArgumentParser) -> None:
         _print_nothing(parser)
     if command not in _SERVED_BY_RANKS:
         _refuse(parser, f"{command} is served by one process, got {world_size()} ranks: start it without torchrun")
-    options["--distributed-init-method"].type = lambda _text: None  # the plugin starts the group
     _choose_gpu(parser)
+
+
+def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
+    """Refuse options that cannot take effect (ValueError) in what the parser reads from now on."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args, **kwargs):
+        found, rest = parse(*args, **kwargs)
+        given = given_options(parser, found)
+        check_refused(command, found.task, given, found)
+        if command != TRAIN:
+            check_contradictions(command, found.task, given, found)
+        if getattr(found, "sacrebleu", False) and "scoring" not in given:
+            found.scoring = "sacrebleu"  # fairseq reads it no more, but NLLB's commands say so
+        return found, rest
+
+    parser.parse_known_args = parse_known_args  # parse_args calls it
 
 
 def _refuse(parser: ArgumentParser, reason: str) -> None:

@@ -163,8 +163,6 @@ class ServingTask:
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
             values["moe_eval_capacity_token_fraction"] = float(fraction)
-            if values["moe_gating"] == "dynamic":
-                logger.info("--moe-eval-capacity-token-fraction has no effect: dynamic gating has no capacity")
         if isinstance(args, DictConfig):
             with open_dict(args):
                 args.update(values)
@@ -188,9 +186,10 @@ class ServingTask:
             seq_gen_cls = MoEContinuousGenerator
         if seq_gen_cls is None:
             seq_gen_cls = MoESequenceGenerator
-            if getattr(args, "print_alignment", False):
+            alignment, replaces = (getattr(args, name, None) for name in ("print_alignment", "replace_unk"))
+            if alignment or replaces is not None:
                 seq_gen_cls = MoESequenceGeneratorWithAlignment
-                extra_gen_cls_kwargs["print_alignment"] = args.print_alignment
+                extra_gen_cls_kwargs |= {"print_alignment": alignment or "hard", "by_word": replaces is not None}
         # past fairseq's multilingual task, which does not hand seq_gen_cls on
         generator = FairseqTask.build_generator(
             self, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **kwargs
@@ -270,6 +269,9 @@ class ServingTask:
                 "--distributed-world-size must be 1: one process serves, and fairseq would translate no more than "
                 f"one part of the data in {kwargs['num_shards']}"
             )
+        if not self.shards_by_user:  # fairseq-eval-lm has given them
+            kwargs["num_shards"] = getattr(self._flags(), "num_shards", 1)
+            kwargs["shard_id"] = getattr(self._flags(), "shard_id", 0)
         keep_every_sentence(dataset)
         of_all = self.ranks is None or self.ranks.rank == 0 or self.batches_in_order  # rank 0 prints them all
         if not of_all:

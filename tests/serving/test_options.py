@@ -53,9 +53,13 @@ class Served:
         assert sample["id"][order].tolist() == list(range(rows))
         return {**sample, "id": torch.arange(rows)}  # fairseq's diverse beam indexes its table by them
 
-    def ours(self, *flags, models=None, lm=None, batch=None, **inputs):
-        """Hypotheses of the generator that the task builds under `flags`."""
+    def ours(self, *flags, models=None, lm=None, batch=None, constraints_kind=None, **inputs):
+        """Hypotheses of the generator that the task builds under `flags`.
+
+        constraints_kind: what fairseq-interactive is given as --constraints, which fairseq-generate refuses.
+        """
         args = self.parse(*flags).generation
+        args.constraints = constraints_kind
         models = models or [self.model]
         generator = self.task.build_generator(models, args, extra_gen_cls_kwargs={"lm_model": lm, "lm_weight": 0.3})
         assert isinstance(generator, MoESequenceGenerator | MoESequenceGeneratorWithAlignment)
@@ -68,8 +72,21 @@ class Served:
         options = {"beam_size": 4, "lm_model": lm, "lm_weight": 0.3, **options}
         strip = {"symbols_to_strip_from_output": self.strip}
         generator = cls(models, self.dictionary, search_strategy=strategy, **strip, **options)
+        if generator.repeat_ngram_blocker is not None:
+            generator.repeat_ngram_blocker = BlockingRepeats(generator.repeat_ngram_blocker)
         torch.manual_seed(7)
         return self.task.inference_step(generator, models, batch or self.batch(), **(inputs or {}))
+
+
+class BlockingRepeats(torch.nn.Module):
+    """fairseq's blocker of repeated n-grams, given the tokens so far: at the end of the whole buffer it finds none."""
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens, scores, rows, beam_size, step):
+        return self.block(tokens[:, : step + 1], scores, rows, beam_size, step)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -121,6 +138,24 @@ def test_an_option_of_the_beam(plain, option):
     assert texts(found) != plain.beams  # the option does something here
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_ngram_is_repeated(served, size):
+    repeating = served.ours("--min-len", "25")
+    found = served.ours("--min-len", "25", "--no-repeat-ngram-size", str(size))
+    assert any(repeated(tokens, size) for tokens in best(repeating))  # else the option has nothing to do
+    assert not any(repeated(tokens, size) for tokens in best(found))
+
+
+def best(hypotheses: list) -> list[list[int]]:
+    """The tokens of every sentence's first hypothesis, without the end."""
+    return [sentence[0]["tokens"].tolist()[:-1] for sentence in hypotheses]
+
+
+def repeated(tokens: list[int], size: int) -> bool:
+    ngrams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+    return len(set(ngrams)) < len(ngrams)
+
+
 STRATEGIES = {
     "sampling": (("--sampling",), lambda words: search.Sampling(words)),
     "sampling topk": (("--sampling", "--sampling-topk", "5"), lambda words: search.Sampling(words, 5)),
@@ -163,7 +198,7 @@ def test_constraints(plain, kind):
     words = batch["target"][:, 3:6]  # the reference's
     constraints = pack_constraints([[row[:2], row[2:]] for row in words])
     strategy = search.LexicallyConstrainedBeamSearch(plain.dictionary, kind)
-    found = plain.ours("--constraints", kind, constraints=constraints, batch=batch)
+    found = plain.ours(constraints_kind=kind, constraints=constraints, batch=batch)
     assert_same(found, plain.fairseqs(strategy=strategy, batch=batch, inputs={"constraints": constraints}))
     for sentence, wanted in zip(found, words.tolist(), strict=True):
         assert set(wanted) <= set(sentence[0]["tokens"].tolist())

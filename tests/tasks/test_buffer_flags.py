@@ -1,6 +1,5 @@
 """The flags of expert buffering: the same in all three tasks, checked by name before anything is loaded."""
 
-import logging
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,6 @@ from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, buffer_settings, check_buffer_flags
 from fairseq_moe_ext.tasks.flags import check_flags
-from fairseq_moe_ext.trace import TraceRecorder, save_trace
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -82,15 +80,13 @@ def test_checks_come_before_anything_is_read(task):
         tasks.setup_task(parsed(task, "--expert-buffer-size", "0"))
 
 
-def test_flags_without_a_buffer_are_said_to_have_no_effect(tmp_path, caplog):
-    recorder = TraceRecorder()
-    recorder.begin_step("decode", 0)
-    recorder.add("decoder.layers.1.moe_layer", [1, 2])
-    save_trace(tmp_path / "trace.npz", recorder.trace())
-    with caplog.at_level(logging.WARNING, "fairseq_moe_ext"):
-        check_buffer_flags(Namespace(expert_store="disk", expert_profile=str(tmp_path / "trace.npz")))
-    assert "--expert-store has no effect without --expert-buffer-size" in caplog.text
-    assert "--expert-profile has no effect without --expert-buffer-size" in caplog.text
-    caplog.clear()
+UNUSED = [{"expert_store": "disk"}, {"expert_eviction": "lifo"}, {"expert_order": "ascending"}]
+
+
+@pytest.mark.parametrize("flags", UNUSED)
+def test_flags_without_a_buffer_are_refused(flags):
+    ((name, value),) = flags.items()
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} needs --expert-buffer-size, got {value} without"):
+        check_buffer_flags(Namespace(**flags))
+    check_buffer_flags(Namespace(**flags, expert_buffer_size="2"))
     check_buffer_flags(Namespace())
-    assert caplog.text == ""

@@ -66,12 +66,10 @@ def test_one_line_in_the_log_says_what_was_served(mt, caplog):
     assert "of 8 experts active in a pass; 0 of " in served[0]
 
 
-def test_the_fraction_under_dynamic_gating_is_said_to_have_no_effect(lm, caplog):
-    with caplog.at_level(logging.INFO, logger="fairseq_moe_ext"):
-        flags = ("--moe-eval-capacity-token-fraction", "0.01")
-        some = commands.eval_lm(lm[0], "--path", lm[1], *LM_SERVING, *flags)
-    assert "--moe-eval-capacity-token-fraction has no effect" in caplog.text
-    assert some.loss == commands.eval_lm(lm[0], "--path", lm[1], *LM_SERVING).loss
+def test_the_fraction_under_dynamic_gating_is_refused(lm):
+    rule = "--moe-eval-capacity-token-fraction needs --moe-gating static, got 0.01 with dynamic gating"
+    with pytest.raises(ValueError, match=rule):
+        commands.eval_lm(lm[0], "--path", lm[1], *LM_SERVING, "--moe-eval-capacity-token-fraction", "0.01")
 
 
 @pytest.mark.parametrize(

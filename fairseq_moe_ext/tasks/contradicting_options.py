@@ -1,0 +1,113 @@
+"""Options of fairseq's commands that cannot take effect beside, or without, another one; refused by name."""
+
+from __future__ import annotations
+
+from argparse import Action, Namespace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from fairseq import utils
+from fairseq.data.data_utils import infer_language_pair
+
+from fairseq_moe_ext.serving.requests import NOT_OF_ONE_SENTENCE
+from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags
+from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, MT, MULTI, flag_of
+
+# an option -> the option without which it does nothing
+NEEDS = {
+    "sampling_topk": "sampling",
+    "sampling_topp": "sampling",
+    "diverse_beam_strength": "diverse_beam_groups",
+    "lm_weight": "lm_path",
+    "retain_dropout_modules": "retain_dropout",
+    "shorten_data_split_list": "shorten_method",
+    "shard_id": "num_shards",
+    "eval_bleu_args": "eval_bleu",
+    "eval_bleu_detok": "eval_bleu",
+    "eval_bleu_detok_args": "eval_bleu",
+    "eval_tokenized_bleu": "eval_bleu",
+    "eval_bleu_remove_bpe": "eval_bleu",
+    "eval_bleu_print_samples": "eval_bleu",
+}
+_SEARCHES = ("sampling", "diverse_beam_groups", "match_source_len", "diversity_rate", "constraints")
+# nothing is searched for where references are scored
+_OF_SEARCH = (
+    *_SEARCHES,
+    *("nbest", "max_len_a", "max_len_b", "min_len", "unnormalized", "lenpen", "unkpen", "temperature"),
+    *("prefix_size", "no_repeat_ngram_size", "lm_path", "replace_unk", "continuous_batching", "keep_inference_langtok"),
+)
+# two options of which one leaves the other without effect
+EXCLUDES = (
+    *combinations(_SEARCHES, 2),
+    ("sampling_topk", "sampling_topp"),
+    ("lenpen", "unnormalized"),
+    *((option, "match_source_len") for option in ("max_len_a", "max_len_b")),
+    *((option, "score_reference") for option in _OF_SEARCH),
+    ("replace_unk", "post_process"),  # words are aligned as the dictionary has them
+    *((option, "continuous_batching") for option in (*NOT_OF_ONE_SENTENCE, "replace_unk")),
+)
+
+
+EVAL_LMS_BPE = ("subword_nmt", "@@ ")  # what fairseq-eval-lm can take away
+
+
+def check_contradictions(command: str, task: str, given: dict[str, Action], args: Namespace) -> None:
+    """ValueError naming the options, the rule and the values."""
+    for option, other in NEEDS.items():
+        if option in given and other not in given:
+            flag, needed = flag_of(given[option]), f"--{other.replace('_', '-')}"
+            raise ValueError(f"{flag} needs {needed}, got {getattr(args, option)} without it")
+    for option, other in EXCLUDES:
+        if option in given and other in given:
+            first, second = flag_of(given[option]), flag_of(given[other])
+            values = f"{getattr(args, option)} and {getattr(args, other)}"
+            raise ValueError(f"{first} must not go with {second}, got {values}")
+    _check_values(args)
+    if command == INTERACTIVE and getattr(args, "print_alignment", None) == "soft":
+        raise ValueError("--print-alignment must be hard in fairseq-interactive, got soft")
+    if task == MULTI and getattr(args, "dataset_impl", None) == "raw":
+        raise ValueError(f"--dataset-impl must not be raw with {MULTI}, which counts the files of binary data")
+    if command == EVAL_LM and args.post_process not in (None, *EVAL_LMS_BPE):
+        raise ValueError(f"--post-process must be subword_nmt in fairseq-eval-lm, got {args.post_process}")
+    check_dtype_flags(args)
+    fraction = getattr(args, "moe_eval_capacity_token_fraction", None)
+    if fraction is not None and str(args.moe_gating) == "dynamic":
+        raise ValueError(
+            f"--moe-eval-capacity-token-fraction needs --moe-gating static, got {fraction} with dynamic gating, which "
+            "has no capacity"
+        )
+    if command == GENERATE and task in (MT, MULTI):
+        for option in ("prefix_size", "score_reference"):
+            if option in given:
+                _check_references(flag_of(given[option]), getattr(args, option), args)
+
+
+def _check_values(args: Any) -> None:
+    beam, groups = getattr(args, "beam", 1), getattr(args, "diverse_beam_groups", -1)
+    if groups > 0 and beam % groups:
+        raise ValueError(f"--diverse-beam-groups must divide --beam, got {groups} and {beam}")
+    shards, shard = getattr(args, "num_shards", 1), getattr(args, "shard_id", 0)
+    if not 0 <= shard < shards:
+        raise ValueError(f"--shard-id must be at least 0 and below --num-shards, got {shard} and {shards}")
+    window, tokens = getattr(args, "context_window", 0), getattr(args, "tokens_per_sample", None)
+    if tokens is not None and window >= tokens:
+        raise ValueError(f"--context-window must be below --tokens-per-sample, got {window} and {tokens}")
+    prefix = getattr(args, "prefix_size", 0)
+    if prefix < 0:
+        raise ValueError(f"--prefix-size must be at least 0, got {prefix}")
+
+
+def _check_references(flag: str, value: Any, args: Any) -> None:
+    """fairseq reads a split without references, too, and dies in its first batch of what asks for them."""
+    folder = (utils.split_paths(args.data) or [""])[0]
+    source, target = getattr(args, "source_lang", None), getattr(args, "target_lang", None)
+    if (source is None or target is None) and Path(folder).is_dir():
+        source, target = infer_language_pair(folder)
+    for pair in (f"{source}-{target}", f"{target}-{source}"):
+        start = f"{args.gen_subset}.{pair}"
+        if any(Path(folder).glob(f"{start}.{source}*")) and not any(Path(folder).glob(f"{start}.{target}*")):
+            raise ValueError(
+                f"{flag} needs references, got {value} with --gen-subset {args.gen_subset}, of which {folder} has no "
+                f"{start}.{target}"
+            )
