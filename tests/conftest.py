@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "'grouped-mm'" in repr(list(parameters.values())) or item.get_closest_marker("grouped_mm"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Programs switch logging off for as long as their process lives; here that is all later tests."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
 
 
 @pytest.fixture(scope="session")
