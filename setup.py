@@ -17,7 +17,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",  # 3.13 wants numpy 2
     packages=find_packages(include=["fairseq_moe_ext", "fairseq_moe_ext.*"]),
     package_data={"fairseq_moe_ext.figures": ["*.json"]},  # the papers' figures, hardware's
     ext_modules=[

@@ -4,8 +4,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "fairseq_moe_ext needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." \
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+  echo "fairseq_moe_ext needs Python 3.11 or 3.12; $python is $("$python" --version 2>&1)." \
     "Name another one: PYTHON=python3.11 before the same command." >&2
   exit 1
 fi

@@ -41,3 +41,9 @@ def test_versions_runs_the_lower_bounds(arguments):
     assert found == {name: bound for name, bound in wanted.items() if name != "triton"}
     newest = subprocess.run(["bash", "-c", f"{command}newest"], capture_output=True, text=True, check=True).stdout
     assert newest.split() == []
+
+
+def test_the_pythons_are_those_of_the_environments_script(arguments):
+    assert arguments["python_requires"] == ">=3.11,<3.13"
+    script = (ROOT / "scripts/setup_environment.sh").read_text()
+    assert "not (3, 11) <= sys.version_info < (3, 13)" in script and "needs Python 3.11 or 3.12" in script
