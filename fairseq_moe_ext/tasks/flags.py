@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
@@ -18,6 +19,7 @@ from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
+from fairseq_moe_ext.torch_versions import has_grouped_mm
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -81,6 +83,11 @@ def check_flags(flags: Any) -> None:
         raise ValueError(f"--moe-kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if kernel == "triton" and find_spec("triton") is None:
         raise ValueError("--moe-kernel triton needs the package triton, which is not installed")
+    if kernel == "grouped-mm" and not has_grouped_mm():
+        raise ValueError(
+            "--moe-kernel grouped-mm needs torch.nn.functional.grouped_mm, which PyTorch "
+            f"{torch.__version__} does not have"
+        )
     check_kernel()
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:

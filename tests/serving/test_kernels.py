@@ -36,6 +36,7 @@ def test_results_report_and_trace_are_the_loops(loader, name, tmp_path):
         assert sum(layer.load) > 0
 
 
+@pytest.mark.grouped_mm
 @pytest.mark.parametrize("flags", [("--moe-gating", "static"), ("--expert-buffer-size", "2")], ids=" ".join)
 def test_a_kernel_that_would_compute_nothing(loader, flags):
     with pytest.raises(ValueError, match="--moe-kernel must be auto or loop under static gating, .* got grouped-mm"):
@@ -43,6 +44,7 @@ def test_a_kernel_that_would_compute_nothing(loader, flags):
     loader.load("lm_top2", {}, "--moe-kernel", "loop", *flags)
 
 
+@pytest.mark.grouped_mm
 def test_a_kernel_for_the_layers_that_are_resident(loader):
     flags = ("--expert-buffer-size", "2", "--expert-buffer-scope", "encoder")
     loader.load("mt_nllb_ws2", {}, "--moe-kernel", "grouped-mm", *flags)

@@ -11,6 +11,7 @@ from flag_makers import TASKS, parsed
 
 from fairseq_moe_ext.atomic_file import write_text
 from fairseq_moe_ext.models.moe_config import MoEConfig
+from fairseq_moe_ext.tasks import flags
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
 from fairseq_moe_ext.tasks.moe_language_modeling import MoELanguageModelingTask
 
@@ -102,6 +103,14 @@ def test_an_unknown_gating_or_kernel():
         check_flags(Namespace(moe_gating="sparse"))
     with pytest.raises(ValueError, match="^--moe-kernel must be one of auto, triton, grouped-mm, loop, got 'cutlass'$"):
         check_flags(Namespace(moe_kernel="cutlass"))
+
+
+def test_a_kernel_that_this_pytorch_lacks(monkeypatch):
+    check_flags(Namespace(moe_kernel="loop"))
+    monkeypatch.setattr(flags, "has_grouped_mm", lambda: False)
+    check_flags(Namespace(moe_kernel="loop"))
+    with pytest.raises(ValueError, match="^--moe-kernel grouped-mm needs .*grouped_mm, which PyTorch .* does not have"):
+        check_flags(Namespace(moe_kernel="grouped-mm"))
 
 
 @pytest.mark.parametrize("task", TASKS)
