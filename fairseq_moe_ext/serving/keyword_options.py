@@ -26,9 +26,12 @@ SEARCH = (
     *("no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp", "temperature"),
     *("diverse_beam_groups", "diverse_beam_strength", "diversity_rate", "seed"),
 )
-BATCHES = ("batch_size", "max_tokens", "skip_invalid_size_inputs_valid_test")
+BATCHES = ("batch_size", "max_tokens")
 # of loading: where and in which dtype the model computes, what its text and its data are
-MODEL = ("cpu", "fp16", "model_overrides", "retain_dropout", "retain_dropout_modules")
+MODEL = (
+    *("cpu", "fp16", "model_overrides", "retain_dropout", "retain_dropout_modules"),
+    "skip_invalid_size_inputs_valid_test",
+)
 TEXT = ("tokenizer", "bpe", "post_process", "remove_bpe")
 FLAGS = (
     *("moe_gating", "moe_eval_capacity_token_fraction", "moe_dtype", "moe_kernel", "moe_report", "moe_trace"),
@@ -224,5 +227,3 @@ def _check(args: argparse.Namespace) -> None:
             raise OptionError(f"{name} must be at least {least}, got {value}")
     if args.nbest > args.beam:
         raise OptionError(f"nbest must be at most beam, {args.beam}, got {args.nbest}")
-    if args.sampling and args.nbest != args.beam:
-        raise OptionError(f"nbest must be equal to beam, {args.beam}, with sampling, got {args.nbest}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from fairseq import utils
 from fairseq.data import FairseqDataset
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.token_generation_constraints import pack_constraints
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.serving.engine import Engine
 from fairseq_moe_ext.serving.errors import ClosedError
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
@@ -57,14 +59,18 @@ class ServedParts:
             if cfg.dataset.batch_size is None and cfg.dataset.max_tokens is None:
                 cfg.dataset.batch_size = BATCH_SIZE
             self.generators.clear()  # one: others cost little to make again
-            self.generators[key] = self.task.build_generator(self.models, cfg.generation), cfg
+            self.generators[key] = self._generator(cfg.generation), cfg
         return self.generators[key]
 
     def scorer(self, cfg: DictConfig) -> Any:
         """What scores instead of searching."""
         if hasattr(self.task, "eval_lm_dataloader"):
             return SequenceScorer(self.task.target_dictionary, cfg.eval_lm.softmax_batch)
-        return self.task.build_generator(self.models, OmegaConf.merge(cfg.generation, {"score_reference": True}))
+        return self._generator({**cfg.generation, "score_reference": True})
+
+    def _generator(self, generation: Mapping[str, Any]) -> Any:
+        # no DictConfig: the errors of fields that it lacks keep each other and every frame above, until they are found
+        return self.task.build_generator(self.models, Namespace(**generation))
 
     def batches(self, dataset: FairseqDataset, cfg: DictConfig) -> Iterator[dict]:
         """fairseq's, where the model is."""
@@ -93,10 +99,7 @@ class ServedParts:
         for engine in tuple(self.engines):
             engine.close()
         self.observer.write()
-        for model in self.models:
-            for layer in model.moe_layers().values() if hasattr(model, "moe_layers") else ():
-                if hasattr(layer.experts, "stop"):
-                    layer.experts.stop()
+        self._stop_copies()
         on_gpu = bool(self.models) and self.device.type == "cuda"
         self.models.clear()
         self.generators.clear()
@@ -104,6 +107,12 @@ class ServedParts:
         gc.collect()  # a model's parts refer to each other
         if on_gpu:
             torch.cuda.empty_cache()
+
+    def _stop_copies(self) -> None:
+        for model in self.models:
+            for layer in model.moe_layers().values() if hasattr(model, "moe_layers") else ():
+                if isinstance(layer.experts, BufferedExperts):
+                    layer.experts.stop()
 
 
 class Served:
@@ -205,6 +214,8 @@ class Served:
                 return []
             generator, cfg = parts.generator(options)
             nbest = 1 if best_alone else cfg.generation.nbest
+            if cfg.generation.sampling and not best_alone and nbest != cfg.generation.beam:
+                raise OptionError(f"nbest must be equal to beam, {cfg.generation.beam}, with sampling, got {nbest}")
             results: list[list[Hypothesis]] = [[] for _ in sentences]
             generation = cfg.generation
             draws = generation.sampling or generation.retain_dropout

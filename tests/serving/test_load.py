@@ -6,19 +6,11 @@ import commands
 import numpy as np
 import processes
 import pytest
-from fairseq.data import data_utils
+from python_served import PIECES, interactive, lines_of
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.serving.keyword_options import OptionError
 from fairseq_moe_ext.serving.served import ClosedError
-
-PIECES = {"post_process": "sentencepiece", "cpu": True}
-
-
-def lines_of(served, name: str = "test.en-de.en") -> list[str]:
-    """A file of the recorded test set, in the words of the dictionary."""
-    dictionary = served._parts.task.source_dictionary
-    return list(map(dictionary.string, data_utils.load_indexed_dataset(f"{served._parts.data}/{name}", dictionary)))
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +23,6 @@ def bilingual(shared_goldens):
 @pytest.fixture(scope="module")
 def lines(bilingual):
     return lines_of(bilingual)[:12]
-
-
-def interactive(folder, lines, *options: str) -> commands.Generation:
-    """fairseq-interactive of these lines, with more of its options."""
-    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", "--cpu", "--buffer-size", "100")
-    done = commands.run("interactive", *arguments, *options, stdin="\n".join(lines) + "\n")
-    return commands.Generation(done.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +92,8 @@ def test_scores_of_translations_are_those_of_score_reference(shared_goldens, mod
     assert {number: (each.score, each.words) for number, each in enumerate(found)} == of_command
 
 
-@pytest.mark.parametrize("gating", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
 def test_scores_of_texts_are_those_of_eval_lm(shared_goldens, gating):
     folder = shared_goldens / "lm_top2_ws2"
     flags, options = ("--moe-gating", gating), {"moe_gating": gating}
