@@ -269,3 +269,16 @@ def test_eight_at_once_take_less_time_than_eight_in_turn(server, texts):
         together.append(time.perf_counter() - start)
     print(f"in turn {sorted(alone)[2]:.3f} s, at once {sorted(together)[2]:.3f} s")
     assert sorted(together)[2] < 0.75 * sorted(alone)[2]
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    script = commands.REPOSITORY / "scripts" / "benchmark_server.py"
+    small = ("--model-dim", 64, "--layers", 4, "--sentences", 3, "--max-len", 5, "--rounds", 1, "--output", tmp_path)
+    done = processes.run([sys.executable, script, *small], env=commands.environment())
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "benchmark_server.json").read_text())["rounds"]
+    assert found["in turn"][0]["decoder steps"] == 3 * 6
+    assert 6 <= found["at once"][0]["decoder steps"] <= 3 * 6
+    assert found["at once"][0]["translations"] == found["in turn"][0]["translations"]
+    assert (tmp_path / "benchmark_server.md").read_text() in done.stdout
