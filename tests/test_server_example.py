@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import commands
 import processes
 import pytest
+import torch
 from fairseq.data import Dictionary, data_utils
 from ties import Hypothesis, assert_same_hypotheses, of_lines
 
@@ -164,6 +166,29 @@ def test_a_failing_one_and_a_gone_one_among_eight_leave_the_others_right(server,
     assert_same_hypotheses(hypotheses(found), [expected[number] for number in others])
     server.wait_for(0)
     assert server.ask("GET", "/report")[1]["generation"]["sentences"] == sentences + len(others)
+
+
+@pytest.mark.slow
+def test_a_text_whose_scores_are_no_numbers_fails_alone(golden, texts, expected, tmp_path):
+    dictionary = Dictionary.load(str(golden / "data-bin" / "dict.en.txt"))
+    known = {word for text in texts if text != texts[2] for word in text.split()}
+    word = next(each for each in texts[2].split() if each not in known)
+    state = commands.read_state(golden / "checkpoint_merged.pt")
+    state["model"]["encoder.embed_tokens.weight"][dictionary.index(word)] = math.nan
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    (tmp_path / "data-bin").symlink_to(golden / "data-bin")
+    server = Server(tmp_path)
+    try:
+        asked = {**SEARCH, "nbest": 2}
+        found = at_once([lambda text=text: server.ask("POST", "/translate", {"text": text, **asked}) for text in texts])
+        listed = server.translate(texts, nbest=2)["translations"]
+    finally:
+        assert server.end() == 0
+    (status, answer), broken = found.pop(2), listed.pop(2)
+    assert status == 500 and answer == broken
+    assert answer["error"].startswith("the translation is no number: values in float32 are not finite")
+    for answers in ([answer for _, answer in found], listed):
+        assert_same_hypotheses(hypotheses(answers), [each for number, each in enumerate(expected) if number != 2])
 
 
 REFUSED = [

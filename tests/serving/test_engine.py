@@ -348,6 +348,23 @@ def test_target_languages_share_the_steps(multilingual, shared_goldens):
         engine.submit(multilingual.sentences[0], target_lang="xx")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    {"expert_buffer_size": 2},
+    {"expert_buffer_size": 2, "expert_store": "disk"},
+    {"moe_gating": "static", "moe_eval_capacity_token_fraction": 1.0},
+], ids=str)
+def test_experts_in_a_buffer_and_static_gating(shared_goldens, best, options):
+    loaded = Loaded(shared_goldens / "mt_plain", **options)
+    engine = loaded.engine(batch_size=5)
+    requests = [engine.submit(tokens) for tokens in loaded.sentences]
+    engine.run()
+    assert_same(requests, best)
+    layers = loaded.served.report()["layers"]
+    assert all((layer["misses"] > 0) == ("expert_buffer_size" in options) for layer in layers)
+    loaded.served.close()
+
+
 def test_a_language_of_another_dictionary_is_refused(multilingual, tmp_path):
     pairs = multilingual.engine()._pairs
     args, data = multilingual.task.args, multilingual.task.args.data
