@@ -21,7 +21,7 @@ from fairseq.sequence_scorer import SequenceScorer
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 from fairseq_moe_ext.serving.generator import count_results, take_turn
-from fairseq_moe_ext.serving.load_models import load_models
+from fairseq_moe_ext.serving.load_models import check_alone, load_models
 from fairseq_moe_ext.serving.ours import is_ours
 from fairseq_moe_ext.serving.safe_loader import allowed, revive
 from fairseq_moe_ext.serving.served_state import served_state
@@ -96,6 +96,8 @@ def _load_models(
     if num_shards > 1 or not all(map(is_ours, paths)):
         with serving(False):
             return original(filenames, arg_overrides, task, *rest)
+    if not _tasks:  # else a command's ranks load a second model (--lm-path)
+        check_alone(paths[0])
     overrides = dict(arg_overrides or {})
     loaded = load_models(paths, overrides.get("data"), overrides, overrides, ignore_unknown=True)
     return loaded.models, loaded.configuration(), loaded.task

@@ -16,8 +16,7 @@ from omegaconf import DictConfig
 
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.library_observer import LibraryObserver
-from fairseq_moe_ext.serving.load_models import load_models
-from fairseq_moe_ext.serving.ranks import world_size
+from fairseq_moe_ext.serving.load_models import check_alone, load_models
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 
@@ -37,10 +36,9 @@ def load(
     OptionError where an option is unknown, has no effect here or is not what it must be; CheckpointError where a file
     cannot be served; ValueError where a flag does not fit the model. All are of one sentence.
     """
-    if world_size() > 1:
-        raise ValueError(f"load() must be called in one process, got {world_size()} ranks of torchrun")
     register()
     paths = _paths(path)
+    check_alone(paths[0])
     loaded = load_models(paths, data, options, _overrides(options), LibraryObserver)
     if options.get("tokens_per_sample") is not None and loaded.args.moe_gating != "static":
         raise OptionError(

@@ -22,6 +22,7 @@ from fairseq_moe_ext.serving.keyword_options import (
     text_configuration,
 )
 from fairseq_moe_ext.serving.observer import Observer
+from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.serving.served_state import served_state
 
 
@@ -46,6 +47,15 @@ class LoadedModels:
             cfg.model, cfg.task = self.model_cfg, task_configuration(self.args)
             cfg.tokenizer, cfg.bpe = (text_configuration(self.args, name) for name in ("tokenizer", "bpe"))
         return cfg
+
+
+def check_alone(path: str) -> None:
+    """ValueError in one of several ranks, which fairseq's commands keep in step."""
+    if world_size() > 1:
+        raise ValueError(
+            f"{path} must be loaded from Python by one process, got {world_size()} ranks: fairseq's commands serve "
+            "with several"
+        )
 
 
 def load_models(

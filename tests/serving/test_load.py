@@ -1,16 +1,30 @@
 """`fairseq_moe_ext.load`: the commands' results from a Python program."""
 
+import dataclasses
+import gc
 import sys
 
 import commands
 import numpy as np
 import processes
 import pytest
+import torch
+from fairseq import checkpoint_utils
 from python_served import PIECES, interactive, lines_of
 
 import fairseq_moe_ext as moe
-from fairseq_moe_ext.serving.keyword_options import OptionError
+from fairseq_moe_ext.serving.keyword_options import (
+    BATCHES,
+    FLAGS,
+    MODEL,
+    SEARCH,
+    TASKS,
+    TEXT,
+    KeywordOptions,
+    OptionError,
+)
 from fairseq_moe_ext.serving.served import ClosedError
+from fairseq_moe_ext.tasks.flags import MoEFlags
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +195,41 @@ def test_importing_the_package_imports_nothing():
     code += "print({'torch', 'numpy', 'fairseq'} & set(sys.modules), 'load' in dir(moe))"
     done = processes.run([sys.executable, "-c", code], cwd=commands.REPOSITORY, fresh=True)
     assert done.stdout.split() == ["set()", "True"], done.stderr
+
+
+def test_every_flag_of_the_plugin_is_taken_or_left_out_on_purpose():
+    flags = {field.name for field in dataclasses.fields(MoEFlags)} - {"_name"}
+    # what another interface gives, what several ranks need, what does nothing, and what a command prints
+    assert flags - set(FLAGS) <= {"continuous_batching", "expert_placement", "is_moe", "moe_debug"}
+    assert set(FLAGS) <= flags
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_keyword_is_an_option_of_fairseqs_parser(task):
+    moe.register()
+    keywords = {name: None for name in (*SEARCH, *BATCHES, *MODEL, *TEXT, *FLAGS, *TASKS[task])}
+    options = KeywordOptions(task)
+    assert options.known(keywords) == set(keywords)
+    given = {"beam": 3, "lenpen": -0.5, "remove_bpe": True, "retain_dropout": False, "cpu": True, "max_tokens": None}
+    args = options.parse("data", given)
+    assert (args.beam, args.lenpen, args.post_process, args.cpu, args.max_tokens) == (
+        3,
+        -0.5,
+        "subword_nmt",
+        True,
+        None,
+    )
+    actions = {action.dest for action in options._parser(None, None)[0]._actions}
+    assert set(keywords) - {"remove_bpe"} <= actions
+
+
+def test_a_rank_of_torchrun_is_refused_and_left_as_it_is(shared_goldens, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hook, path = sys.excepthook, shared_goldens / "mt_plain" / "checkpoint_merged.pt"
+    with pytest.raises(ValueError, match="must be loaded from Python by one process, got 2 ranks: fairseq's commands"):
+        moe.load(path, data=path.parent / "data-bin", cpu=True)
+    gc.collect()  # other tests' tasks, which a command might have
+    with pytest.raises(ValueError, match="must be loaded from Python by one process, got 2 ranks"):
+        checkpoint_utils.load_model_ensemble_and_task([str(path)], {"data": str(path.parent / "data-bin")})
+    assert sys.excepthook is hook and not torch.distributed.is_initialized()
