@@ -1,6 +1,8 @@
-"""What transformers says of a model folder: log-probabilities, the experts that ran, beam search. A process of its own.
+"""What transformers says of model folders: log-probabilities, the experts that ran, beam search. A process of its own.
 
-    python hf_judge.py FOLDER QUESTIONS.json ANSWERS.json
+    python hf_judge.py
+
+Reads lines [FOLDER, QUESTIONS.json, ANSWERS.json], and prints `answered` after each.
 
 With `source_ids` in QUESTIONS only beam search is asked, of sentences as rows of the embeddings, without a language.
 
@@ -89,4 +91,6 @@ def main(folder, questions, answers):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        main(*json.loads(line))
+        print("answered", flush=True)

@@ -1,5 +1,6 @@
 """What the disk store saves on a CPU: the peak of fairseq-eval-lm's process on a model with 1 GB of experts."""
 
+import functools
 import json
 
 import commands
@@ -31,12 +32,19 @@ def measure(data, path, report, *flags) -> tuple[dict, str]:
     return json.loads(report.read_text())["memory"], done.stderr[done.stderr.index("Loss (base 2)") :].splitlines()[0]
 
 
+@pytest.fixture(scope="module")
+def resident(checkpoints):
+    """name -> what is measured without a buffer."""
+    data, folder = checkpoints
+    return functools.cache(lambda name: measure(data, folder / f"{name}.pt", folder / f"{name}.json"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", "records"])
 @pytest.mark.parametrize("size", [1, 16])
-def test_the_peak_falls_by_what_is_not_resident(checkpoints, tmp_path, name, size):
+def test_the_peak_falls_by_what_is_not_resident(checkpoints, resident, tmp_path, name, size):
     data, folder = checkpoints
-    resident, wanted = measure(data, folder / f"{name}.pt", tmp_path / "resident.json")
+    resident, wanted = resident(name)
     disk = ("--expert-buffer-size", size, "--expert-store", "disk")
     buffered, found = measure(data, folder / f"{name}.pt", tmp_path / "buffered.json", *disk)
     assert found == wanted

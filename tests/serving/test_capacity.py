@@ -35,7 +35,8 @@ def eval_lm(goldens, folder, *flags, rows=8):
 
 def generate(goldens, folder, *flags):
     folder.mkdir(exist_ok=True)
-    arguments = arguments_of(goldens, "mt_plain", "--batch-size", 36, "--max-len-b", 10, *telling(folder), *flags)
+    short = () if "--score-reference" in flags else ("--max-len-b", 10)
+    arguments = arguments_of(goldens, "mt_plain", "--batch-size", 36, *short, *telling(folder), *flags)
     return commands.generate(*arguments), Told.read(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import commands
@@ -47,18 +48,38 @@ TARGETS = (
 )
 
 
-def ask(folder: Path, work: Path, environment: dict[str, str]) -> list[dict]:
-    questions = {"source": SOURCES, "target": TARGETS, "source_language": PAIR[0], "target_language": PAIR[1]}
-    return answers_to({**questions, "beam": BEAM, "max_len": MAX_LEN}, folder, work, environment)
+class Judge:
+    """A process that has transformers (tests/hf_judge.py)."""
+
+    def __init__(self, environment: dict[str, str], work: Path):
+        self._errors = work / "stderr"
+        command = [sys.executable, str(ROOT / "tests" / "hf_judge.py")]
+        with open(self._errors, "w") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def answers_to(self, questions: dict, folder: Path, work: Path) -> list:
+        (work / "questions.json").write_text(json.dumps(questions))
+        files = [folder, work / "questions.json", work / "answers.json"]
+        print(json.dumps([*map(str, files)]), file=self.process.stdin, flush=True)
+        while wait([self.process.stdout], 600) and (line := self.process.stdout.readline()):
+            if line == "answered\n":
+                return json.loads((work / "answers.json").read_text())
+        raise AssertionError(f"no answer:\n{self._errors.read_text()[-3000:]}")
+
+    def ask(self, folder: Path, work: Path) -> list[dict]:
+        questions = {"source": SOURCES, "target": TARGETS, "source_language": PAIR[0], "target_language": PAIR[1]}
+        return self.answers_to({**questions, "beam": BEAM, "max_len": MAX_LEN}, folder, work)
 
 
-def answers_to(questions: dict, folder: Path, work: Path, environment: dict[str, str]) -> list:
-    (work / "questions.json").write_text(json.dumps(questions))
-    files = [folder, work / "questions.json", work / "answers.json"]
-    command = [sys.executable, str(ROOT / "tests" / "hf_judge.py"), *map(str, files)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((work / "answers.json").read_text())
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    (ROOT / "build").mkdir(exist_ok=True)
+    environment = hf_makers.transformers_environment(ROOT / "build")
+    judge = Judge(environment, tmp_path_factory.mktemp("judge"))
+    yield judge
+    judge.process.kill()
+    judge.process.wait()
 
 
 class Served:
@@ -75,10 +96,11 @@ class Served:
         self.flags = ("--task", "moe_translation_multi_simple_epoch", "-s", PAIR[0], "-t", PAIR[1])
         self.flags += ("--lang-pairs", "-".join(PAIR), "--fixed-dictionary", done.files[1])
         self.flags += ("--lang-dict", done.files[2], *done.task_flags.split(), "--path", done.files[0], "--cpu")
-        self.flags += ("--num-workers", "0", "--beam", BEAM, "--max-len-b", MAX_LEN, "--max-len-a", "0")
+        self.flags += ("--num-workers", "0", "--beam", BEAM)
 
     def generate(self, *more):
-        return commands.generate(self.data, *self.flags, *more)
+        lengths = () if "--score-reference" in more else ("--max-len-b", MAX_LEN, "--max-len-a", "0")
+        return commands.generate(self.data, *self.flags, *lengths, *more)
 
 
 OTHER = {"encoder_sparse_step": 1, "decoder_sparse_step": 4, "moe_token_dropout": 0.0, "scale_embedding": False}
@@ -88,17 +110,11 @@ PADDED = {"vocab_size": 72, "activation_function": "gelu_new", "router_ignore_pa
 
 
 @pytest.fixture(scope="module", params=[{}, OTHER, PADDED], ids=["as NLLB-200", "other fields", "padded rows"])
-def both(request, tmp_path_factory):
+def both(request, tmp_path_factory, judge):
     """(what transformers says, the served model, its folder)"""
-    environment = hf_makers.transformers_environment(make_build())
-    work = tmp_path_factory.mktemp("judge")
+    work = tmp_path_factory.mktemp("both")
     hf_makers.write_model(work / "hf", **request.param)
-    return ask(work / "hf", work, environment), Served(work / "hf", work), work / "hf"
-
-
-def make_build() -> Path:
-    (ROOT / "build").mkdir(exist_ok=True)
-    return ROOT / "build"
+    return judge.ask(work / "hf", work), Served(work / "hf", work), work / "hf"
 
 
 def test_teacher_forced_log_probabilities_and_experts_are_transformers(both, tmp_path):
@@ -139,32 +155,30 @@ def test_beam_search_gives_transformers_token_ids(both):
         ]
 
 
-def test_there_and_back_gives_the_same_answers(both, tmp_path):
+def test_there_and_back_gives_the_same_answers(both, judge, tmp_path):
     answers, served, folder = both
     export_hf(str(served.checkpoint), str(tmp_path / "back"), str(served.words), str(folder))
-    again = ask(tmp_path / "back", tmp_path, hf_makers.transformers_environment(make_build()))
+    again = judge.ask(tmp_path / "back", tmp_path)
     for theirs, ours in zip(again, answers, strict=True):
         np.testing.assert_allclose(theirs.pop("scores"), ours["scores"], atol=1e-5)
         assert theirs == {name: ours[name] for name in theirs}  # experts, beams, ids
 
 
-def test_a_dense_model_is_served_as_transformers_computes_it(tmp_path):
-    environment = hf_makers.transformers_environment(make_build())
+def test_a_dense_model_is_served_as_transformers_computes_it(judge, tmp_path):
     hf_makers.write_model(tmp_path / "hf", hf_makers.DENSE)
-    answers = ask(tmp_path / "hf", tmp_path, environment)
+    answers = judge.ask(tmp_path / "hf", tmp_path)
     found = Served(tmp_path / "hf", tmp_path).generate("--score-reference", "--batch-size", "3")
     for batch in found.batches:
         for number, row in zip(batch.ids, batch.scores, strict=True):
             np.testing.assert_allclose(row, answers[number]["scores"], atol=1e-4)
 
 
-def test_a_trained_model_translates_the_same_there(tmp_path):
+def test_a_trained_model_translates_the_same_there(judge, tmp_path):
     """Trained by fairseq-train to say its source backwards, then converted to Hugging Face's layout."""
-    environment = hf_makers.transformers_environment(make_build())
     data = write_data(tmp_path / "data", ("en", "de"), splits={"train": 2000, "valid": 20, "test": 40})
     training = ("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01", "--optimizer", "adam")
     training += ("--moe-eval-capacity-token-fraction", "1.0")  # transformers drops tokens at any other; here none is
-    training += ("--lr", "0.004", "--max-tokens", "1000", "--max-update", "700", "--dropout", "0.0")
+    training += ("--lr", "0.004", "--max-tokens", "500", "--max-update", "600", "--dropout", "0.0")
     training += ("--no-epoch-checkpoints", "--disable-validation", "--save-dir", tmp_path)
     training += ("--cpu", "--num-workers", "0")
     commands.run("train", data, *MT_TRAINING, *training)
@@ -177,7 +191,7 @@ def test_a_trained_model_translates_the_same_there(tmp_path):
     encoded = [words.encode_line(sources[number][0], add_if_not_exist=False).tolist() for number in sorted(sources)]
     export_hf(str(checkpoint), str(tmp_path / "hf"))
     questions = {"source_ids": encoded, "beam": BEAM, "max_len": MAX_LEN}
-    answers = answers_to(questions, tmp_path / "hf", tmp_path, environment)
+    answers = judge.answers_to(questions, tmp_path / "hf", tmp_path)
     ours = [hypotheses[number][1] for number in sorted(hypotheses)]
     assert [" ".join(words[row] for row in answer[1:-1]) for answer in answers] == ours
     right = sum(ours[number] == references[number][0] for number in range(len(ours)))
