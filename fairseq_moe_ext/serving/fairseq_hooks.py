@@ -96,7 +96,7 @@ def _load_models(
     if num_shards > 1 or not all(map(is_ours, paths)):
         with serving(False):
             return original(filenames, arg_overrides, task, *rest)
-    if not _tasks:  # else a command's ranks load a second model (--lm-path)
+    if not any(each.ranks is not None for each in _tasks):  # else a command's ranks load a second model (--lm-path)
         check_alone(paths[0])
     overrides = dict(arg_overrides or {})
     loaded = load_models(paths, overrides.get("data"), overrides, overrides, ignore_unknown=True)

@@ -18,7 +18,7 @@ from fairseq.dataclass.configs import CommonConfig, CommonEvalConfig, DatasetCon
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 # of a call: how it searches and makes batches
 SEARCH = (
@@ -96,6 +96,10 @@ class KeywordOptions:
         args.update_epoch_batch_itr = args.grouped_shuffling
         args.batch_size_valid, args.max_tokens_valid = args.batch_size, args.max_tokens
         _check(args)
+        for name in _TEXT:
+            missing = [field for field, value in vars(args).items() if value == MISSING and field not in given]
+            if getattr(args, name) is not None and missing:
+                raise OptionError(f"{missing[0]} must be given with {name}={getattr(args, name)!r}, got none")
         return args
 
     def known(self, options: Mapping[str, Any]) -> set[str]:

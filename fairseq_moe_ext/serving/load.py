@@ -14,9 +14,10 @@ from fairseq import tasks as fairseqs_tasks
 from fairseq import utils
 from omegaconf import DictConfig
 
+from fairseq_moe_ext.serving.errors import one_line
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.library_observer import LibraryObserver
-from fairseq_moe_ext.serving.load_models import check_alone, load_models
+from fairseq_moe_ext.serving.load_models import LoadedModels, check_alone, load_models
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 
@@ -48,7 +49,7 @@ def load(
     cfg = configuration(loaded.args)
     for model in loaded.models:
         _put_into_service(model, cfg)
-    codec = TextCodec(loaded.task, loaded.args)
+    codec = _codec(loaded)
     return Served(
         ServedParts(
             paths, loaded.models, loaded.task, loaded.task.observer, codec, loaded.keywords, loaded.data, loaded.options
@@ -66,6 +67,8 @@ def _paths(path: Any) -> list[str]:
     if isinstance(path, str | os.PathLike):
         text = os.fspath(path)
         return [text] if os.path.exists(text) else utils.split_paths(text)
+    if not isinstance(path, list | tuple) or not path:
+        raise OptionError(f"path must name a checkpoint, or be a list of such names, got {path!r}")
     return [os.fspath(each) for each in path]
 
 
@@ -79,6 +82,15 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
         raise OptionError(f"model_overrides must be a mapping of the checkpoint's fields, got {overrides!r}")
     return dict(overrides)
+
+
+def _codec(loaded: LoadedModels) -> TextCodec:
+    args = loaded.args
+    try:
+        return TextCodec(loaded.task, args)
+    except (OSError, ValueError, ImportError) as error:
+        wanted = [f"{name}={getattr(args, name)!r}" for name in ("tokenizer", "bpe") if getattr(args, name) is not None]
+        raise OptionError(f"{' and '.join(wanted)} must have what they need: {one_line(error)}") from error
 
 
 def _put_into_service(model: torch.nn.Module, cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask, is_m
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
+    OptionError,
     configuration,
     task_configuration,
     text_configuration,
@@ -79,12 +80,24 @@ def load_models(
     options = {**_of_checkpoint(state), **options}
     data = os.fspath(Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options)
-    task = fairseqs.setup_task(task_configuration(args))
+    task = _set_up(args)
     if observer is not None:
         task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace)
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
     return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model)
+
+
+def _set_up(args: Namespace) -> Any:
+    for name in ("source_lang", "target_lang") if args.task == "moe_translation_multi_simple_epoch" else ():
+        if getattr(args, name) is None:
+            raise OptionError(f"{name} must be given for a multilingual model, got none")
+    try:
+        return fairseqs.setup_task(task_configuration(args))
+    except FileNotFoundError as error:
+        raise OptionError(
+            f"data must be a folder with the model's dictionaries, got {args.data}: {error.filename} is not there"
+        ) from error
 
 
 def _task_of(state: Mapping[str, Any]) -> str:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from checkpoint_makers import proving_state, split, whole
 from fairseq import checkpoint_utils
-from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from model_makers import SMALL, dictionary
+from python_served import dense_checkpoint
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.serving.errors import CheckpointError
@@ -88,25 +87,6 @@ def test_flags_go_through_from_pretrained_and_stay_out_of_the_checkpoint(shared_
         hub = hub_of(tmp_path, **flags)
         assert (hub.models[0].expert_buffer is not None) == buffered
         assert hub.task.cfg.moe_report is None
-
-
-def dense_checkpoint(file) -> None:
-    """A model of fairseq's own, as its training writes it in plain data."""
-    words = dictionary()
-    task = {"_name": "translation", "data": str(file.parent), "source_lang": "en", "target_lang": "de"}
-    fields = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SMALL.items()}
-    model_cfg = {"_name": "transformer", "arch": "transformer", **fields}
-    args = argparse.Namespace(**model_cfg)
-    for language in ("en", "de"):
-        words.save(str(file.parent / f"dict.{language}.txt"))
-    ARCH_CONFIG_REGISTRY["transformer"](args)
-    task_like = argparse.Namespace(source_dictionary=words, target_dictionary=words)
-    torch.manual_seed(1)
-    model = TransformerModel.build_model(args, task_like)
-    cfg = {"model": vars(args), "task": task, "dataset": {"gen_subset": "test"}}
-    history = [{"num_updates": 7, "optimizer_name": "adam", "lr_scheduler_state": {}}]
-    content = {"args": None, "cfg": cfg, "model": model.state_dict(), "optimizer_history": history, "extra_state": {}}
-    torch.save({**content, "task_state": {}}, file)
 
 
 def test_other_models_are_fairseqs_before_and_after(shared_goldens, tmp_path):

@@ -1,7 +1,6 @@
 """`fairseq_moe_ext.load`: the commands' results from a Python program."""
 
 import dataclasses
-import gc
 import sys
 
 import commands
@@ -10,9 +9,10 @@ import processes
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from python_served import PIECES, interactive, lines_of
+from python_served import PIECES, dense_checkpoint, interactive, lines_of
 
 import fairseq_moe_ext as moe
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.keyword_options import (
     BATCHES,
     FLAGS,
@@ -163,6 +163,74 @@ def test_options_that_cannot_be_are_refused_by_name(shared_goldens, call, words)
         moe.load(folder / "checkpoint_merged.pt", data=folder / "data-bin", **call)
 
 
+@pytest.mark.parametrize(
+    ("path", "call", "words"),
+    [
+        (
+            "checkpoint_merged.pt",
+            {"data": "nowhere"},
+            "data must be a folder with the model's dictionaries, got no",
+        ),
+        (
+            "checkpoint_merged.pt",
+            {"data": None},
+            "data must be a folder with .* dictionaries, got .*mt_plain: ",
+        ),
+        ("checkpoint_merged.pt", {"source_lang": "fr"}, "got .*data-bin: .*dict.fr.txt is not there"),
+        (
+            "checkpoint_merged.pt",
+            {"bpe": "sentencepiece"},
+            "sentencepiece_model must be given with bpe=",
+        ),
+        (
+            "checkpoint_merged.pt",
+            {"bpe": "sentencepiece", "sentencepiece_model": "none.model"},
+            "bpe='sentencepiece' must have what they need: .*none.model",
+        ),
+        ([], {}, r"path must name a checkpoint, or be a list of such names, got \[\]"),
+        ("none.pt", {}, "there is neither none.pt nor none-shared.pt with none-rank-0.pt"),
+        (
+            "../mt_nllb_ws2/checkpoint_last.pt",
+            {"target_lang": "fr"},
+            "source_lang must be given for a multi",
+        ),
+        ("../lm_top2/checkpoint_last.pt", {}, "got .*data-bin: .*dict.txt is not there"),
+        (
+            "checkpoint_merged.pt",
+            {"moe_report": "/nowhere/x.json"},
+            "--moe-report must name a file in an",
+        ),
+    ],
+)
+def test_what_is_not_there_is_said_in_a_sentence(shared_goldens, path, call, words):
+    folder = shared_goldens / "mt_plain"
+    with pytest.raises((OptionError, CheckpointError, ValueError), match=words) as caught:
+        moe.load(folder / path if path else path, **{"data": folder / "data-bin", "cpu": True, **call})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_checkpoint_is_served(tmp_path):
+    dense_checkpoint(tmp_path / "X.pt")
+    with moe.load(tmp_path / "X.pt", data=tmp_path, cpu=True) as served:
+        found = served.generate(["w1 w2", "w3"], beam=2, max_len_b=9)
+    command = commands.run(
+        *"interactive --cpu --task moe_translation --beam 2 --max-len-b 9 --batch-size 2".split(),
+        "--buffer-size",
+        "2",
+        tmp_path,
+        "--path",
+        tmp_path / "X.pt",
+        "-s",
+        "en",
+        "-t",
+        "de",
+        stdin="w1 w2\nw3\n",
+    )
+    assert_as_the_command(found, commands.Generation(command.stdout.splitlines()))
+    with pytest.raises(ValueError, match="--expert-buffer-size needs a model with experts, got 2 with a dense one"):
+        moe.load(tmp_path / "X.pt", data=tmp_path, cpu=True, expert_buffer_size=2)
+
+
 def test_options_of_loading_are_refused_in_a_call(bilingual):
     with pytest.raises(OptionError, match="moe_gating must be given to load"):
         bilingual.translate(["a"], moe_gating="static")
@@ -229,7 +297,6 @@ def test_a_rank_of_torchrun_is_refused_and_left_as_it_is(shared_goldens, monkeyp
     hook, path = sys.excepthook, shared_goldens / "mt_plain" / "checkpoint_merged.pt"
     with pytest.raises(ValueError, match="must be loaded from Python by one process, got 2 ranks: fairseq's commands"):
         moe.load(path, data=path.parent / "data-bin", cpu=True)
-    gc.collect()  # other tests' tasks, which a command might have
     with pytest.raises(ValueError, match="must be loaded from Python by one process, got 2 ranks"):
         checkpoint_utils.load_model_ensemble_and_task([str(path)], {"data": str(path.parent / "data-bin")})
     assert sys.excepthook is hook and not torch.distributed.is_initialized()
