@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 import pytest
 import torch
+from data_makers import untrained_checkpoint, write_data
 from fairseq.data import data_utils
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
@@ -399,6 +400,31 @@ def test_texts_are_translated_as_served_translates_them(bilingual):
 def test_what_has_no_engine(bilingual, options, words):
     with pytest.raises(ValueError, match=words):
         bilingual.served.engine(**options)
+
+
+@pytest.mark.slow
+def test_language_models_and_ensembles_have_no_engine(shared_goldens):
+    lm, mt = shared_goldens / "lm_top2", shared_goldens / "mt_plain"
+    paths = [mt / "checkpoint_last.pt", mt / "checkpoint_merged.pt"]
+    for path, data, words in (
+        (lm / "checkpoint_last.pt", lm / "data-bin", "attends to an encoder, got MoETransformerLanguageModel"),
+        (paths, mt / "data-bin", "serves one model, got an ensemble of 2"),
+    ):
+        with moe.load(path, data=data, cpu=True) as served, pytest.raises(ValueError, match=words):
+            served.engine()
+
+
+@pytest.mark.slow
+def test_a_model_of_fairseqs_own(tmp_path):
+    data = write_data(tmp_path / "data", ("en", "de"))
+    training = ("--task", "translation", "--arch", "transformer_tiny", "-s", "en", "-t", "de")
+    untrained_checkpoint(tmp_path / "model.pt", data, *training)
+    texts, search = ["w1 w2 w3", "w4 w5"], {"beam": 3, "nbest": 2, "max_len_b": 10}
+    with moe.load(tmp_path / "model.pt", data=data, cpu=True) as served, served.engine(**search) as engine:
+        requests = [engine.submit(text) for text in texts]
+        engine.run()
+        expected = served.generate(texts, **search, batch_size=1)
+        assert texts_of(request.result() for request in requests) == texts_of(expected)
 
 
 @pytest.mark.parametrize(("options", "words"), [
