@@ -43,9 +43,20 @@ def assert_padding_is_zero(layer: MOELayer, case: Case) -> None:
         assert torch.equal(output_of(layer, x, mask, value), clean), value
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("padding", ["left", "scattered", "one row", "all"])
-@pytest.mark.parametrize("num_choices, normalize", [(1, False), (2, False), (2, True)])
+def quick_or_slow(kernel: str, padding: str, num_choices: int, normalize: bool):
+    """An interpreted kernel takes 0.3 s; each of its paddings and choices is among the quick ones."""
+    slow = kernel == "triton" and (num_choices, normalize) != QUICK[padding]
+    marks = [*([INTERPRETED] if kernel == "triton" else []), *([pytest.mark.slow] if slow else [])]
+    return pytest.param(kernel, padding, num_choices, normalize, marks=marks)
+
+
+QUICK = {"left": (1, False), "scattered": (2, False), "one row": (2, True), "all": (2, False)}
+
+
+@pytest.mark.parametrize(("kernel", "padding", "num_choices", "normalize"), [
+    quick_or_slow(kernel, padding, *choices) for kernel in ("loop", "grouped-mm", "triton") for padding in QUICK
+    for choices in ((1, False), (2, False), (2, True))
+])
 def test_dynamic_gating(kernel, padding, num_choices, normalize):
     case = CASE.with_(padding=padding, num_choices=num_choices, normalize_before_dropping=normalize)
     layer = case.layer()
