@@ -15,10 +15,11 @@ from fairseq_moe_ext.serving.pickle_rules import check_pickles
 from fairseq_moe_ext.serving.plain_config import ConfigError, plain, shown
 from fairseq_moe_ext.serving.record_file import MAGIC, RecordFile
 from fairseq_moe_ext.serving.safe_loader import load_safely, revive
-from fairseq_moe_ext.serving.stored_tensor import StoredTensor
+from fairseq_moe_ext.serving.stored_tensor import StoredTensor, check_tensor
 
 OPTIMIZER = "last_optimizer_state"  # the bulk of a file, never read
 _OLD_PICKLES = 5  # in a file of the old format: magic number, version, system, content, keys of the storages
+LONGEST_NAME = 500
 SHARING = 4  # a model's tensors take at most so many times the bytes of the records that they lie in
 
 
@@ -70,21 +71,36 @@ def read_pickle(file: Path, loading: Loading) -> tuple[Any, RecordFile | None]:
                 check_pickles(opened, _OLD_PICKLES, file.stat().st_size, file)
     except OSError as error:
         raise CheckpointError(f"{file}: not a readable checkpoint: {error.strerror}") from error
-    if not is_archive:
-        return revive(load_safely(file, "cpu"), lambda tensor: tensor), None
-    records = RecordFile(file, loading)
-    check_pickles(io.BytesIO(records.pickle()), 1, file.stat().st_size, file)
-    return revive(load_safely(file, "meta"), lambda tensor: StoredTensor(tensor, records)), records
+    if is_archive:
+        records = RecordFile(file, loading)
+        check_pickles(io.BytesIO(records.pickle()), 1, file.stat().st_size, file)
+    else:
+        records = None
+    content = load_safely(file, "meta" if is_archive else "cpu")
+    try:
+        return revive(content, (lambda tensor: StoredTensor(tensor, records)) if is_archive else _as_it_is), records
+    except RecursionError:
+        raise CheckpointError(f"{file}: not a readable checkpoint: RecursionError: it is nested too deep") from None
+
+
+def check_names(file: Path, tensors: dict) -> None:
+    """CheckpointError, which calls `file`'s content a mapping, where a name is none, or one that no module has."""
+    for key, value in dict.items(tensors):
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{file}: it must map names to tensors, got {shown(key)}: {type(value).__name__}")
+        if len(key) > LONGEST_NAME:
+            raise CheckpointError(f"{file}: a tensor's name must have at most {LONGEST_NAME} letters, got {shown(key)}")
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _check_tensors(file: Path, model: dict, records: RecordFile | None) -> None:
+    check_names(file, model)
     for key, value in dict.items(model):
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{file}: its 'model' must map names to tensors, got {shown(key)}: {type(value).__name__}"
-            )
-        if records is None and (value.layout != torch.strided or value.is_quantized or value.device.type != "cpu"):
-            raise CheckpointError(f"{file}: its tensors must be dense and of plain numbers, {shown(key)} is not")
+        if records is None:
+            check_tensor(value, f"{file}: {shown(key)}")
     wanted = sum(tensor.numel() * tensor.element_size() for tensor in dict.values(model))
     there = file.stat().st_size if records is None else records.tensor_bytes
     if wanted > SHARING * there + (1 << 20):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext import bounded_json
-from fairseq_moe_ext.serving.checkpoint_file import read_pickle
+from fairseq_moe_ext.serving.checkpoint_file import check_names, read_pickle
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import Loading
 from fairseq_moe_ext.serving.safetensors_file import FileTensor, read_safetensors
@@ -22,6 +22,7 @@ from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".gguf", ".ckpt", ".pt", ".pth", ".onnx")
+_MOST_FIELDS = 10_000  # of a configuration, with all that is in them
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -35,7 +36,7 @@ class HfFolder:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder in Hugging Face's layout")
-        self.config = read_json(path / "config.json")
+        self.config = read_json(path / "config.json", _MOST_FIELDS)
         self.shards, self._index = self._find()
 
     def _find(self) -> tuple[list[Path], dict[str, str]]:
@@ -46,8 +47,9 @@ class HfFolder:
                 if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                     raise CheckpointError(f"{index}: it must have a weight_map from tensors to files")
                 files = sorted(set(weight_map.values()))
-                if any(Path(file).name != file for file in files):
-                    raise CheckpointError(f"{index}: its files must lie beside it")
+                wrong = [file for file in files if Path(file).name != file or not 0 < len(file) <= 200 or "\0" in file]
+                if wrong:
+                    raise CheckpointError(f"{index}: its files must lie beside it, got {wrong[0]!r:.80}")
                 missing = [file for file in files if not (self.path / file).is_file()]
                 if missing:
                     shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -82,11 +84,13 @@ class HfFolder:
         for shard in self.shards:
             for key, tensor in self.read(shard).items():
                 if self._index and self._index.get(key) != shard.name:
-                    raise CheckpointError(f"{shard}: the index must know its tensor {key}, got {self._index.get(key)}")
+                    known = self._index.get(key)
+                    raise CheckpointError(f"{shard}: the index must know its tensor {key[:200]}, got {known}")
                 found[key] = (shard, tensor.dtype, tuple(tensor.shape))
         absent = sorted(set(self._index) - set(found))
         if absent:
-            raise CheckpointError(f"{self.path / self._index[absent[0]]}: the index says that it holds {absent[0]}")
+            file = self.path / self._index[absent[0]]
+            raise CheckpointError(f"{file}: the index says that it holds {absent[0][:200]}")
         return found
 
     def read(self, shard: Path) -> Mapping[str, Tensor | FileTensor]:
@@ -109,15 +113,16 @@ def values(tensor: Tensor | FileTensor) -> Tensor:
 
 def _read_bin(shard: Path) -> dict[str, Tensor]:
     state, _ = read_pickle(shard, Loading(str(shard)))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{shard}: it must map names to tensors")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{shard}: it must map names to tensors, got a {type(state).__name__}")
+    check_names(shard, state)
     return state
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; CheckpointError where there is none."""
+def read_json(file: Path, most: int = bounded_json.MOST_VALUES) -> dict[str, Any]:
+    """The object in `file`; CheckpointError where there is none of at most `most` values."""
     try:
-        content = bounded_json.read_json(file)
+        content = bounded_json.read_json(file, most)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except ValueError as error:

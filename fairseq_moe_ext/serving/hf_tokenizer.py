@@ -86,7 +86,7 @@ def _pieces(folder: Path, fast: dict[str, Any]) -> dict[str, int]:
     for piece, row in theirs.items():
         if piece not in SPECIAL and piece not in added and pieces.get(piece) != row:
             raise CheckpointError(
-                f"{folder / FAST}: {piece!r} must stand in {SPM}'s row {pieces.get(piece)}, got {row}"
+                f"{folder / FAST}: {piece!r:.80} must stand in {SPM}'s row {pieces.get(piece)}, got {row}"
             )
     return pieces
 
@@ -137,7 +137,7 @@ def _added_tokens(folder: Path, fast: dict[str, Any]) -> tuple[dict[str, int], s
         for token, (row, is_special) in _rows(file, entries).items():
             if added.setdefault(token, row) != row:
                 raise CheckpointError(
-                    f"{file}: {token!r} must stand in one row, got {row}, in {origin.name} {added[token]}"
+                    f"{file}: {token!r:.80} must stand in one row, got {row}, in {origin.name} {added[token]}"
                 )
             special |= {token} if is_special else set()
             origin = file
@@ -184,9 +184,10 @@ def _check_rows(folder: Path, rows: dict[str, int]) -> None:
     for token, row in rows.items():
         if row < len(SPECIAL) or tokens.setdefault(row, token) != token:
             other = SPECIAL[row] if row < len(SPECIAL) else tokens[row]
-            raise CheckpointError(f"{folder}: the tokenizer's files give {token!r} and {other!r} one row, {row}")
+            names = f"{token!r:.80} and {other!r:.80}"
+            raise CheckpointError(f"{folder}: the tokenizer's files give {names} one row, {row}")
         if not _fits_a_line(token):
-            raise CheckpointError(f"{folder}: row {row}: a dictionary's file cannot hold the token {token!r}")
+            raise CheckpointError(f"{folder}: row {row}: a dictionary's file cannot hold the token {token!r:.80}")
 
 
 def _fits_a_line(token: str) -> bool:

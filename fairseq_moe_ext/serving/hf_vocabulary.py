@@ -130,18 +130,18 @@ def _shared_names(theirs: Mapping[str, int], names: Sequence[str]) -> dict[str, 
     if foreign:
         raise CheckpointError(
             f"the dictionary is of another vocabulary: it lacks {len(foreign)} of the model's {len(known)} tokens, "
-            f"the first is {min(foreign, key=known.get)!r}"
+            f"the first is {min(foreign, key=known.get)!r:.80}"
         )
     beyond = max(known, key=known.get)
     if known[beyond] >= len(names):
         raise CheckpointError(
-            f"the tokenizer is of another vocabulary: {beyond!r} has row {known[beyond]}, the embeddings have "
+            f"the tokenizer is of another vocabulary: {beyond!r:.80} has row {known[beyond]}, the embeddings have "
             f"{len(names)} rows"
         )
     strangers = [name for name in names if name not in known and name not in ALL_EXTRA_TOKENS]
     strangers = [name for name in strangers if not _FILLER.fullmatch(name)]
     if strangers:
         raise CheckpointError(
-            f"the dictionary is of another vocabulary: it has {strangers[0]!r}, which the model has not"
+            f"the dictionary is of another vocabulary: it has {strangers[0]!r:.80}, which the model has not"
         )
     return known

@@ -89,7 +89,7 @@ class NllbConfig:
         """`config`: config.json's content; CheckpointError, beginning with `source`, where it is no NLLB model."""
         kind = config.get("model_type")
         if kind not in (MOE_TYPE, DENSE_TYPE):
-            raise CheckpointError(f"{source}: model_type must be {MOE_TYPE} or {DENSE_TYPE}, got {kind!r}")
+            raise CheckpointError(f"{source}: model_type must be {MOE_TYPE} or {DENSE_TYPE}, got {kind!r:.80}")
         is_dense = kind == DENSE_TYPE
         values = read_fields(config, not is_dense, source)
         sides = {

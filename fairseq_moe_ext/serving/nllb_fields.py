@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq_moe_ext.gating.routing import SECOND_EXPERT_POLICIES
+from fairseq_moe_ext.serving.config_fields import MOST_POSITIONS
 from fairseq_moe_ext.serving.errors import CheckpointError
 
 # Hugging Face's name -> fairseq's, of the functions that both have. fairseq's swish fails in its dense layers
@@ -69,7 +70,7 @@ COPIED: dict[str, tuple[Any, Rule]] = {
         for side in ("encoder", "decoder")
         for name, rule in (("layers", _whole(1, 10_000)), ("ffn_dim", _whole(1)), ("attention_heads", _whole(1)))
     },
-    "max_position_embeddings": (1024, _whole(1)),
+    "max_position_embeddings": (1024, _whole(1, MOST_POSITIONS)),
     "activation_function": ("relu", _one_of(*ACTIVATIONS)),
     "scale_embedding": (True, FLAG),
     "dropout": (0.1, SHARE),
@@ -149,17 +150,17 @@ def read_fields(config: Mapping[str, Any], has_experts: bool, source: str) -> di
             raise CheckpointError(f"{source}: {name} must be there, {rule.text}")
         values[name] = config.get(name, default)
         if not rule.fits(values[name]):
-            raise CheckpointError(f"{source}: {name} must be {rule.text}, got {values[name]!r}")
+            raise CheckpointError(f"{source}: {name} must be {rule.text}, got {values[name]!r:.80}")
     for name, value in config.items():
         if name in fixed:
             wanted, why = fixed[name]
             if value != wanted or type(value) is not type(wanted):
-                raise CheckpointError(f"{source}: {name} must be {wanted}, {why}, got {value!r}")
+                raise CheckpointError(f"{source}: {name} must be {wanted}, {why}, got {value!r:.80}")
         elif name in SAME and value != values[SAME[name]]:
-            raise CheckpointError(f"{source}: {name} must be {SAME[name]}, {values[SAME[name]]}, got {value!r}")
+            raise CheckpointError(f"{source}: {name} must be {SAME[name]}, {values[SAME[name]]}, got {value!r:.80}")
         elif _may_matter(name) and value not in UNSET:
             raise CheckpointError(
-                f"{source}: {name} is unknown here and may change the results: it must be unset, got {value!r}"
+                f"{source}: {name} is unknown here and may change the results: it must be unset, got {value!r:.80}"
             )
     for side in ("encoder", "decoder"):
         if values["d_model"] % values[f"{side}_attention_heads"]:
@@ -223,13 +224,13 @@ def check_fairseq(value_of: Callable[[str], Any]) -> None:
         found = value_of(name)
         if (found not in UNSET) if not wanted else (found != wanted):
             raise CheckpointError(
-                f"{name.replace('.', '_')} must be {wanted} in a model for Hugging Face's layout, got {found!r}"
+                f"{name.replace('.', '_')} must be {wanted} in a model for Hugging Face's layout, got {found!r:.80}"
             )
     for name, other in FAIRSEQ_EQUAL:
         if value_of(name) != value_of(other):
             raise CheckpointError(
                 f"{name.replace('.', '_')} must be {other.replace('.', '_')}, {value_of(other)}, in a model for "
-                f"Hugging Face's layout, got {value_of(name)!r}"
+                f"Hugging Face's layout, got {value_of(name)!r:.80}"
             )
     sizes, drops = ["encoder.embed_dim"], ["dropout", "attention_dropout", "activation_dropout", "relu_dropout"]
     for side in ("encoder", "decoder"):
@@ -245,5 +246,5 @@ def check_fairseq(value_of: Callable[[str], Any]) -> None:
         if not rule.fits(value_of(name)):
             raise CheckpointError(
                 f"{name.replace('.', '_')} must be {rule.text} in a model for Hugging Face's layout, got "
-                f"{value_of(name)!r}"
+                f"{value_of(name)!r:.80}"
             )

@@ -3,9 +3,9 @@
 The safe loader's list says which names may stand in a file. It does not say how often, in what and with what they are
 used: a file of some KB can ask for objects that fill the memory, for a dictionary's key that takes years to hash, or
 for `str` of a list that is as large when it is written out. The rules here are few:
-- objects take no more memory than a bound that grows with the file;
+- objects take no more memory than a bound that grows with the file, and its opcodes no more time than another one;
 - a tuple holds at most TUPLE_VALUES values, counted with all that it holds, DEPTH deep;
-- keys are numbers, strings and tuples of them;
+- keys are strings and numbers of 64 bits, whose hashes a file can hardly make collide; a few may be tuples of them;
 - what is called is on a list, and with plain arguments.
 A pickle that is cut off or malformed passes: the safe loader stops at the same opcode.
 """
@@ -22,6 +22,9 @@ from fairseq_moe_ext.serving.errors import CheckpointError
 
 TUPLE_VALUES, DEPTH = 100_000, 100
 ROOM = 32_000_000  # bytes of objects that any file may ask for; besides, half of its own size
+STEPS = 2_000_000  # opcodes of any file, about a second; besides, one for so many bytes of its own size:
+BYTES_PER_STEP = 500
+ODD_KEYS = 1000  # of any file: each costs time by the number of those before it
 
 _TENSORS = {
     *(f"torch._utils.{name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")),
@@ -37,6 +40,11 @@ _ENUMS = ("fairseq.data.",)  # what the safe loader's list has of fairseq are en
 _OBJECTS = ("argparse.Namespace", "omegaconf.")  # made without arguments, then given their state
 # bytes that an object takes, roughly
 _CELL, _CONTAINER, _ENTRY, _OBJECT, _STORAGE, _TENSOR, _MEMO = 8, 80, 100, 400, 600, 1500, 120
+# what these take of the safe loader's time, in other opcodes': it goes through its list, at PROTO it warns
+_SLOW = {
+    **dict.fromkeys((pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID), 20),
+    **dict.fromkeys((pickle.GLOBAL, pickle.PROTO), 40),
+}
 
 
 class _Item:
@@ -53,6 +61,7 @@ class _Item:
 
 
 _SCALAR = _Item("scalar")
+_LONG = _Item("long", plain=False)
 
 
 def check_pickles(file: BinaryIO, number: int, size: int, path: object) -> None:
@@ -60,7 +69,7 @@ def check_pickles(file: BinaryIO, number: int, size: int, path: object) -> None:
 
     size: bytes of the whole checkpoint file, by which its room grows. path: for the error.
     """
-    scan = _Scan(file, ROOM + size // 2)
+    scan = _Scan(file, ROOM + size // 2, STEPS + size // BYTES_PER_STEP)
     try:
         for _ in range(number):
             scan.run()
@@ -77,8 +86,10 @@ class _Refused(Exception):
 class _Scan:
     """The stack and the memo of an unpickler, with items in the place of objects."""
 
-    def __init__(self, file: BinaryIO, room: int):
+    def __init__(self, file: BinaryIO, room: int, steps: int):
         self._file, self._room, self._left = file, room, room
+        self._steps, self._steps_left = steps, steps
+        self._odd_keys = 0
 
     def run(self) -> None:
         """Up to STOP; EOFError at an opcode that the safe loader does not know."""
@@ -92,6 +103,9 @@ class _Scan:
             step = _STEPS.get(code)
             if step is None:
                 raise EOFError
+            self._steps_left -= _SLOW.get(code, 1)
+            if self._steps_left < 0:
+                raise _Refused(f"its pickle must take at most {self._steps:,} steps")
             step(self)
 
     def _take(self, cost: int) -> None:
@@ -127,6 +141,9 @@ class _Scan:
         length = int.from_bytes(self._read(width), "little")
         self._take(60 + 4 * length)
         data = self._read(length)
+        if kind == "number" and length > 8 and not 0 <= int.from_bytes(data, "little", signed=True) < 1 << 64:
+            self._stack.append(_LONG)
+            return
         text = data.decode(errors="replace") if kind == "text" and length <= 20 else None
         self._stack.append(_SCALAR if text is None else _Item("text", text=text))
 
@@ -166,7 +183,10 @@ class _Scan:
         items = self._pop_mark() if several else [self._stack.pop() for _ in range(2)][::-1]
         self._take(_ENTRY * len(items) // 2)
         if not all(key.plain for key in items[::2]):
-            raise _Refused("a dictionary's keys must be numbers, strings or tuples of them")
+            raise _Refused("a dictionary's keys must be numbers, strings or tuples of them, of at most 64 bits")
+        self._odd_keys += sum(key.kind not in ("scalar", "text") for key in items[::2])
+        if self._odd_keys > ODD_KEYS:
+            raise _Refused(f"at most {ODD_KEYS} keys of its dictionaries may be tuples or other objects")
         self._target("dict", "collection").plain = False
 
     def _target(self, *kinds: str) -> _Item:
@@ -225,8 +245,11 @@ def _check_call(called: _Item, arguments: _Item) -> None:
         fits = not given
     elif name == "builtins.bytearray":  # of a number it would be as long
         fits = not given or given[0].name == "_codecs.encode"
-    elif name in _COLLECTIONS or name in _VALUES or name.startswith(_ENUMS):
-        fits = arguments.plain or name == "collections.Counter" and given[0].kind == "dict"
+    elif name in _COLLECTIONS:  # of a list of tuples it would be as slow as their hashes collide
+        fits = all(each.kind in ("list", "global") and each.plain for each in given)
+        fits = fits or name == "collections.Counter" and given[0].kind == "dict"
+    elif name in _VALUES or name.startswith(_ENUMS):
+        fits = arguments.plain
     else:
         raise _not_listed(called)
     if not fits:

@@ -59,7 +59,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"its header is said to have {length} bytes, the file has {size}")
-            header = parse_json(file.read(length), _without_twins)
+            header = parse_json(file.read(length))
         if not isinstance(header, dict):
             raise ValueError(f"its header must be a JSON object, got {type(header).__name__}")
         header.pop("__metadata__", None)
@@ -74,13 +74,6 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {one_line(error)}") from error
     return tensors
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("its header must name a tensor once")
-    return found
 
 
 def _tensor(path: Path, key: str, entry: Any, start: int) -> FileTensor:

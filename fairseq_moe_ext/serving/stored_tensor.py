@@ -18,6 +18,25 @@ _WITHOUT_VALUES = frozenset(
 )
 
 
+_MOST_DIMS = 8
+
+
+def check_tensor(tensor: Tensor, what: str) -> None:
+    """CheckpointError, beginning with `what`, unless the tensor is dense and lies within its storage."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"{what}: tensors must be dense, found one that is {tensor.layout}")
+    if tensor.dim() > _MOST_DIMS:
+        raise CheckpointError(f"{what}: tensors must have at most {_MOST_DIMS} dims, found one of {tensor.dim()}")
+    if tensor.numel() > 0:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+        if end * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{what}: a tensor must lie within its {tensor.untyped_storage().nbytes():,} bytes, got one of shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()} from value {tensor.storage_offset()} on"
+            )
+
+
 class StoredTensor(Tensor):
     """A tensor in a RecordFile: shape and dtype are known, any use of the values reads them, and keeps nothing.
 
@@ -27,8 +46,7 @@ class StoredTensor(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, file: RecordFile):
         """meta: as `torch.load(map_location="meta")` gives it, its storage with the offset in the file."""
-        if meta.layout != torch.strided or meta.is_quantized:
-            raise CheckpointError(f"{file.path}: tensors must be dense, found one that is {meta.layout}")
+        check_tensor(meta, str(file.path))
         if meta.numel() * meta.element_size() > meta.untyped_storage().nbytes():
             raise CheckpointError(f"{file.path}: a tensor of shape {tuple(meta.shape)[:8]} must not repeat its values")
         stored = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu")

@@ -8,6 +8,7 @@ import pickle
 import struct
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,48 @@ def unsized(data: bytes) -> bytes:
     return bytes(broken)
 
 
+def two_descriptions() -> bytes:
+    """An archive with a description that readers find which do not look at letters' case."""
+    source, target = zipfile.ZipFile(io.BytesIO(saved(whole(proving_state(2))))), io.BytesIO()
+    records = {name: source.read(name) for name in source.namelist()}
+    hostile = b"\x80\x02}X\x05\x00\x00\x00model}sX\x0b\x00\x00\x00extra_state}" + doubled_tuples(40) + b"Nss."
+    with zipfile.ZipFile(target, "w") as written:
+        for name in ("archive/version", "archive/DATA.pkl", *records, "archive/Data.pkl"):
+            if name not in written.namelist():
+                written.writestr(name, records.get(name, hostile))
+    return target.getvalue()
+
+
+def two_ends() -> bytes:
+    """An archive whose end of 64 bits, which not every reader looks for, is another one than its end."""
+    plain = saved(whole(proving_state(2)))
+    place = plain.index(b"PK\x06\x07")
+    return plain[: place + 8] + struct.pack("<Q", 100) + plain[place + 16 :]
+
+
+def moved_list(data: bytes) -> bytes:
+    """The archive with a list of records that is said to begin 8 bytes earlier."""
+    moved, place = bytearray(data), data.index(b"PK\x06\x06")
+    start = struct.unpack_from("<Q", data, place + 48)[0]
+    moved[place + 48 : place + 56] = struct.pack("<Q", start - 8)
+    return bytes(moved)
+
+
+def numbers_of_one_hash(number: int) -> list[bytes]:
+    """Opcodes of numbers that Python's hash does not tell apart."""
+    return [b"\x8a\x10" + (each * ((1 << 61) - 1)).to_bytes(16, "little") for each in range(number)]
+
+
+class Placed:
+    """A tensor as its pickle describes it, in 15 values."""
+
+    def __init__(self, start: int, shape: tuple, strides: tuple):
+        self.arguments = torch.ones(15).storage(), start, shape, strides, False, OrderedDict()
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     # shared, doubled, recursive
     "tuples shared 60 deep": lambda: saved(whole(proving_state(2), extra_state=doubled(lambda a, b: (a, b)))),
@@ -160,7 +203,35 @@ FILES: dict[str, Callable[[], bytes]] = {
     "records of 1 GB in a small file": lambda: unsized(saved(whole(proving_state(2)))),
     "bytes before the archive": lambda: b"PK\x03\x04" + bytes(100) + archive(),
     "an archive with a comment": lambda: archive()[:-2] + b"\x04\x00abcd",
+    "an archive with a second description, in other letters": two_descriptions,
+    "a second end of the archive": two_ends,
+    "an archive's end that points elsewhere": lambda: moved_list(saved(whole(proving_state(2)))),
+    # more time than memory
+    "five million protocols": lambda: with_pickle(b"\x80\x03" * 5_000_000 + b"}."),
+    "a bare pickle of protocols": lambda: b"\x80\x03" * 5_000_000 + b"}.",
+    "a million names": lambda: made_of(b"](", named("numpy", "dtype") * 1_000_000, b"e"),
+    "a million states of one object": lambda: made_of(named("argparse", "Namespace"), b")\x81", b"Nb" * 700_000),
+    "three million values of one place": lambda: made_of(b"]q\x00(", b"h\x00" * 3_000_000, b"e"),
+    "numbers of one hash as keys": lambda: made_of(b"}(", *(each + b"N" for each in numbers_of_one_hash(20_000)), b"u"),
+    "numbers of one hash in a set": lambda: made_of(
+        named("__builtin__", "set"), b"](", *numbers_of_one_hash(50_000), b"e\x85R"
+    ),
+    "numbers of one hash to count": lambda: made_of(
+        named("collections", "Counter"), b"}(", *(each + b"N" for each in numbers_of_one_hash(20_000)), b"u\x85R"
+    ),
+    "a set of many tuples": lambda: made_of(
+        named("__builtin__", "set"), b"(", *(b"M" + struct.pack("<H", n) + b"\x85" for n in range(40_000)), b"t\x85R"
+    ),
+    "a long tuple as a key 20,000 times": lambda: made_of(b"](", b"N" * 40_000, b"tq\x01a}(", b"h\x01N" * 20_000, b"u"),
     # tensors
+    "a tensor of huge strides": lambda: with_model(**{KEY: Placed(0, (5, 3), (1 << 60, 1))}),
+    "a tensor that begins behind its bytes": lambda: with_model(**{KEY: Placed(1 << 62, (5, 3), (3, 1))}),
+    "a tensor larger than its bytes": lambda: with_model(**{KEY: Placed(0, (50, 3), (3, 1))}),
+    "a tensor of 5000 dims": lambda: with_model(**{KEY: torch.ones((1,) * 5000)}),
+    "old, a tensor of 5000 dims": lambda: saved(
+        whole({KEY: torch.ones((1,) * 5000)}), _use_new_zipfile_serialization=False
+    ),
+    "a name of 100,000 letters": lambda: with_model(**{"x" * 100_000: torch.ones(3)}),
     "a tensor that repeats one value": lambda: with_model(**{KEY: torch.ones(1).expand(10**6, 10**6)}),
     "a state that shares one record a thousand times": lambda: with_model(
         **dict.fromkeys(map(str, range(3000)), torch.ones(10**5))

@@ -352,3 +352,52 @@ class TestScript:
         assert main([target, "--to-hf", "--output", str(tmp_path / "back"), "--dtype", "float32"]) == 0
         with safe_open(tmp_path / "back" / "model.safetensors", "pt") as file:
             assert file.get_slice("model.shared.weight").get_dtype() == "F32"
+
+
+def changed_config(folder: Path, **fields) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def nested_weights(folder: Path) -> None:
+    """One file of weights that is a list in a list, 20,000 deep, by the pickle's own opcodes."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save({"a": 1}, folder / "pytorch_model.bin")
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        for name, data in records.items():
+            nested = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
+            archive.writestr(name, nested if name.endswith("data.pkl") else data)
+
+
+HOSTILE = {
+    "a long value": (lambda folder: changed_config(folder, foo_layer="x" * 10**6), "config.json: foo_layer"),
+    "a long list": (lambda folder: changed_config(folder, d_model=[1] * 9_000), "config.json: d_model must be"),
+    "many fields": (lambda folder: changed_config(folder, **{f"z{n}": n for n in range(20_000)}), "10,000 values"),
+    "a huge number": (lambda folder: changed_config(folder, zzz=10**400), "at most 300 digits"),
+    "an endless number": (lambda folder: changed_config(folder, zzz=float("inf")), "Infinity is no number"),
+    "deep lists": (lambda folder: changed_config(folder, zzz=json.loads("[" * 500 + "]" * 500)), "100 levels"),
+    "positions that are not served": (
+        lambda folder: changed_config(folder, max_position_embeddings=10**9),
+        "config.json: max_position_embeddings must be a whole number of at least 1 and at most 1000000",
+    ),
+    "a file with a long name": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "x" * 5000}})
+        ),
+        "index.json: its files must lie beside it",
+    ),
+    "nested weights": (nested_weights, "pytorch_model.bin: not a readable checkpoint: RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_ends_in_one_sentence(copy, tmp_path, name):
+    change, words = HOSTILE[name]
+    change(copy)
+    with pytest.raises(CheckpointError) as caught:
+        convert_nllb(str(copy), str(tmp_path / "out.pt"))
+    message = str(caught.value)
+    assert words in message and str(copy) in message and len(message) < 500 and "\n" not in message, message
