@@ -22,6 +22,7 @@ from fairseq_moe_ext.bounded_json import read_regular
 PHASES = ("encoder", "prefill", "decode")
 _ROOM = 50_000_000  # bytes that the arrays of any file may take; besides, a hundred times its own
 _LIST = 100_000  # bytes of the archive's list of arrays
+_MOST, _LONGEST_NAME = 10_000, 500  # layers or experts; letters
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
         raise ValueError(f"its list of arrays must take at most {_LIST} bytes, got {end[zipfile._ECD_SIZE]}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {entry.filename: entry for entry in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("each of its arrays must stand there once")
         wanted = [f"{phase}_{part}.npy" for phase in PHASES for part in ("names", "load", "batch")]
         size, room = sum(members[name].file_size for name in wanted if name in members), max(_ROOM, 100 * len(content))
         if size > room:
@@ -138,7 +141,20 @@ def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
         if any(part is None for part in parts) or parts[0].ndim != 1 or parts[0].dtype.kind != "U":
             raise ValueError(f"{phase}_load must have names (layers,) and batches (steps,) beside it")
         phases[phase] = PhaseTrace(tuple(parts[0].tolist()), *parts[1:])
+        _check_numbers(phase, *parts)
     return phases
+
+
+def _check_numbers(phase: str, names: np.ndarray, load: np.ndarray, batch: np.ndarray) -> None:
+    """ValueError where a recorder cannot have written such numbers."""
+    if load.shape[0] == 0 or max(load.shape[1:]) > _MOST:
+        raise ValueError(
+            f"{phase}_load must be of at least one step and of at most {_MOST:,} layers and experts, got {load.shape}"
+        )
+    if load.max() >= 1 << 32 or batch.max() >= 1 << 63:
+        raise ValueError(f"{phase}_load must be below 2^32 and {phase}_batch below 2^63")
+    if not all(name.isprintable() and len(name) <= _LONGEST_NAME for name in names.tolist()):
+        raise ValueError(f"{phase}_names must have at most {_LONGEST_NAME} printable letters each")
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:

@@ -96,6 +96,14 @@ def trace(**changed) -> bytes:
     return npz(**{"decode_names": NAMES, "decode_load": LOAD, "decode_batch": BATCH, **changed})
 
 
+def doubled_member(archive: bytes) -> bytes:
+    """With another array of a name that stands there already."""
+    buffer = io.BytesIO(archive)
+    with zipfile.ZipFile(buffer, "a") as written, pytest.warns(UserWarning, match="Duplicate name"):
+        written.writestr("decode_load.npy", written.read("decode_load.npy"))
+    return buffer.getvalue()
+
+
 TRACES: dict[str, Callable[[], bytes]] = {
     "1 GiB of zeros": lambda: trace(decode_load=header_of((1 << 30, 1, 1), data=bytes(1 << 30))),
     "200 MB of zeros": lambda: trace(decode_load=header_of((200_000_000, 1, 1), data=bytes(200_000_000))),
@@ -117,6 +125,17 @@ TRACES: dict[str, Callable[[], bytes]] = {
     "half an array": lambda: trace(decode_load=header_of((2, 1, 4), data=bytes(7))),
     "a header of code": lambda: trace(decode_load=b"\x93NUMPY\x01\x00\x20\x00" + b"__import__('os').system('true')"),
     "cut off": lambda: trace()[:-30],
+    "an array twice": lambda: doubled_member(trace()),
+    "loads beyond any count": lambda: trace(decode_load=np.full((2, 1, 4), 1 << 40, np.uint64)),
+    "batches beyond any number": lambda: trace(decode_batch=np.full(2, (1 << 64) - 1, np.uint64)),
+    "no steps": lambda: trace(decode_load=LOAD[:0], decode_batch=BATCH[:0]),
+    "forty million experts": lambda: trace(decode_load=np.ones((1, 1, 40_000_000), np.uint8), decode_batch=BATCH[:1]),
+    "twenty thousand layers": lambda: trace(
+        decode_names=np.arange(20_000).astype(str), decode_load=np.ones((2, 20_000, 1), np.uint8)
+    ),
+    "a long name": lambda: trace(decode_names=np.array(["x" * 100_000])),
+    "a name of half a letter": lambda: trace(decode_names=header_of((1,), "<U1", b"\x00\xd8\x00\x00")),
+    "a name of two lines": lambda: trace(decode_names=np.array(["a\nb"])),
     "20,000 arrays": lambda: npz(zipfile.ZIP_STORED, **{str(number): b"" for number in range(20_000)}),
 }
 
@@ -130,6 +149,11 @@ JSON: dict[str, bytes] = {
     "a list": b"[1]",
     "a number": b"NaN",
     "cut off": b'{"a": ',
+    "a name twice": b'{"a": 1, "b": [{"c": 1, "c": 2}]}',
+    "not a number": b'{"a": NaN}',
+    "infinity": b'{"a": [-Infinity]}',
+    "a number of a thousand digits": b'{"a": %b}' % (b"9" * 1000),
+    "nested 500 deep": b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}",
     "two objects": b"{}{}",
 }
 
