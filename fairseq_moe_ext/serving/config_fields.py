@@ -92,22 +92,32 @@ def _whole(value: Any) -> int:
     number = _literal(value)
     if isinstance(number, float) and number.is_integer():
         number = int(number)
-    if not isinstance(number, int) or abs(number) >= 1 << 31:
+    if not isinstance(number, int) or number is True or abs(number) >= 1 << 31:
         raise _Wrong("a whole number below 2^31")
-    return number
+    return int(number)  # old files have False for 0
 
 
-def _positions(value: Any) -> int:
-    number = _whole(value)
-    if number > MOST_POSITIONS:
-        raise _Wrong(f"at most {MOST_POSITIONS:,}")
-    return number
+def _between(least: int, most: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = _whole(value)
+        if not least <= number <= most:
+            raise _Wrong(f"from {least} to {most:,}")
+        return number
+
+    return parse
 
 
 def _number(value: Any) -> float:
     number = _literal(value)
-    if not isinstance(number, int | float):
+    if not isinstance(number, int | float) or number is True:
         raise _Wrong("a number")
+    return number
+
+
+def _share(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise _Wrong("a number from 0 to 1")
     return number
 
 
@@ -169,7 +179,13 @@ _BY_NAME: dict[str, Callable] = {
     **{f"{side}layers_to_keep": _layers_to_keep for side in ("encoder_", "decoder_", "")},
     **{f"{side}xformers_att_config": _unset for side in ("encoder_", "decoder_", "")},
     **{f"{side}embed_path": _unset for side in ("encoder_", "decoder_", "")},
-    **dict.fromkeys(("max_source_positions", "max_target_positions", "tokens_per_sample"), _positions),
+    **dict.fromkeys(("max_source_positions", "max_target_positions", "tokens_per_sample"), _between(1, MOST_POSITIONS)),
+    # a side that a model does not have may have 0
+    **{f"{side}attention_heads": _between(0, 100_000) for side in ("encoder_", "decoder_", "")},
+    **{f"{side}layers": _between(0, MOST_POSITIONS) for side in ("encoder_", "decoder_", "")},
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "cmr_gate_drop"), _share),
+    **dict.fromkeys(("adaptive_softmax_dropout", "moe_eom", "moe_fom"), _share),
+    **{f"{side}layerdrop": _share for side in ("encoder_", "decoder_", "")},
 }
 # of older releases, which fairseq's architectures still read
 _OLD: dict[str, Callable] = {

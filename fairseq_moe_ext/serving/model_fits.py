@@ -15,10 +15,23 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
-from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary
+from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary, loading_into
 
 _DENSE = (TransformerModel, TransformerLanguageModel)
 _ONE_AT_A_TIME = threading.Lock()  # who replaces a function of fairseq's
+_FIELDS_AS_FLAGS = ("--share-", "--quant-noise-")  # fairseq's and our layers' errors call a model's fields so
+
+
+def load_in_one_sentence(model: nn.Module) -> None:
+    """Let a model of fairseq's own load a ModelState as ours do: what is wrong with it is a CheckpointError."""
+    load = model.load_state_dict
+
+    def load_state_dict(state_dict, *args, **kwargs):
+        del model.load_state_dict  # for one call, and no model refers to itself
+        with loading_into(model, state_dict):
+            return load(state_dict, *args, **kwargs)
+
+    model.load_state_dict = load_state_dict
 
 
 def dense_model(name: str | None) -> type | None:
@@ -71,7 +84,8 @@ def naming_the_checkpoint(state: ModelState | None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if state is not None and not str(error).startswith("--"):
+        is_of_a_flag = str(error).startswith("--") and not str(error).startswith(_FIELDS_AS_FLAGS)
+        if state is not None and not is_of_a_flag:
             error.args = (f"{state.loading.path}: {error}",)
         raise
 
@@ -90,6 +104,9 @@ def check_fits(build: Callable[[], nn.Module], state: ModelState | None) -> None
             model = build()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration describes no model: {one_line(error)}") from error
+    for name, tensor in state.items():
+        if tensor.dtype.is_complex:  # a parameter would take the real parts, and say nothing
+            raise CheckpointError(f"{path}: its tensors must be of real numbers, {name} is {tensor.dtype}")
     check_vocabulary(model, state)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

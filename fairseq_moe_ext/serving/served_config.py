@@ -26,6 +26,10 @@ _LM_FIELDS = (
 _COMMAND_FIELDS = (
     *("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "skip_invalid_size_inputs_valid_test"),
 )
+# of a decoder-only model: field -> a part of the keys that it adds. The release hands these fields on from a Namespace
+# alone, so that one that it trained by a configuration has them and lacks what they say
+_NORM_FORMER = {"scale_attn": ".attn_ln.", "scale_fc": ".ffn_layernorm.", "scale_heads": ".c_attn"}
+_NORM_FORMER |= {"scale_resids": ".w_resid"}
 
 
 def served_config(state: Mapping[str, Any], overrides: Mapping[str, Any]) -> DictConfig:
@@ -50,6 +54,10 @@ def model_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     if not name:
         raise ConfigError(f"a configuration must name the model's architecture, got {shown(name)}")
     model |= {"_name": name, "arch": name}
+    if layer_count(state["model"], "encoder") == 0:
+        for field, part in _NORM_FORMER.items():
+            if model.get(field) and not any(part in key for key in state["model"]):
+                model[field] = False
     _check_layers(model, state["model"])
     return model
 

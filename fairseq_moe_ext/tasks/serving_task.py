@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.models import FairseqLanguageModel
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
 from fairseq_moe_ext.models.moe_config import has_moe_layers
-from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint_task import SERVED
@@ -33,7 +33,12 @@ from fairseq_moe_ext.serving.generator import (
 )
 from fairseq_moe_ext.serving.left_out import keep_fitting
 from fairseq_moe_ext.serving.loading import ModelState
-from fairseq_moe_ext.serving.model_fits import check_fits, dense_model, naming_the_checkpoint
+from fairseq_moe_ext.serving.model_fits import (
+    check_fits,
+    dense_model,
+    load_in_one_sentence,
+    naming_the_checkpoint,
+)
 from fairseq_moe_ext.serving.observer import Observer
 from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
@@ -101,23 +106,26 @@ class ServingTask:
     def _build_for_serving(self, args: Any, state: ModelState | None):
         has_encoder, flags = getattr(args, "encoder_layers", None) is not None, self._flags()
         if not has_moe_layers(args):
+            # without a model of fairseq's: an architecture of upstream's branches that the release has no name for
+            known = dense_model(getattr(args, "_name", None) or getattr(args, "arch", None))
+            if known is not None:
+                has_encoder = not issubclass(known, FairseqLanguageModel)
+            self._check_kind(has_encoder)
             check_fields(args, has_encoder, has_experts=False)
             check_flags_of_dense(flags, takes_dtype=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
-            # without a model of fairseq's: an architecture of upstream's branches that the release has no name for
-            known = dense_model(getattr(args, "_name", None) or getattr(args, "arch", None)) is not None
-            if not known:
+            if known is None:
                 check_fields(args, has_encoder)  # built as a model with experts is
                 args = self._with_flags(args)
-            build = super().build_model if known else self._build_served
+            build = self._build_served if known is None else super().build_model
             check_fits(lambda: build(copy.deepcopy(args), True), state)
             model = build(args, True)
+            if not isinstance(model, self.served_model_class):  # fairseq's own
+                load_in_one_sentence(model)
             if not self.observer.has_model:
                 self.observer.watch_dense(model)
             return model
-        if has_encoder == issubclass(self.served_model_class, MoETransformerLanguageModel):
-            found, fitting = _KINDS[has_encoder]
-            raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
+        self._check_kind(has_encoder)
         check_fields(args, has_encoder)
         args = self._with_flags(args)
         check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
@@ -134,6 +142,11 @@ class ServingTask:
             self.observer.has_model = True
             model.observer = self.observer
         return model
+
+    def _check_kind(self, has_encoder: bool) -> None:
+        if has_encoder == issubclass(self.served_model_class, FairseqLanguageModel):
+            found, fitting = _KINDS[has_encoder]
+            raise ValueError(f"--task does not fit the checkpoint, which is {found}: it must be {fitting}")
 
     def _build_served(self, args: Namespace, from_checkpoint: bool = True):
         return self.served_model_class.build_model(args, self)

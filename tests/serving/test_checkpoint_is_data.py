@@ -223,11 +223,66 @@ def test_cutoffs_are_served_as_the_list_that_they_say(served):
         ("decoder_ffn_embed_dim", -5),
         ("decoder_output_dim", 10**9),
         ("adaptive_softmax_cutoff", "5,1000000000"),
+        *(("max_target_positions", value) for value in (-1, 0, True)),
+        *(("decoder_attention_heads", value) for value in (-1, True, 10**9)),
+        *(("dropout", value) for value in (float("nan"), -0.5, 1e300, True, "1e999")),
+        ("decoder_layerdrop", float("inf")),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_a_model_that_the_tensors_do_not_fill(served, name, field, value):
     served.refused(name, served.model(name, {field: value}), error=(CheckpointError, ValueError))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tensors_that_no_module_takes(served, name):
+    """Also of the dense models, which are fairseq's own."""
+    state = served.model(name, {})
+    weight = "decoder.layers.0.fc1.weight"
+    for model, words in (
+        ({**state["model"], "foo.bar": torch.ones(3)}, 'Unexpected key(s) in state_dict: "foo.bar"'),
+        ({**state["model"], weight: torch.ones(1, 1)}, f"size mismatch for {weight}"),
+        ({key: tensor for key, tensor in state["model"].items() if key != weight}, "must fit the model"),
+        ({**state["model"], weight: state["model"][weight] + 1j}, f"real numbers, {weight} is torch.complex64"),
+    ):
+        served.refused(name, {**state, "model": model}, f"{served.folder}/X.pt: its tensors must", words)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_damaged_weight_names_its_file(served, name, monkeypatch):
+    state = served.model(name, {})
+    weight = torch.full((16, 16), 101.0)
+    torch.save({**state, "model": {**state["model"], "decoder.layers.0.fc1.weight": weight}}, served.folder / "X.pt")
+    data = bytearray((served.folder / "X.pt").read_bytes())
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    monkeypatch.setattr(torch, "save", lambda _, file: file.write_bytes(data))
+    served.refused(name, state, f"{served.folder}/X.pt: record", "is damaged")
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize(("side", "other"), [("lm", "mt"), ("mt", "lm")])
+def test_a_checkpoint_under_a_task_of_another_kind(served, kind, side, other, monkeypatch):
+    monkeypatch.setitem(served.tasks, f"{kind} {side}", served.tasks[f"{kind} {other}"])
+    state = served.model(f"{kind} {side}", {})
+    served.refused(f"{kind} {side}", state, "--task does not fit the checkpoint", error=ValueError)
+
+
+def test_a_field_that_fairseq_calls_by_its_flag_is_of_a_file(served):
+    state = served.model("moe mt", {"share_all_embeddings": True, "encoder_embed_dim": 8})
+    served.refused("moe mt", state, f"{served.folder}/X.pt: --share-all-embeddings", error=ValueError)
+    state = served.model("moe lm", {"scalar": 0.5})
+    served.refused("moe lm", state, f"{served.folder}/X.pt: --quant-noise-scalar", error=ValueError)
+
+
+def test_norms_that_the_release_did_not_train_are_not_served(served):
+    """It takes their flags and builds no module for them, unless its model is described by a Namespace."""
+    fields = dict.fromkeys(("scale_attn", "scale_fc", "scale_heads", "scale_resids"), True)
+    for name in ("dense lm", "moe lm"):
+        served.load(name, served.model(name, fields))
+    training = ("--scale-attn", "--scale-fc", "--scale-heads", "--scale-resids", *TRAINING["moe lm"])
+    untrained_checkpoint(served.folder / "Y.pt", served.folder / "lm", *training)
+    found = served.load("moe lm", commands.read_state(served.folder / "Y.pt"))
+    assert "decoder.layers.0.w_resid" in found.state_dict()
 
 
 def test_positions_and_layers_of_the_embedder_have_bounds(served):
