@@ -99,7 +99,7 @@ def _load_models(
     if not any(each.ranks is not None for each in _tasks):  # else a command's ranks load a second model (--lm-path)
         check_alone(paths[0])
     overrides = dict(arg_overrides or {})
-    loaded = load_models(paths, overrides.get("data"), overrides, overrides, ignore_unknown=True)
+    loaded = load_models(paths, overrides.get("data"), overrides, overrides, of_parser=True)
     return loaded.models, loaded.configuration(), loaded.task
 
 

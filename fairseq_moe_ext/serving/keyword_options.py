@@ -74,16 +74,17 @@ class KeywordOptions:
         self._task = task
         self._parsers: dict[tuple, tuple[argparse.ArgumentParser, frozenset[str]]] = {}
 
-    def parse(self, data: str, options: Mapping[str, Any]) -> argparse.Namespace:
+    def parse(self, data: str, options: Mapping[str, Any], every: bool = False) -> argparse.Namespace:
         """All fields that a command's parser makes of `data` and these options; None stands for an option's default.
 
-        OptionError names the keyword, the rule and the value.
+        every: also of options that have no effect here, but where the caller goes on. OptionError names the keyword,
+        the rule and the value.
         """
         given = {_ALIASES.get(name, name): value for name, value in options.items() if value is not None}
         parser, known = self._parser(given.get("tokenizer"), given.get("bpe"))
         actions = {action.dest: action for action in parser._actions}
         for name in given:
-            if name not in known:
+            if name not in known and not every:
                 raise OptionError(self._refusal(name, known, actions))
         arguments = [data]
         for name, value in given.items():
@@ -102,10 +103,11 @@ class KeywordOptions:
                 raise OptionError(f"{missing[0]} must be given with {name}={getattr(args, name)!r}, got none")
         return args
 
-    def known(self, options: Mapping[str, Any]) -> set[str]:
-        """Those names among `options` that `parse` takes."""
-        _, known = self._parser(options.get("tokenizer"), options.get("bpe"))
-        return {name for name in options if _ALIASES.get(name, name) in known}
+    def of_parser(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `options` that fairseq's parser has, also where `parse` refuses them."""
+        parser, _ = self._parser(options.get("tokenizer"), options.get("bpe"))
+        names = {action.dest for action in parser._actions if action.option_strings} - {"task"} | set(_ALIASES)
+        return {name: value for name, value in options.items() if name in names}
 
     def _parser(self, *choices: str | None) -> tuple[argparse.ArgumentParser, frozenset[str]]:
         """fairseq's parser of the command that serves the task, and the names of its options that work here."""
@@ -167,6 +169,19 @@ def text_configuration(args: argparse.Namespace, name: str) -> DictConfig | None
     return OmegaConf.create(
         {**({} if fields_of_choice is None else vars(fields_of_choice.from_namespace(args))), "_name": choice}
     )
+
+
+def criterion_configuration(fields: Mapping[str, Any]) -> DictConfig | None:
+    """What fairseq's `build_criterion` takes for the loss of a checkpoint; None where fairseq does not know it."""
+    fields_of_loss = REGISTRIES["criterion"]["dataclass_registry"].get(fields.get("_name"))
+    if fields_of_loss is None:
+        return None
+    found = {}
+    for name, value in vars(fields_of_loss()).items():
+        found[name] = fields.get(name, value)
+        if isinstance(found[name], str) and found[name].startswith("${"):  # a switch of training
+            found[name] = False
+    return OmegaConf.create({**found, "_name": fields["_name"]})
 
 
 def _groups(args: argparse.Namespace, **more: type) -> DictConfig:

@@ -19,6 +19,7 @@ from fairseq_moe_ext.serving.keyword_options import (
     KeywordOptions,
     OptionError,
     configuration,
+    criterion_configuration,
     task_configuration,
     text_configuration,
 )
@@ -39,6 +40,7 @@ class LoadedModels:
     options: dict[str, Any]
     args: Namespace
     model_cfg: Namespace
+    criterion: dict[str, Any]
 
     def configuration(self) -> DictConfig:
         """As fairseq has it of a checkpoint; what a training left there is not in it."""
@@ -46,6 +48,7 @@ class LoadedModels:
         with open_dict(cfg):
             cfg._set_flag("allow_objects", True)
             cfg.model, cfg.task = self.model_cfg, task_configuration(self.args)
+            cfg.criterion = criterion_configuration(self.criterion)
             cfg.tokenizer, cfg.bpe = (text_configuration(self.args, name) for name in ("tokenizer", "bpe"))
         return cfg
 
@@ -65,27 +68,28 @@ def load_models(
     options: Mapping[str, Any],
     overrides: Mapping[str, Any],
     observer: type[Observer] | None = None,
-    ignore_unknown: bool = False,
+    of_parser: bool = False,
 ) -> LoadedModels:
     """The models of the checkpoints at `paths`, which make an ensemble, under `overrides` (`--model-overrides`).
 
     data: where the dictionaries are; None: beside the first checkpoint. options: as KeywordOptions takes them, above
     what the checkpoint says of its task. observer: of what is served; None: one that ends with the process.
-    ignore_unknown: options that are not known may be of others. OptionError, CheckpointError, ValueError.
+    of_parser: options may be any that fairseq's parser has, which its own callers look at, and others.
+    OptionError, CheckpointError, ValueError.
     """
     state = served_state(paths[0], overrides)
     keywords = KeywordOptions(_task_of(state))
-    if ignore_unknown:
-        options = {name: options[name] for name in keywords.known(options)}
+    if of_parser:
+        options = keywords.of_parser(options)
     options = {**_of_checkpoint(state), **options}
     data = os.fspath(Path(paths[0]).parent if data is None else data)
-    args = keywords.parse(data, options)
+    args = keywords.parse(data, options, every=of_parser)
     task = _set_up(args)
     if observer is not None:
         task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace)
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
-    return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model)
+    return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model, state["criterion"])
 
 
 def _set_up(args: Namespace) -> Any:

@@ -67,6 +67,14 @@ def task_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     return {**_fields(state, "task"), **_overridden(overrides or {}, "task")}
 
 
+def criterion_fields(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss that the checkpoint was trained with: its `_name` and its numbers and switches."""
+    fields = _fields(state, "criterion")
+    name = fields.get("_name", fields.get("criterion"))
+    numbers = {field: value for field, value in fields.items() if isinstance(value, bool | int | float)}
+    return {**numbers, "_name": name if isinstance(name, str) else None}
+
+
 def _fields(state: Mapping[str, Any], group: str) -> dict[str, Any]:
     """A group of the configuration; `args`, which older checkpoints have, is all groups in one."""
     args, cfg = state.get("args"), state.get("cfg")
@@ -74,7 +82,7 @@ def _fields(state: Mapping[str, Any], group: str) -> dict[str, Any]:
     if isinstance(found, Namespace):
         found = vars(found)
     if not isinstance(found, dict):
-        if group == "task":
+        if group != "model":
             return {}
         raise ConfigError(f"not a fairseq checkpoint: its configuration must describe the {group}, got {shown(found)}")
     return {name: value for name, value in found.items() if not (args is not None and name == "_name")}

@@ -14,7 +14,7 @@ from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
 from fairseq_moe_ext.serving.plain_config import ConfigError, namespace
 from fairseq_moe_ext.serving.rank_files import updates
-from fairseq_moe_ext.serving.served_config import served_config, task_fields
+from fairseq_moe_ext.serving.served_config import criterion_fields, served_config, task_fields
 from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
 
 
@@ -37,6 +37,7 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
     vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
     history = [{"num_updates": updates(state) or 0}]
     found = {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history}
+    found["criterion"] = criterion_fields(state)
     return {**found, "task_state": {SERVED: CheckpointTask.of_state(path, state, task)}}
 
 

@@ -89,6 +89,16 @@ def test_flags_go_through_from_pretrained_and_stay_out_of_the_checkpoint(shared_
         assert hub.task.cfg.moe_report is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "perplexity"), [("none", "149.41"), ("eos", "147.2")])
+def test_fairseq_validate_evaluates_as_the_checkpoint_was_trained(shared_goldens, mode, perplexity):
+    folder = shared_goldens / "lm_top2"
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", "--valid-subset", "test", "--cpu")
+    options = ("--task", "moe_language_modeling", "--tokens-per-sample", "128", "--sample-break-mode", mode)
+    done = commands.run("validate", *arguments, *options, "--batch-size", "8")
+    assert f" ppl {perplexity}" in done.stdout and "moe_gate_loss" in done.stdout
+
+
 def test_other_models_are_fairseqs_before_and_after(shared_goldens, tmp_path):
     dense_checkpoint(tmp_path / "bart-shared.pt")
     original = checkpoint_utils.load_model_ensemble_and_task.moe_ext_original
