@@ -12,6 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
+from processes import Process
 from rank_commands import LM_LAYERS, MT_LAYERS, arguments_of, upstreams_order
 
 from fairseq_moe_ext.balancing.placement import Placement, save_placement
@@ -31,18 +32,19 @@ class Started:
     def __init__(self, goldens: Path, folder: Path, *flags):
         self.folder = folder
         self.arguments = arguments_of(goldens, "mt_nllb_ws2", *LONG, "--results-path", folder / "results", *flags)
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Process] = []
         self.user_dir = commands.USER_DIR
 
     def start(self, ranks: int | None = None, **environment: str) -> None:
-        with open(self.folder / f"{len(self.processes)}.err", "w", encoding="utf-8") as errors:
-            process = subprocess.Popen(
-                commands.command_line("generate", *self.arguments, ranks=ranks, user_dir=self.user_dir),
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                env=commands.environment(**environment),
-            )
-        self.processes.append(process)
+        """`ranks` as torchrun's own children, whose numbers the tests look for; without, a fork."""
+        command = commands.command_line("generate", *self.arguments, ranks=ranks, user_dir=self.user_dir)
+        file, environment = self.folder / f"{len(self.processes)}.err", commands.environment(**environment)
+        with open(file, "w", encoding="utf-8") as errors, open(os.devnull, "r+b") as nothing:
+            if ranks is None:
+                streams = (nothing.fileno(), nothing.fileno(), errors.fileno())
+                self.processes.append(Process(command, streams, env=environment))
+            else:
+                self.processes.append(subprocess.Popen(command, stdout=nothing, stderr=errors, env=environment))
 
     def start_by_hand(self, ranks: int) -> None:
         with socket.socket() as free:
