@@ -16,6 +16,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from python_served import dense_checkpoint
 
 import fairseq_moe_ext as moe
+from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.ours import is_ours
 from fairseq_moe_ext.serving.safe_loader import load_safely
@@ -144,6 +145,31 @@ def test_a_checkpoint_is_ours_by_its_experts_or_its_names(tmp_path, new_format):
     assert is_ours(str(tmp_path / "X.pt")) and is_ours(str(tmp_path / "X-rank-1.pt"))
     (tmp_path / "damaged.pt").write_bytes((tmp_path / "experts.pt").read_bytes()[:200])
     assert not is_ours(str(tmp_path / "damaged.pt")) and not is_ours(str(tmp_path / "none.pt"))
+
+
+class Users(dict):
+    """A program's own stand-in for a name that is on the plugin's list, too."""
+
+    def __init__(self, _factory):
+        super().__init__()
+
+
+def test_what_the_program_has_allowed_stands_where_fairseq_reads(shared_goldens, tmp_path):
+    """Also while a task of the plugin lives, under which files in training are read by the plugin's list."""
+    content = commands.read_state(shared_goldens / "mt_plain" / "checkpoint_merged.pt")
+    extra = collections.defaultdict(int)
+    torch.save({**content, "extra_state": {"counts": extra}}, tmp_path / "X.pt")
+    hub = hub_of(shared_goldens / "mt_plain")
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([(Users, "collections.defaultdict")])
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "X.pt"))
+        assert type(state["extra_state"]["counts"]) is Users
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    assert type(checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "X.pt"))["extra_state"]["counts"]) is dict
+    assert hub.task in fairseq_hooks._tasks
 
 
 def test_the_programs_own_safe_globals_are_left_alone(tmp_path):
