@@ -120,12 +120,16 @@ def test_context_window(shared_goldens, documents, model, window):
     assert_as_worked_out(found, scored(model, text, spans, context=window))
 
 
+@pytest.fixture(scope="module")
+def at_once(shared_goldens, documents):
+    return evaluate(shared_goldens, data=documents).by_id()
+
+
 @pytest.mark.parametrize("size", [1, 64, 1000])
-def test_softmax_in_batches(shared_goldens, documents, size):
-    wanted = evaluate(shared_goldens, data=documents).by_id()
+def test_softmax_in_batches(shared_goldens, documents, at_once, size):
     found = evaluate(shared_goldens, "--softmax-batch", size, data=documents).by_id()
-    assert found.keys() == wanted.keys()
-    for number, row in wanted.items():
+    assert found.keys() == at_once.keys()
+    for number, row in at_once.items():
         np.testing.assert_allclose(found[number], row, rtol=0, atol=1e-5)
 
 

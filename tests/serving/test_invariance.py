@@ -102,7 +102,7 @@ def test_static_language_model_sees_the_future(shared_goldens):
     assert change > 0.5
 
 
-@pytest.mark.parametrize("model", ["mt_plain", "mt_nllb_ws2"])
+@pytest.mark.parametrize("model", ["mt_plain", pytest.param("mt_nllb_ws2", marks=pytest.mark.slow)])
 def test_dynamic_translation_of_a_sentence_is_the_same_in_any_company(shared_goldens, model):
     translator = Translator(shared_goldens, model)
     together, alone = translator.translate(12), translator.translate(1)
