@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+# whether `torch.load(map_location="meta")` says where in its file a storage lies
+_META_HAS_OFFSETS = torch.__version__ >= "2.11"
 
 
 def has_grouped_mm() -> bool:
@@ -18,3 +24,19 @@ def triton_is_interpreted() -> bool:
     if hasattr(triton, "knobs"):
         return triton.knobs.runtime.interpret
     return os.environ.get("TRITON_INTERPRET") == "1"  # Triton 3.3
+
+
+def loading_offsets() -> AbstractContextManager:
+    """Within it `torch.load(map_location="meta")` says where in its file every tensor's storage lies, and how long."""
+    if _META_HAS_OFFSETS:
+        return nullcontext()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def storage_place(meta: Tensor) -> tuple[int, int]:
+    """(offset in its file, bytes) of the storage of a tensor that was loaded so."""
+    storage = meta.untyped_storage()
+    # older PyTorch multiplies by the values' size twice
+    return storage._checkpoint_offset, storage.nbytes() // (1 if _META_HAS_OFFSETS else meta.element_size())

@@ -12,7 +12,7 @@ import re
 import threading
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from omegaconf import nodes
 from omegaconf.base import ContainerMetadata, Metadata
 
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
+from fairseq_moe_ext.torch_versions import loading_offsets
 
 
 class NumpyDtype:
@@ -129,7 +130,7 @@ def _name(item: Any) -> str:
 def load_safely(file: Path, map_location: str) -> Any:
     """What lies in `file`; CheckpointError where the safe loader refuses it or cannot read it."""
     try:
-        with allowed():
+        with allowed(), loading_offsets() if map_location == "meta" else nullcontext():
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged pickle makes the unpickler raise anything
         raise CheckpointError(f"{file}: {_reason(error)}") from error

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.record_file import Record, RecordFile
+from fairseq_moe_ext.torch_versions import storage_place
 
 # what is answered without reading
 _WITHOUT_VALUES = frozenset(
@@ -47,13 +48,13 @@ class StoredTensor(Tensor):
     def __new__(cls, meta: Tensor, file: RecordFile):
         """meta: as `torch.load(map_location="meta")` gives it, its storage with the offset in the file."""
         check_tensor(meta, str(file.path))
-        if meta.numel() * meta.element_size() > meta.untyped_storage().nbytes():
+        offset, size = storage_place(meta)
+        if meta.numel() * meta.element_size() > size:
             raise CheckpointError(f"{file.path}: a tensor of shape {tuple(meta.shape)[:8]} must not repeat its values")
         stored = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu")
-        storage = meta.untyped_storage()
         stored._start = meta.storage_offset()
         stored._file = file
-        stored._record = None if meta.numel() == 0 else file.record_at(storage._checkpoint_offset, storage.nbytes())
+        stored._record = None if meta.numel() == 0 else file.record_at(offset, size)
         return stored
 
     @property
