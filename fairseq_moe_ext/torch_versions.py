@@ -37,6 +37,8 @@ def loading_offsets() -> AbstractContextManager:
 
 def storage_place(meta: Tensor) -> tuple[int, int]:
     """(offset in its file, bytes) of the storage of a tensor that was loaded so."""
+    if meta.layout != torch.strided:
+        return 0, 0  # it has none
     storage = meta.untyped_storage()
     # older PyTorch multiplies by the values' size twice
     return storage._checkpoint_offset, storage.nbytes() // (1 if _META_HAS_OFFSETS else meta.element_size())

@@ -22,8 +22,11 @@ _WITHOUT_VALUES = frozenset(
 _MOST_DIMS = 8
 
 
-def check_tensor(tensor: Tensor, what: str) -> None:
-    """CheckpointError, beginning with `what`, unless the tensor is dense and lies within its storage."""
+def check_tensor(tensor: Tensor, what: str, room: int | None = None) -> None:
+    """CheckpointError, beginning with `what`, unless the tensor is dense and lies within its storage.
+
+    room: bytes of that; None: as it says itself.
+    """
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{what}: tensors must be dense, found one that is {tensor.layout}")
     if tensor.dim() > _MOST_DIMS:
@@ -31,9 +34,10 @@ def check_tensor(tensor: Tensor, what: str) -> None:
     if tensor.numel() > 0:
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
-        if end * tensor.element_size() > tensor.untyped_storage().nbytes():
+        room = tensor.untyped_storage().nbytes() if room is None else room
+        if end * tensor.element_size() > room:
             raise CheckpointError(
-                f"{what}: a tensor must lie within its {tensor.untyped_storage().nbytes():,} bytes, got one of shape "
+                f"{what}: a tensor must lie within its {room:,} bytes, got one of shape "
                 f"{tuple(tensor.shape)} and strides {tensor.stride()} from value {tensor.storage_offset()} on"
             )
 
@@ -47,8 +51,8 @@ class StoredTensor(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, file: RecordFile):
         """meta: as `torch.load(map_location="meta")` gives it, its storage with the offset in the file."""
-        check_tensor(meta, str(file.path))
         offset, size = storage_place(meta)
+        check_tensor(meta, str(file.path), size)
         if meta.numel() * meta.element_size() > size:
             raise CheckpointError(f"{file.path}: a tensor of shape {tuple(meta.shape)[:8]} must not repeat its values")
         stored = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu")
