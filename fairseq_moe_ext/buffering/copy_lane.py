@@ -1,9 +1,14 @@
-"""Copies that run beside the computation: by a thread, and on a GPU on a stream of their own."""
+"""Copies that run beside the computation: by a thread, and on a GPU on a stream of their own.
+
+A process forks when its copies have arrived; a forked child, which has none of its parent's threads, starts its own.
+"""
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -15,7 +20,9 @@ class CopyLane:
     def __init__(self, device: torch.device, slots: Iterable[Tensor]):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
+        self._threads, self._process, self._closed = _one_thread(), os.getpid(), False
+        self._last: Future | None = None
+        _lanes.add(self)
         if self._stream is not None:
             for slot in slots:  # whose memory must not be given away under a copy
                 slot.record_stream(self._stream)
@@ -23,7 +30,15 @@ class CopyLane:
     def start(self, copy: Callable[[], int]) -> Future:
         """`copy` fills a slot; what the device was told until now to compute with that slot is done before."""
         computed = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        return self._threads.submit(self._run, copy, computed)
+        if self._process != os.getpid() and not self._closed:
+            self._threads, self._process = _one_thread(), os.getpid()
+        self._last = self._threads.submit(self._run, copy, computed)
+        return self._last
+
+    def wait(self) -> None:
+        """Until all copies that were started have ended, well or not."""
+        if self._last is not None:
+            wait([self._last])
 
     def _run(self, copy: Callable[[], int], computed: torch.cuda.Event | None) -> tuple[int, torch.cuda.Event | None]:
         if self._stream is None:
@@ -45,6 +60,23 @@ class CopyLane:
 
         wait: until it has ended; in any case until the device has done the copies of which it was told.
         """
-        self._threads.shutdown(wait)
+        self._closed = True
+        self._threads.shutdown(wait and self._process == os.getpid())
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
+
+
+_lanes: weakref.WeakSet[CopyLane] = weakref.WeakSet()
+
+
+def _wait_for_all() -> None:
+    """Else a child would find half a slot, and the copying thread's locks held for ever."""
+    for lane in list(_lanes):
+        lane.wait()
+
+
+os.register_at_fork(before=_wait_for_all)

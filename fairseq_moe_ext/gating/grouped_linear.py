@@ -153,7 +153,7 @@ def run_kernel(
 
     parts = _shares([count if count <= most else 0 for count in counts], torch.get_num_threads())
     starts = [sum(counts[:first]) for first, _ in parts]
-    others = [_pool().submit(run, *part, row) for part, row in zip(parts[1:], starts[1:], strict=True)]
+    others = [_pool(os.getpid()).submit(run, *part, row) for part, row in zip(parts[1:], starts[1:], strict=True)]
     run(*parts[0], starts[0])
     for other in others:
         other.result()
@@ -174,7 +174,8 @@ def _shares(counts: list[int], threads: int) -> list[tuple[int, int]]:
 
 
 @lru_cache
-def _pool() -> ThreadPoolExecutor:
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Of one process: a forked child has none of its parent's threads."""
     return ThreadPoolExecutor(thread_name_prefix="experts")
 
 

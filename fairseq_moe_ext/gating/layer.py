@@ -18,6 +18,7 @@ from fairseq_moe_ext.gating.device_counts import DeviceCounts
 from fairseq_moe_ext.gating.device_experts import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
+from fairseq_moe_ext.gating.forks import compute_alone_after_forks
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.sparse_static import slot_rows, sparse_combine, sparse_dispatch
 from fairseq_moe_ext.gating.static import (
@@ -120,6 +121,7 @@ class MOELayer(nn.Module):
         seed: of the random second-expert policies. observer: called with every call's LayerCall.
         """
         self.serving = True
+        compute_alone_after_forks()
         self.seed(seed)
         self.observer = observer
         self.statistics = None
