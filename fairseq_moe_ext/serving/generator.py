@@ -165,23 +165,26 @@ def keep_every_sentence(dataset: FairseqDataset) -> None:
     `--required-batch-size-multiple` (8 in fairseq-generate): 100 sentences give 96, a lone one none. All other batches
     stay as they are, which setting the multiple to 1 would not do.
     """
-    if getattr(dataset.batch_by_size, "keeps_every_sentence", False):
-        return
-    original: Callable = dataset.batch_by_size
+    if not isinstance(dataset.batch_by_size, _WholeBatches):
+        dataset.batch_by_size = _WholeBatches(dataset)
 
-    def batch_by_size(indices, **kwargs):
+
+class _WholeBatches:
+    """A data set's `batch_by_size` without that loss; goes with its data set to a loader's processes, also by pickle."""
+
+    def __init__(self, dataset: FairseqDataset):
+        self._dataset = dataset
+
+    def __call__(self, indices, **kwargs):
         if len(indices) == 0:
             return []
         try:
-            batches = list(original(indices, **kwargs))
+            batches = list(type(self._dataset).batch_by_size(self._dataset, indices, **kwargs))
         except AssertionError as error:
-            check_max_tokens(indices, dataset, kwargs.get("max_tokens"))
+            check_max_tokens(indices, self._dataset, kwargs.get("max_tokens"))
             raise error
         lost = np.asarray(indices)[sum(len(batch) for batch in batches) :]
         return batches + [lost] if len(lost) else batches
-
-    batch_by_size.keeps_every_sentence = True
-    dataset.batch_by_size = batch_by_size
 
 
 class ServedEpoch:
