@@ -30,23 +30,23 @@ class CheckpointFiles:
         return self.whole or self.shared
 
 
-def find_checkpoint_files(path: str) -> CheckpointFiles:
+def find_checkpoint_files(path: str, flag: str = "--path") -> CheckpointFiles:
     """Take `X.pt`, or any one file of the checkpoint, alike; CheckpointError where a part is missing or doubled.
 
     A file that is exactly there as `X.pt` is whole. Otherwise, in this order: `X-shared.pt` and `X-rank-{r}.pt` beside
     each other; `X-shared-shard{i}.pt` and `X-rank-{r}-shard{r}.pt` (upstream's `--use-sharded-state`); `X-shard{i}.pt`.
-    r and i run from 0 without a gap.
+    r and i run from 0 without a gap. flag: the option that names it, for messages.
     """
     given = Path(path)
     match = NAME.fullmatch(given.name)
     if match is None:
         if given.is_file():
             return CheckpointFiles(whole=given)
-        raise CheckpointError(f"--path {path}: no such file")
+        raise CheckpointError(f"{flag} {path}: no such file")
     stem, part, shard = match.groups()
     if part is None and shard is None and given.is_file():
         return CheckpointFiles(whole=given)
-    found = _Folder(path, stem)
+    found = _Folder(path, stem, flag)
     if part is None and shard is not None:
         return found.whole_shards()
     if shard is None and (found.unsharded_exists() or part is not None and not found.sharded_exists()):
@@ -55,14 +55,14 @@ def find_checkpoint_files(path: str) -> CheckpointFiles:
         return found.sharded()
     if part is None and found.numbered(r"-shard(\d+)", "shard"):
         return found.whole_shards()
-    raise CheckpointError(f"--path {path}: there is neither {stem}.pt nor {stem}-shared.pt with {stem}-rank-0.pt")
+    raise CheckpointError(f"{flag} {path}: there is neither {stem}.pt nor {stem}-shared.pt with {stem}-rank-0.pt")
 
 
 class _Folder:
     """The files of the checkpoint called `stem` beside `path`."""
 
-    def __init__(self, path: str, stem: str):
-        self._path, self._stem = path, stem
+    def __init__(self, path: str, stem: str, flag: str):
+        self._given, self._stem = f"{flag} {path}", stem
         self._folder = Path(path).parent
 
     def unsharded_exists(self) -> bool:
@@ -75,13 +75,13 @@ class _Folder:
         shared, ranks = self._file("-shared"), self.numbered(r"-rank-(\d+)", "rank")
         if not ranks and not shared.is_file():
             raise CheckpointError(
-                f"--path {self._path}: there is neither {self._stem}.pt nor {shared.name} with {self._stem}-rank-0.pt"
+                f"{self._given}: there is neither {self._stem}.pt nor {shared.name} with {self._stem}-rank-0.pt"
             )
         if not shared.is_file():
-            raise CheckpointError(f"--path {self._path}: {len(ranks)} rank files but no {shared.name} beside them")
+            raise CheckpointError(f"{self._given}: {len(ranks)} rank files but no {shared.name} beside them")
         if not ranks:
             raise CheckpointError(
-                f"--path {self._path}: {shared.name} is there but no {self._stem}-rank-0.pt beside it"
+                f"{self._given}: {shared.name} is there but no {self._stem}-rank-0.pt beside it"
             )
         return CheckpointFiles(shared=shared, ranks=self._without_gap(ranks, "rank", "-rank-{}"))
 
@@ -91,7 +91,7 @@ class _Folder:
         for kind, files in (("-shared-shard0", shards), ("-rank-0-shard0", ranks)):
             if not files:
                 there = next(iter({**shards, **ranks}.values())).name
-                raise CheckpointError(f"--path {self._path}: {there} is there but no {self._stem}{kind}.pt beside it")
+                raise CheckpointError(f"{self._given}: {there} is there but no {self._stem}{kind}.pt beside it")
         shards = self._without_gap(shards, "shard", "-shared-shard{}")
         ranks = self._without_gap(ranks, "rank", "-rank-{0}-shard{0}")
         return CheckpointFiles(shared=shards[0], ranks=ranks, shards=shards)
@@ -99,7 +99,7 @@ class _Folder:
     def whole_shards(self) -> CheckpointFiles:
         shards = self.numbered(r"-shard(\d+)", "shard")
         if not shards:
-            raise CheckpointError(f"--path {self._path}: no such file")
+            raise CheckpointError(f"{self._given}: no such file")
         shards = self._without_gap(shards, "shard", "-shard{}")
         return CheckpointFiles(whole=shards[0], shards=shards)
 
@@ -114,7 +114,7 @@ class _Folder:
             number = int(match.group(1))
             if number in files:
                 raise CheckpointError(
-                    f"--path {self._path}: {kind} {number} must stand in one file, "
+                    f"{self._given}: {kind} {number} must stand in one file, "
                     f"found {files[number].name} and {file.name}"
                 )
             files[number] = file
@@ -129,6 +129,6 @@ class _Folder:
         if missing:
             names = ", ".join(self._file(part.format(number)).name for number in missing)
             raise CheckpointError(
-                f"--path {self._path}: {kind} files must run from 0 to {max(files)} with no gap; missing {names}"
+                f"{self._given}: {kind} files must run from 0 to {max(files)} with no gap; missing {names}"
             )
         return tuple(files[number] for number in sorted(files))

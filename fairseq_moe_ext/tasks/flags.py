@@ -52,6 +52,9 @@ class MoEFlags(CapacityFlags, BufferFlags):
     continuous_batching: bool = field(
         default=False, metadata={"help": "waiting sentences take the place of finished ones in the decoder"}
     )
+    moe_debug: bool = field(
+        default=False, metadata={"help": "errors of the plugin's own come with a traceback, not as a sentence"}
+    )
     is_moe: bool = field(
         default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
     )

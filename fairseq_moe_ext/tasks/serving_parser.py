@@ -2,6 +2,7 @@
 
 fairseq-generate would translate one part of the data and say nothing; fairseq-eval-lm dies on a CPU before any task is
 asked. So `--distributed-world-size N` starts N ranks, or is refused; never is a part of the data served for the whole.
+What a whole command line says is looked at first (command_check.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import logging
 import os
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from functools import partial
-from pathlib import Path
 
 import torch
+from fairseq import utils
 
+from fairseq_moe_ext.serving.error_sentences import tell_in_a_sentence
+from fairseq_moe_ext.serving.launch_ranks import start_ranks
+from fairseq_moe_ext.serving.own_command import fairseqs_command
 from fairseq_moe_ext.serving.ranks import DEFERENCE, local_ranks, tell_errors_once, world_size
+from fairseq_moe_ext.tasks.command_check import check_command, check_ranks, with_suffix
 from fairseq_moe_ext.tasks.contradicting_options import check_contradictions
 from fairseq_moe_ext.tasks.refused_options import (
     EVAL_LM,
@@ -38,12 +43,13 @@ def prepare_parser(parser: ArgumentParser) -> None:
     options = getattr(parser, "_option_string_actions", {})
     if "--distributed-world-size" not in options:
         return
+    tell_in_a_sentence()
     if "--path" not in options:
         _check_what_is_parsed(parser, TRAIN)
         return
     command = next((command for option, command in _COMMANDS.items() if option in options), VALIDATE)
     _check_what_is_parsed(parser, command)
-    options["--distributed-world-size"].type = partial(_one_rank_or_start, command)
+    options["--distributed-world-size"].type = partial(_number_of_ranks, command)
     if "--replace-unk" in options:
         options["--replace-unk"].const = ""  # fairseq would open a file of the name "@@ "
     options["--distributed-init-method"].type = lambda _text: None  # the plugin starts the group
@@ -59,7 +65,10 @@ def prepare_parser(parser: ArgumentParser) -> None:
 
 
 def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
-    """Refuse options that cannot take effect (ValueError) in what the parser reads from now on."""
+    """Refuse what cannot take effect (ValueError) in what the parser reads from now on; then start ranks if asked to.
+
+    Whether files and hardware are there is looked at in fairseq's own commands alone (command_check.py).
+    """
     parse = parser.parse_known_args
 
     def parse_known_args(*args, **kwargs):
@@ -70,6 +79,9 @@ def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
             check_contradictions(command, found.task, given, found)
         if getattr(found, "sacrebleu", False) and "scoring" not in given:
             found.scoring = "sacrebleu"  # fairseq reads it no more, but NLLB's commands say so
+        if fairseqs_command() == command and not rest:
+            check_command(found)
+            _start_ranks(command, found)
         return found, rest
 
     parser.parse_known_args = parse_known_args  # parse_args calls it
@@ -108,8 +120,8 @@ def _choose_gpu(parser: ArgumentParser) -> None:
     parser.set_defaults(device_id=local_rank)  # fairseq-eval-lm sets the device again
 
 
-def _one_rank_or_start(command: str, text: str) -> int:
-    """The value of `--distributed-world-size`, which fairseq is to read as 1: ranks are the plugin's."""
+def _number_of_ranks(command: str, text: str) -> int:
+    """The value of `--distributed-world-size`; under torchrun fairseq is to read 1, since ranks are the plugin's."""
     ranks = int(text)
     if world_size() > 1:
         if ranks not in (1, world_size()):
@@ -121,7 +133,15 @@ def _one_rank_or_start(command: str, text: str) -> int:
         raise ArgumentTypeError(f"must be 1, since one process serves {command}, got {ranks}")
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise ArgumentTypeError(f"must be 1 under Slurm, where torchrun starts the ranks of each node, got {ranks}")
-    if not Path(sys.argv[0]).stem.replace("-", "_").endswith(command):
+    if fairseqs_command() != command:
         raise ArgumentTypeError(f"must be 1 where fairseq is called by a program of its own, got {ranks}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    os.execv(sys.executable, [*torchrun, "-m", f"fairseq_cli.{command}", *sys.argv[1:]])
+    return ranks
+
+
+def _start_ranks(command: str, args: Namespace) -> None:
+    """Where the user asks for ranks, and the checkpoint serves so many: they take this process's place."""
+    if command not in _SERVED_BY_RANKS or world_size() > 1 or args.distributed_world_size <= 1 or not args.path:
+        return
+    for path in utils.split_paths(args.path):
+        check_ranks(with_suffix(path, args), args.distributed_world_size, getattr(args, "expert_placement", None))
+    start_ranks(args.distributed_world_size, command, sys.argv[1:])

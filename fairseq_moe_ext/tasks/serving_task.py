@@ -22,6 +22,7 @@ from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.checkpoint_task import SERVED
 from fairseq_moe_ext.serving.dictionary_file import load_dictionary
+from fairseq_moe_ext.serving.errors import one_line
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 from fairseq_moe_ext.serving.expert_share import choose_kernels, limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.generator import (
@@ -40,11 +41,12 @@ from fairseq_moe_ext.serving.model_fits import (
     naming_the_checkpoint,
 )
 from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.serving.ranks import Ranks, served_ranks
+from fairseq_moe_ext.serving.ranks import Ranks, served_ranks, world_size
 from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.serving.unknown_words import warn_of_unknown_words
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
+from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
@@ -80,7 +82,13 @@ class ServingTask:
 
     @classmethod
     def load_dictionary(cls, filename):
-        return load_dictionary(Path(filename)) if Path(filename).exists() else super().load_dictionary(filename)
+        if "://" in str(filename):
+            return super().load_dictionary(filename)
+        if not Path(filename).exists():
+            raise FileNotFoundError(
+                f"{filename}: no such dictionary: the data's folder and the language flags must name one that is there"
+            )
+        return load_dictionary(Path(filename))
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -96,6 +104,8 @@ class ServingTask:
         flags = self._flags()
         check_dtype_flags(flags)
         if self.observer is None:
+            if world_size() > 1 and flags.expert_placement is None:  # before the ranks wait for each other
+                check_rank_count(world_size(), int(getattr(args, "moe_expert_count", None) or 0))
             self.ranks = served_ranks()
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
         self.observer.models += 1
@@ -244,7 +254,13 @@ class ServingTask:
         if self.observer is not None:
             self._check_not_empty(split)
             self._warn_of_other_parts(split)
-        return super().load_dataset(split, *args, **kwargs)
+        try:
+            return super().load_dataset(split, *args, **kwargs)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"data {self._flags().data}: there is no data set {split} (--gen-subset, --train-subset or "
+                f"--valid-subset) of these languages in it: {one_line(error)}"
+            ) from error
 
     def _check_not_empty(self, split: str) -> None:
         """fairseq dies of a data set without sentences in ways that do not name it."""

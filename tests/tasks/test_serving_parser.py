@@ -6,6 +6,7 @@ import sys
 import pytest
 from fairseq import options
 
+from fairseq_moe_ext.tasks import serving_parser
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
 PARSERS = {
@@ -64,16 +65,26 @@ def test_under_torchrun_fairseq_sees_one_process(monkeypatch):
         assert parse("generate", *flags) == 1
 
 
-@pytest.mark.parametrize("script", ["fairseq-generate", "generate.py", "some/folder/fairseq-generate"])
-def test_more_ranks_are_started_by_torchrun(script, monkeypatch):
-    """The arguments stay as they are; torchrun's ranks read them again."""
-    monkeypatch.setattr(sys, "argv", [script, "data", "--distributed-world-size", "4", "--x"])
+@pytest.mark.parametrize("command", ["generate", "eval_lm"])
+def test_more_ranks_of_fairseqs_own_commands_are_started(command, monkeypatch):
+    """The arguments stay as they are; the ranks read them again."""
+    monkeypatch.setattr(sys, "argv", ["x", "data", "--distributed-world-size", "4", "--x"])
+    monkeypatch.setattr(serving_parser, "fairseqs_command", lambda: command)
+    looked = []
+    monkeypatch.setattr(serving_parser, "check_command", lambda args: looked.append("command"))
+    monkeypatch.setattr(serving_parser, "check_ranks", lambda *given: looked.append(given))
     started = []
     monkeypatch.setattr(os, "execv", lambda *command: started.append(command) or sys.exit(0))
     with pytest.raises(SystemExit):
-        parse("generate", "--distributed-world-size", "4")
-    ((program, command),) = started
-    assert program == command[0] == sys.executable
-    assert command[1:3] == ["-m", "torch.distributed.run"]
-    assert command[command.index("--nproc-per-node") + 1] == "4"
-    assert command[-6:] == ["-m", "fairseq_cli.generate", "data", "--distributed-world-size", "4", "--x"]
+        parse(command, "--distributed-world-size", "4")
+    assert looked == ["command", ("x.pt", 4, None)]
+    ((program, line),) = started
+    assert program == line[0] == sys.executable
+    assert line[1:4] == ["-m", "fairseq_moe_ext.serving.launch_ranks", "4"]
+    assert line[4:] == [f"fairseq_cli.{command}", "data", "--distributed-world-size", "4", "--x"]
+
+
+def test_a_command_line_with_unknown_options_starts_no_ranks(monkeypatch):
+    monkeypatch.setattr(serving_parser, "fairseqs_command", lambda: "generate")
+    with pytest.raises(SystemExit):
+        parse("generate", "--distributed-world-size", "4", "--x")

@@ -1,0 +1,90 @@
+"""What a command's arguments say is looked at before anything is loaded: files that are missing, kernels that this
+machine cannot run, more ranks than experts."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from importlib.util import find_spec
+
+import torch
+from fairseq import utils
+
+from fairseq_moe_ext.gating.device_experts import AMPERE
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.find_files import find_checkpoint_files
+from fairseq_moe_ext.serving.state_keys import expert_count
+from fairseq_moe_ext.torch_versions import triton_is_interpreted
+
+# options that name a file which fairseq or the plugin reads, by their names in a parsed command line
+_FILES = (
+    *("fixed_dictionary", "source_dict", "target_dict", "lang_dict", "expert_placement", "expert_profile"),
+    *("sentencepiece_model", "bpe_codes", "bpe_vocab", "moses_source_lang_file"),
+)
+
+
+def check_command(args: Namespace) -> None:
+    """ValueError, which names the option, at the first file that is not there or the first flag that cannot work here.
+
+    args: a whole command line, parsed by one of fairseq's parsers.
+    """
+    _check_files(args)
+    check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), bool(getattr(args, "cpu", False)))
+    device = getattr(args, "device_id", 0) or 0
+    if torch.cuda.is_available() and not args.cpu and device >= torch.cuda.device_count():
+        raise ValueError(f"--device-id must be below the number of GPUs, {torch.cuda.device_count()}, got {device}")
+
+
+def _check_files(args: Namespace) -> None:
+    for folder in filter(None, utils.split_paths(getattr(args, "data", None) or "")):
+        if "://" not in folder and not os.path.isdir(folder):
+            raise ValueError(f"data {folder}: no such folder")
+    for name in _FILES:
+        path = getattr(args, name, None)
+        if isinstance(path, str) and path and "://" not in path and not os.path.exists(path):
+            raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
+    lines = getattr(args, "input", None)
+    if isinstance(lines, str) and lines != "-" and not os.path.exists(lines):
+        raise ValueError(f"--input {lines}: no such file")
+    for flag in ("path", "lm_path"):
+        for path in filter(None, utils.split_paths(getattr(args, flag, None) or "")):
+            if "://" not in path:
+                find_checkpoint_files(with_suffix(path, args), f"--{flag.replace('_', '-')}")
+
+
+def with_suffix(path: str, args: Namespace) -> str:
+    """The path as fairseq reads it under `--checkpoint-suffix`."""
+    return path.replace(".pt", (getattr(args, "checkpoint_suffix", None) or "") + ".pt")
+
+
+def check_kernel_flag(kernel: str, on_cpu: bool) -> None:
+    """ValueError where `--moe-kernel` is Triton's and cannot run; on_cpu: whether the user asked for the CPU."""
+    if kernel != "triton" or find_spec("triton") is not None and triton_is_interpreted():
+        return
+    if on_cpu or not torch.cuda.is_available():
+        got = "--cpu" if on_cpu else "a machine where PyTorch finds none"
+        raise ValueError(f"--moe-kernel triton needs a GPU, got {got}: auto or loop serve on a CPU")
+    if (capability := torch.cuda.get_device_capability()) < AMPERE:
+        raise ValueError(
+            f"--moe-kernel triton needs a GPU of compute capability {AMPERE[0]}.{AMPERE[1]} or newer, got "
+            f"{capability[0]}.{capability[1]}"
+        )
+
+
+def check_ranks(path: str, ranks: int, placement: str | None) -> None:
+    """Read what the checkpoint at `path` says of itself; ValueError where `ranks` are more than it has experts.
+
+    CheckpointError where it is missing or broken. placement: with one more ranks may hold replicas.
+    """
+    experts = expert_count(read_checkpoint(path)["model"])
+    if placement is None:
+        check_rank_count(ranks, experts)
+
+
+def check_rank_count(ranks: int, experts: int) -> None:
+    """ValueError where ranks outnumber a model's experts; 0 experts: a dense model."""
+    if 0 < experts < ranks:
+        raise ValueError(
+            "--distributed-world-size: the ranks must not outnumber the experts without an --expert-placement that "
+            f"holds replicas: {ranks} ranks, {experts} experts"
+        )

@@ -1,0 +1,158 @@
+"""What fairseq's commands refuse before they load anything, and how they say it: in one sentence, the last, once."""
+
+import sys
+from argparse import Namespace
+
+import commands
+import data_makers
+import processes
+import pytest
+import torch
+
+from fairseq_moe_ext.gating import device_experts
+from fairseq_moe_ext.tasks import command_check
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(data, checkpoint) of a translation model with 8 experts."""
+    folder = tmp_path_factory.mktemp("model")
+    data = data_makers.write_data(folder / "data", ("en", "de"))
+    data_makers.untrained_checkpoint(folder / "x.pt", data, *data_makers.MT_TRAINING)
+    return data, folder / "x.pt"
+
+
+def refused(model, *flags, command="generate", **how) -> str:
+    """All that a command says which must end with one sentence of the plugin's before anything is loaded."""
+    data, checkpoint = model
+    done = commands.run(command, data, "--path", checkpoint, *commands.MT, *flags, check=False, **how)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "loading model" not in done.stderr
+    return done.stderr
+
+
+def sentence(said: str) -> str:
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--path", "no.pt"), "--path no.pt: there is neither no.pt nor no-shared.pt with no-rank-0.pt"),
+        (("--lm-path", "no"), "--lm-path no: no such file"),
+        (("--expert-placement", "no.json"), "--expert-placement no.json: no such file"),
+        (("--expert-buffer-size", "2", "--expert-profile", "no.npz"), "--expert-profile no.npz: no such file"),
+        (
+            ("-s", "en", "-t", "xx"),
+            "/data/dict.xx.txt: no such dictionary: the data's folder and the language flags must name one",
+        ),
+        (
+            ("--bpe", "sentencepiece", "--sentencepiece-model", "no.model"),
+            "--sentencepiece-model no.model: no such file",
+        ),
+        (("--moe-kernel", "triton"), "--moe-kernel triton needs a GPU, got --cpu: auto or loop serve on a CPU"),
+        (
+            ("--distributed-world-size", "9"),
+            "--distributed-world-size: the ranks must not outnumber the experts without an --expert-placement that "
+            "holds replicas: 9 ranks, 8 experts",
+        ),
+        (("--distributed-world-size", "2", "--path", "no.pt"), "--path no.pt: there is neither no.pt nor"),
+        (("--moe-capacity-factor", "1", "--moe-gating", "static"), "--moe-capacity-factor must go with"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_one_sentence_says_what_is_wrong(model, flags, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # tests/conftest.py
+    said = refused(model, *flags)
+    assert sentence(said).startswith("fairseq-generate: error: ") and words in sentence(said)
+    assert said.count(words) == 1
+
+
+def test_a_missing_data_folder_and_input_file(model):
+    assert sentence(refused(("no-data", model[1]))).endswith("error: data no-data: no such folder")
+    said = refused(model, "--input", "no.txt", command="interactive")
+    assert sentence(said) == "fairseq-interactive: error: --input no.txt: no such file"
+
+
+def test_a_missing_data_set_is_named(model):
+    data, checkpoint = model
+    done = commands.run("generate", data, "--path", checkpoint, *commands.MT, "--gen-subset", "no", check=False)
+    assert "fairseq-generate: error: " in sentence(done.stderr) and "no data set no (--gen-subset" in done.stderr
+
+
+def test_training_names_what_is_missing_too(model):
+    arguments = (*data_makers.MT_TRAINING, "--cpu", "--batch-size", "4", "--optimizer", "adam")
+    done = commands.run("train", "no-data", *arguments, check=False)
+    assert sentence(done.stderr) == "fairseq-train: error: data no-data: no such folder" and done.returncode == 1
+
+
+def test_a_broken_checkpoint_is_told_before_ranks_are_started(model, tmp_path):
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(model[1].read_bytes()[:1000])
+    said = refused(model, "--path", broken, "--distributed-world-size", "2")
+    assert f"error: {broken}: " in sentence(said)
+
+
+def test_moe_debug_brings_the_traceback(model):
+    said = refused(model, "--path", "no.pt", "--moe-debug")
+    assert said.count("Traceback (most recent call last)") == 1
+    assert "CheckpointError: --path no.pt: " in said.splitlines()[-1]
+
+
+def test_what_another_library_raises_keeps_its_traceback(model):
+    said = refused(model, "--model-overrides", "{'x':")
+    assert "Traceback" in said and "SyntaxError" in said.splitlines()[-1]
+
+
+def test_under_torchrun_the_sentence_is_said_once_in_its_last_words(model):
+    said = refused(model, "--path", "no.pt", ranks=2)
+    lines = [number for number, line in enumerate(said.splitlines()) if "--path no.pt: " in line]
+    assert len(lines) == 1 and lines[0] >= len(said.splitlines()) - 4
+    assert said.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.slow
+def test_ranks_that_were_started_for_the_world_size_say_it_once_and_last(model):
+    flags = ("--distributed-world-size", "2", "--moe-capacity-factor", "1", "--moe-gating", "static")
+    said = refused(model, *flags)
+    assert "error: --moe-capacity-factor must go with" in sentence(said)
+    assert said.count("--moe-capacity-factor must go with") == 1
+
+
+NAMES = ("my-fairseq-generate", "run_generate.py", "generate.py", "fairseq-generate.py")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_of_the_users_own_is_never_started_again(model, tmp_path, name):
+    script = tmp_path / name
+    script.write_text("print('mine')\nfrom fairseq_cli.generate import cli_main\ncli_main()\n", encoding="utf-8")
+    data, checkpoint = model
+    arguments = (data, "--path", checkpoint, *commands.MT, "--user-dir", commands.USER_DIR)
+    command = [sys.executable, script, *arguments, "--distributed-world-size", "2"]
+    done = processes.run(command, env=commands.environment())
+    assert (done.returncode, done.stdout) == (2, "mine\n")
+    assert "must be 1 where fairseq is called by a program of its own, got 2" in done.stderr.splitlines()[-1]
+
+
+def test_triton_is_refused_where_no_gpu_can_run_it(monkeypatch):
+    monkeypatch.setattr(command_check, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU, got a machine where PyTorch finds none"):
+        command_check.check_kernel_flag("triton", on_cpu=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    with pytest.raises(ValueError, match=r"of compute capability 8.0 or newer, got 7.0"):
+        command_check.check_kernel_flag("triton", on_cpu=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: device_experts.AMPERE)
+    command_check.check_kernel_flag("triton", on_cpu=False)
+    with pytest.raises(ValueError, match="got --cpu"):
+        command_check.check_kernel_flag("triton", on_cpu=True)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    command_check.check_command(Namespace(cpu=False, device_id=1))
+    with pytest.raises(ValueError, match="--device-id must be below the number of GPUs, 2, got 2"):
+        command_check.check_command(Namespace(cpu=False, device_id=2))
