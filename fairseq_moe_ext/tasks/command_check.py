@@ -14,6 +14,7 @@ from fairseq_moe_ext.gating.device_experts import AMPERE
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.find_files import find_checkpoint_files
 from fairseq_moe_ext.serving.state_keys import expert_count
+from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.torch_versions import triton_is_interpreted
 
 # options that name a file which fairseq or the plugin reads, by their names in a parsed command line
@@ -28,6 +29,8 @@ def check_command(args: Namespace) -> None:
 
     args: a whole command line, parsed by one of fairseq's parsers.
     """
+    if args.distributed_world_size <= 1:  # else the ranks that are started look at their flags
+        check_flags(args)
     _check_files(args)
     check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), bool(getattr(args, "cpu", False)))
     device = getattr(args, "device_id", 0) or 0

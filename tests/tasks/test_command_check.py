@@ -153,6 +153,6 @@ def test_triton_is_refused_where_no_gpu_can_run_it(monkeypatch):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    command_check.check_command(Namespace(cpu=False, device_id=1))
+    command_check.check_command(Namespace(cpu=False, device_id=1, distributed_world_size=1))
     with pytest.raises(ValueError, match="--device-id must be below the number of GPUs, 2, got 2"):
-        command_check.check_command(Namespace(cpu=False, device_id=2))
+        command_check.check_command(Namespace(cpu=False, device_id=2, distributed_world_size=1))
