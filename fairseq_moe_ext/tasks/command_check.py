@@ -29,9 +29,10 @@ def check_command(args: Namespace) -> None:
 
     args: a whole command line, parsed by one of fairseq's parsers.
     """
+    _check_files(args)
     if args.distributed_world_size <= 1:  # else the ranks that are started look at their flags
         check_flags(args)
-    _check_files(args)
+    _check_data(args)
     check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), bool(getattr(args, "cpu", False)))
     device = getattr(args, "device_id", 0) or 0
     if torch.cuda.is_available() and not args.cpu and device >= torch.cuda.device_count():
@@ -39,9 +40,6 @@ def check_command(args: Namespace) -> None:
 
 
 def _check_files(args: Namespace) -> None:
-    for folder in filter(None, utils.split_paths(getattr(args, "data", None) or "")):
-        if "://" not in folder and not os.path.isdir(folder):
-            raise ValueError(f"data {folder}: no such folder")
     for name in _FILES:
         path = getattr(args, name, None)
         if isinstance(path, str) and path and "://" not in path and not os.path.exists(path):
@@ -49,6 +47,12 @@ def _check_files(args: Namespace) -> None:
     lines = getattr(args, "input", None)
     if isinstance(lines, str) and lines != "-" and not os.path.exists(lines):
         raise ValueError(f"--input {lines}: no such file")
+
+
+def _check_data(args: Namespace) -> None:
+    for folder in filter(None, utils.split_paths(getattr(args, "data", None) or "")):
+        if "://" not in folder and not os.path.isdir(folder):
+            raise ValueError(f"data {folder}: no such folder")
     for flag in ("path", "lm_path"):
         for path in filter(None, utils.split_paths(getattr(args, flag, None) or "")):
             if "://" not in path:
