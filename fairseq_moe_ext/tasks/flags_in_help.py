@@ -39,7 +39,7 @@ def answer_help() -> None:
 
 
 def add_flags(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Add to `parser`, for its help, the plugin's flags in groups of their own and the other flags of what is asked for.
+    """Add to `parser`, for its help, the plugin's flags in groups of their own, and those of what is asked for.
 
     arguments: the command line, which may name --task, --arch and --criterion.
     """
