@@ -68,7 +68,9 @@ def read_pickle(file: Path, loading: Loading) -> tuple[Any, RecordFile | None]:
             is_archive = opened.read(len(MAGIC)) == MAGIC
             if not is_archive:
                 opened.seek(0)
-                check_pickles(opened, _OLD_PICKLES, file.stat().st_size, file)
+                size = file.stat().st_size
+                check_pickles(opened, _OLD_PICKLES, size, file)
+                after_pickles = size - opened.tell()
     except OSError as error:
         raise CheckpointError(f"{file}: not a readable checkpoint: {error.strerror}") from error
     if is_archive:
@@ -77,10 +79,25 @@ def read_pickle(file: Path, loading: Loading) -> tuple[Any, RecordFile | None]:
     else:
         records = None
     content = load_safely(file, "meta" if is_archive else "cpu")
+    storages: dict[int, int] = {}  # of the old format: address -> bytes
+
+    def tensor_of(tensor: torch.Tensor) -> torch.Tensor:
+        if is_archive:
+            return StoredTensor(tensor, records)
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     try:
-        return revive(content, (lambda tensor: StoredTensor(tensor, records)) if is_archive else _as_it_is), records
+        content = revive(content, tensor_of)
     except RecursionError:
         raise CheckpointError(f"{file}: not a readable checkpoint: RecursionError: it is nested too deep") from None
+    # PyTorch fills the storages that the file lists, and leaves others as the memory was
+    if not is_archive and sum(storages.values()) > after_pickles:
+        raise CheckpointError(
+            f"{file}: the bytes of its tensors, {sum(storages.values()):,}, must all be in it, got {after_pickles:,}"
+        )
+    return content, records
 
 
 def check_names(file: Path, tensors: dict) -> None:
@@ -90,10 +107,6 @@ def check_names(file: Path, tensors: dict) -> None:
             raise CheckpointError(f"{file}: it must map names to tensors, got {shown(key)}: {type(value).__name__}")
         if len(key) > LONGEST_NAME:
             raise CheckpointError(f"{file}: a tensor's name must have at most {LONGEST_NAME} letters, got {shown(key)}")
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _check_tensors(file: Path, model: dict, records: RecordFile | None) -> None:

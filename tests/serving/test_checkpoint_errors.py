@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import pickletools
 import re
+from collections import deque
 
 import commands
 import pytest
@@ -144,6 +146,29 @@ def test_an_old_file_cut_off_anywhere(tmp_path, size):
     torch.save(whole(proving_state(2)), old, _use_new_zipfile_serialization=False)
     (tmp_path / "X.pt").write_bytes(old.getvalue()[:size])
     refused(tmp_path / "X.pt", "X.pt")
+
+
+def without_a_storage(data: bytes) -> bytes:
+    """A file of the old format whose list of storages lacks the last one, and its bytes are gone."""
+    file = io.BytesIO(data)
+    for _ in range(4):
+        deque(pickletools.genops(file), maxlen=0)
+    start = file.tell()
+    keys = pickle.load(file)
+    values, rest = file.tell(), io.BytesIO()
+    pickle.dump(keys[:-1], rest, protocol=2)
+    end = len(data) - 8 - 4 * int.from_bytes(data[values:][:8], "little")  # all are as large in this test
+    return data[:start] + rest.getvalue() + data[values:end]
+
+
+def test_an_old_file_must_hold_all_its_tensors(tmp_path):
+    """PyTorch leaves a storage that is not listed as the memory was."""
+    old, state = io.BytesIO(), {f"part{number}": torch.ones(64) for number in range(3)}
+    torch.save({"model": state}, old, _use_new_zipfile_serialization=False)
+    (tmp_path / "X.pt").write_bytes(without_a_storage(old.getvalue()))
+    assert len(torch.load(tmp_path / "X.pt")["model"]) == 3  # with whatever lies in the third
+    message = refused(tmp_path / "X.pt", "X.pt", "the bytes of its tensors, 768, must all be in it")
+    assert message.endswith(f"got {2 * (8 + 4 * 64)}")
 
 
 class RunsCode:
