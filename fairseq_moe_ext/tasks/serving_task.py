@@ -72,6 +72,8 @@ class ServingTask:
     batches_in_order = False  # whether a batch depends on the one before it
     _epoch: ServedEpoch | None = None  # the batches that are served
     _room = Room()  # and the limits by which they were made
+    # how many the model has embeddings of: with --remove-bpe fairseq adds the words that it prints to the dictionary
+    _served_words: int | None = None
     served_unit = "sentences"  # what an item of the data is
     shards_by_user = False  # whether a part of the data is what the user asked for (--num-shards)
 
@@ -109,6 +111,7 @@ class ServingTask:
             self.ranks = served_ranks()
             self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
         self.observer.models += 1
+        self._served_words = len(self.source_dictionary)
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None
         with naming_the_checkpoint(state):
             return self._build_for_serving(args, state)
@@ -282,6 +285,8 @@ class ServingTask:
 
     def get_interactive_tokens_and_lengths(self, lines, encode_fn):
         tokens, lengths = super().get_interactive_tokens_and_lengths(lines, encode_fn)
+        if self._served_words is not None:
+            tokens = [row.masked_fill(row >= self._served_words, self.source_dictionary.unk()) for row in tokens]
         warn_of_unknown_words(lines, tokens, self.source_dictionary)
         return tokens, lengths
 

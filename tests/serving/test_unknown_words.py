@@ -54,3 +54,17 @@ def test_fairseq_interactive_and_load(shared_goldens, caplog):
             assert not caplog.records
             served.translate([known, RAW])
     assert [WARNING in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_word_that_was_printed_is_as_unknown_as_before(shared_goldens):
+    """With --remove-bpe fairseq adds it to the dictionary, which may be the source's, too: there is no embedding."""
+    folder = shared_goldens / "mt_nllb_ws2"
+    flags = ("--path", folder / "checkpoint_last.pt", *commands.NLLB, "-t", "de", "--beam", "1", "--buffer-size", "1")
+
+    def hypotheses(*lines: str) -> list[str]:
+        done = commands.run("interactive", folder / "data-bin", *flags, stdin="\n".join(lines) + "\n")
+        return [line.split("\t", 1)[1] for line in done.stdout.splitlines() if line.startswith("H-")]
+
+    first = "\u2581ten \u2581days"
+    printed = hypotheses(first)[0].split("\t")[1].split()[0]
+    assert hypotheses(first, printed)[1] == hypotheses(printed)[0]
