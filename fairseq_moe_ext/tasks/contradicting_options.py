@@ -49,7 +49,7 @@ EXCLUDES = (
 )
 
 
-EVAL_LMS_BPE = ("subword_nmt", "@@ ")  # what fairseq-eval-lm can take away
+EVAL_LMS_BPE = "@@ "  # what fairseq-eval-lm can take away; by the name subword_nmt it takes nothing
 
 
 def check_contradictions(command: str, task: str, given: dict[str, Action], args: Namespace) -> None:
@@ -68,7 +68,7 @@ def check_contradictions(command: str, task: str, given: dict[str, Action], args
         raise ValueError("--print-alignment must be hard in fairseq-interactive, got soft")
     if task == MULTI and getattr(args, "dataset_impl", None) == "raw":
         raise ValueError(f"--dataset-impl must not be raw with {MULTI}, which counts the files of binary data")
-    if command == EVAL_LM and args.post_process not in (None, *EVAL_LMS_BPE):
+    if command == EVAL_LM and args.post_process not in (None, "subword_nmt", EVAL_LMS_BPE):
         raise ValueError(f"--post-process must be subword_nmt in fairseq-eval-lm, got {args.post_process}")
     check_dtype_flags(args)
     fraction = getattr(args, "moe_eval_capacity_token_fraction", None)
@@ -91,7 +91,7 @@ def _check_values(args: Any) -> None:
     if not 0 <= shard < shards:
         raise ValueError(f"--shard-id must be at least 0 and below --num-shards, got {shard} and {shards}")
     window, tokens = getattr(args, "context_window", 0), getattr(args, "tokens_per_sample", None)
-    if tokens is not None and window >= tokens:
+    if window > 0 and tokens is not None and window >= tokens:
         raise ValueError(f"--context-window must be below --tokens-per-sample, got {window} and {tokens}")
     prefix = getattr(args, "prefix_size", 0)
     if prefix < 0:

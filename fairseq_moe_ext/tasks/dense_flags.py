@@ -42,7 +42,8 @@ def check_dtype_flags(flags: Any) -> None:
         if given and dtype is not None and str(dtype) != wanted:
             raise ValueError(f"--moe-dtype must be {wanted} with {_flag(given[0])}, got {dtype}")
         if given and dtype is None and name == "bf16":
-            raise ValueError(f"{_flag(given[0])} is for training, serving in bfloat16 is --moe-dtype bfloat16")
+            name = _flag(given[0])
+            raise ValueError(f"{name} is for training, serving in bfloat16 is --moe-dtype bfloat16, got {name} alone")
 
 
 def _flag(name: str) -> str:

@@ -12,6 +12,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
 from fairseq_moe_ext.serving.nllb_tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
 from fairseq_moe_ext.tasks.flags import MoEFlags
+from fairseq_moe_ext.tasks.nllb_options import accept_nllb_options
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
@@ -75,6 +76,8 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
             help="the self-supervised tasks whose tokens the dictionary has, as \"{'mono_dae': '', 'mono_lm': ''}\"",
         )
         gen_parser_from_dataclass(parser, MoEFlags())
+        if "--path" in parser._option_string_actions:  # a training would need what they do
+            accept_nllb_options(parser)
         prepare_parser(parser)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):

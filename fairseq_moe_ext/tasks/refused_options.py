@@ -55,6 +55,7 @@ REFUSALS = (
         "maximize_best_checkpoint_metric patience load_checkpoint_on_all_dp_ranks write_checkpoints_asynchronously",
     ),
     _refuse("is for training alone", "upsample_primary", tasks=(MT,)),
+    _refuse("is for training alone, --fp16 and --moe-dtype serve in half precision", "amp"),
     _refuse(
         "is written in training alone",
         "log_file aim_repo aim_run_hash tensorboard_logdir wandb_project azureml_logging",
@@ -129,6 +130,7 @@ REFUSALS = (
     ),
     # the plugin's flags
     _refuse("is for fairseq-generate", "continuous_batching", (INTERACTIVE, VALIDATE), (MT, MULTI)),
+    _refuse("is for generation, which has other passes", "moe_capacity_phases", (EVAL_LM, VALIDATE)),
     _refuse(
         "is for serving",
         f"{_names(BufferFlags, 'expert_')} {_names(CapacityFlags, 'moe_')} moe_dtype moe_kernel moe_report moe_trace "

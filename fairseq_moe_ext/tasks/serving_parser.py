@@ -22,7 +22,7 @@ from fairseq_moe_ext.serving.launch_ranks import start_ranks
 from fairseq_moe_ext.serving.own_command import fairseqs_command
 from fairseq_moe_ext.serving.ranks import DEFERENCE, local_ranks, tell_errors_once, world_size
 from fairseq_moe_ext.tasks.command_check import check_command, check_ranks, with_suffix
-from fairseq_moe_ext.tasks.contradicting_options import check_contradictions
+from fairseq_moe_ext.tasks.contradicting_options import EVAL_LMS_BPE, check_contradictions
 from fairseq_moe_ext.tasks.refused_options import (
     EVAL_LM,
     GENERATE,
@@ -79,6 +79,8 @@ def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
             check_contradictions(command, found.task, given, found)
         if getattr(found, "sacrebleu", False) and "scoring" not in given:
             found.scoring = "sacrebleu"  # fairseq reads it no more, but NLLB's commands say so
+        if command == EVAL_LM and found.post_process == "subword_nmt":
+            found.post_process = EVAL_LMS_BPE
         if fairseqs_command() == command and not rest:
             check_command(found)
             _start_ranks(command, found)
