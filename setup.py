@@ -28,9 +28,9 @@ setup(
             optional=True,  # slower without it
         )
     ],
-    # lower bounds: the oldest that the tests ran on, all together (tests/versions.sh)
+    # lower bounds: the oldest that tests ran on, all together (tests/versions.sh, docs/installation.md)
     install_requires=[
-        "torch>=2.7.0",  # its loader says where a tensor lies in its file
+        "torch>=2.7.0",  # before it no loader says where a tensor lies in its file
         "numpy>=1.24.4,<2",  # fairseq-generate breaks on numpy 2
         "omegaconf>=2.3.0,<2.4",
         "hydra-core>=1.3.2,<1.4",
