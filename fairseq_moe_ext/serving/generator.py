@@ -170,7 +170,7 @@ def keep_every_sentence(dataset: FairseqDataset) -> None:
 
 
 class _WholeBatches:
-    """A data set's `batch_by_size` without that loss; goes with its data set to a loader's processes, also by pickle."""
+    """A data set's `batch_by_size` without that loss; it goes with its data set to loader processes, also by pickle."""
 
     def __init__(self, dataset: FairseqDataset):
         self._dataset = dataset

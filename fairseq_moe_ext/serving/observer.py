@@ -20,6 +20,7 @@ from fairseq_moe_ext.gating.rank_faults import ExchangeError
 from fairseq_moe_ext.serving.batch_seeds import BatchSeeds
 from fairseq_moe_ext.serving.exit_code import ExitCode
 from fairseq_moe_ext.serving.finite import NonFinite, PassOutputs, Results
+from fairseq_moe_ext.serving.interrupts import on_interrupt
 from fairseq_moe_ext.serving.ranks import Ranks
 from fairseq_moe_ext.serving.report import Report
 from fairseq_moe_ext.serving.start import kernel_in_words, warm_up
@@ -59,6 +60,7 @@ class Observer:
         self._exit_code = ExitCode() if exit_code is None else exit_code
         self.seeds = BatchSeeds()
         self._at_exit = False
+        self._hears_interrupts = self._interrupted = self._finished = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
         self._described: tuple[torch.device, torch.dtype] | None = None
 
@@ -93,6 +95,11 @@ class Observer:
     def begin_batch(self, number: int | None = None) -> None:
         """Batch `number` of all ranks' begins; None: the next one."""
         self._batch = self._batch + 1 if number is None else number
+        self._finished = False
+        if self._ranks is None and not self._at_exit and not self._hears_interrupts:
+            self._hears_interrupts = True
+            if on_interrupt(self._hear_of_interrupt):
+                atexit.register(self._finish_interrupted)
         self.seeds.begin(self._batch)
 
     def encoder_pass(self, real: Tensor):
@@ -159,7 +166,17 @@ class Observer:
 
     def finish(self) -> None:
         """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
+        self._finished = True
         if not self._at_exit:
+            self._finish()
+
+    def _hear_of_interrupt(self) -> None:
+        self._interrupted = True
+
+    def _finish_interrupted(self) -> None:
+        """The process ends by a signal in the middle of its batches: what was served so far is told."""
+        if self._interrupted and not self._finished and not self._at_exit:
+            logger.warning("interrupted in batch %d: report and trace are of the passes before", self._batch)
             self._finish()
 
     @property
