@@ -172,3 +172,15 @@ def test_a_small_model_is_trained_resumed_and_served(tmp_path, kind, gating):
     else:
         done = commands.run("generate", data, *served, "--task", "moe_translation", "--beam", 2, "--max-len-b", 20)
         assert len(commands.Generation(done.stdout.splitlines()).hypotheses()) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
+def test_a_training_validates_by_bleu(tmp_path, gating):
+    """Beams are more rows than the batch size to which static gating pads what a training validates."""
+    data = write_data(tmp_path / "data", ("en", "de"))
+    options = (*MT_TRAINING, *(each for each in TRAINING if each != "--disable-validation"), "--save-dir", tmp_path)
+    options += ("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01", "--moe-gating", gating)
+    bleu = ("--eval-bleu", "--eval-bleu-args", '{"beam": 3, "max_len_b": 10}', "--best-checkpoint-metric", "bleu")
+    done = commands.run("train", data, *options, *bleu, "--max-update", 4, "--batch-size", 8)
+    assert re.search(r"valid on 'valid' subset .* bleu [\d.]+", done.stdout)

@@ -15,6 +15,7 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 
+from fairseq_moe_ext.gating.layer import MOELayer
 from fairseq_moe_ext.serving.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.serving.finite import FiniteSearch
 from fairseq_moe_ext.serving.left_out import check_max_tokens
@@ -51,7 +52,8 @@ class _CountedGeneration:
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
             sample = {key: value for key, value in sample.items() if key != "id"}
-        with shared_encoder_output(self.model.models, self.beam_size), self._finite.around():
+        members = self.model.models
+        with shared_encoder_output(members, self.beam_size), unpadded_batches(members), self._finite.around():
             hypotheses = super().generate(models, sample, **kwargs)
         broken_beams = self._finite.count()
         hypotheses = self._finite.without_broken(hypotheses)
@@ -139,6 +141,22 @@ def shared_encoder_output(models: Iterable, beam_size: int) -> Iterator[None]:
             del model.encoder.reorder_encoder_out
             for layer in model.decoder.layers:
                 layer.encoder_attn.set_beam_size(1)
+
+
+@contextmanager
+def unpadded_batches(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """In this context layers of a training take batches as they are: a validation that generates (`--eval-bleu`) has
+    the rows of its beams, which static gating would pad to the batch size. A served layer does so anyway.
+    """
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, MOELayer)]
+    training = [layer for layer in layers if not layer.serving]
+    for layer in training:
+        layer.serving = True
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.serving = False
 
 
 def take_turn(sample: dict, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:
