@@ -10,6 +10,7 @@ from pathlib import Path
 import option_runs
 import pytest
 import torch
+from data_makers import training_configuration, write_data
 from fairseq.tasks import TASK_REGISTRY
 from option_examples import ELSEWHERE, EXAMPLES, FOLDER, OF_EVAL_LM, OF_INTERACTIVE, Example
 from option_runs import command_parser
@@ -222,3 +223,41 @@ def test_the_device_is_fairseqs_to_choose(models, monkeypatch):
     assert chosen == [1]
     option_runs.run(models[LM], EVAL_LM, LM, "--device-id", "1")
     assert chosen == [1]
+
+
+@pytest.mark.parametrize("flag", ["--expert-buffer-size", "--moe-capacity-factor", "--moe-report"])
+def test_training_refuses_what_is_for_serving(flag):
+    with pytest.raises(ValueError, match=f"{flag} is for serving, got 2.* in fairseq-train"):
+        training_configuration(Path("data"), *option_runs.TRAINING[MT], flag, "2")
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "flags", "rule"),
+    [
+        (GENERATE, MT, "--sampling-topk 3", "--sampling-topk needs --sampling, got 3"),
+        (GENERATE, MT, "--sampling --diverse-beam-groups 5", "--sampling must not go with --diverse-beam-groups"),
+        (GENERATE, MT, "--diverse-beam-groups 2", "--diverse-beam-groups must divide --beam, got 2 and 5"),
+        (INTERACTIVE, MT, "--constraints --sampling", "--sampling must not go with --constraints"),
+        (INTERACTIVE, MT, "--print-alignment soft", "--print-alignment must be hard"),
+        (GENERATE, MT, "--score-reference --lenpen 2", "--lenpen must not go with --score-reference, got 2.0 and True"),
+        (GENERATE, MT, "--lm-weight 0.5", "--lm-weight needs --lm-path"),
+        (GENERATE, MT, "--num-shards 2 --shard-id 2", "--shard-id must be at least 0 and below --num-shards"),
+        (GENERATE, MT, "--unnormalized --lenpen 2", "--lenpen must not go with --unnormalized"),
+        (GENERATE, MULTI, "--dataset-impl raw", "--dataset-impl must not be raw"),
+        (EVAL_LM, LM, "--context-window 1024", "--context-window must be below --tokens-per-sample, got 1024 and 1024"),
+        (EVAL_LM, LM, "--post-process sentencepiece", "--post-process must be subword_nmt"),
+    ],
+)
+def test_options_that_contradict_each_other(command, task, flags, rule):
+    with pytest.raises(ValueError, match=rule):
+        parser(command, task).parse_args(["data", "--task", task, "--path", "x.pt", *flags.split()])
+
+
+@pytest.mark.parametrize("flag", ["--score-reference", "--prefix-size"])
+def test_references_must_be_there(tmp_path, flag):
+    data = write_data(tmp_path, ("en", "de"), splits={"test": 2})
+    for file in data.glob("test.en-de.de.*"):
+        file.unlink()
+    value = ["2"] if flag == "--prefix-size" else []
+    with pytest.raises(ValueError, match=f"{flag} needs references, got"):
+        parser(GENERATE, MT).parse_args([str(data), "--task", MT, "--path", "x.pt", flag, *value])
