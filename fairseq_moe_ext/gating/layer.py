@@ -115,12 +115,15 @@ class MOELayer(nn.Module):
         self.decoding = False  # whether this call is a decode step
         self.statistics: CallStatistics | None = None  # of the last call in training and validation
 
-    def prepare_for_serving(self, seed: int, observer: Callable[[LayerCall], None] | None = None) -> None:
+    def prepare_for_serving(
+        self, seed: int, observer: Callable[[LayerCall], None] | None = None, validates: bool = False
+    ) -> None:
         """From here on batches are served: no rows are padded, no statistics for a loss are kept.
 
-        seed: of the random second-expert policies. observer: called with every call's LayerCall.
+        seed: of the random second-expert policies. observer: called with every call's LayerCall. validates: rows are
+        padded and statistics kept, as between a training's epochs.
         """
-        self.serving = True
+        self.serving = not validates
         compute_alone_after_forks()
         self.seed(seed)
         self.observer = observer

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.models.retained_dropout import choose_dropouts, retain_in_experts
@@ -29,6 +30,8 @@ class ServedModel:
     loading: Loading | None = None  # what loading a served checkpoint took
     expert_buffer: ExpertBuffer | None = None  # None: all experts are resident
     serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
+    # by which it is made ready at its first pass, where nobody does so before: fairseq-validate computes losses with it
+    served_by: DictConfig | None = None
 
     def moe_layers(self) -> dict[str, MOELayer]:
         """The MoE layers by their module's name in the checkpoint, in the order of the state dict."""
@@ -60,6 +63,16 @@ class ServedModel:
         """fairseq's entry point once the weights are loaded and moved."""
         choose_dropouts(self, cfg.generation)
         super().prepare_for_inference_(cfg)
+        self._serve(cfg)
+
+    def forward(self, *args, **kwargs):
+        """fairseq's."""
+        if self.served_by is not None and not self.training:
+            self._serve(self.served_by, validates=True)
+        return super().forward(*args, **kwargs)
+
+    def _serve(self, cfg: DictConfig, validates: bool = False) -> None:
+        self.served_by = None
         retain_in_experts(self, cfg.generation)
         if self.serving_dtype is not None:
             self.to(self.serving_dtype)
@@ -75,7 +88,7 @@ class ServedModel:
         for number, (name, layer) in enumerate(self.moe_layers().items()):
             # every layer draws from a stream of its own; fairseq-eval-lm seeds nothing by itself
             seed = int(cfg.common.seed) * 1_000_003 + number
-            layer.prepare_for_serving(seed, None if observer is None else observer.layer_hook(name))
+            layer.prepare_for_serving(seed, None if observer is None else observer.layer_hook(name), validates)
             if self.seeds is not None:
                 self.seeds.register(layer, seed)
         for side in ("encoder", "decoder"):

@@ -39,6 +39,11 @@ _COMPARED = {
 }
 _OF_THE_DICTIONARY = {"langs", "lang_tok_style"} | {name for name, sets in _COMPARED.items() if "the dictionar" in sets}
 _BESIDE = ("lang_pairs", "lang_dict")  # which say the languages where `langs` does not
+# of its data, which another command may read otherwise
+DATA_FIELDS = (
+    *("sample_break_mode", "tokens_per_sample", "shorten_method", "pad_to_fixed_length", "left_pad_source"),
+    *("left_pad_target", "truncate_source", "max_source_positions", "max_target_positions"),
+)
 _OF_ONE_PAIR = ("source_lang", "target_lang")  # which a multilingual model serves many of
 
 
@@ -58,7 +63,7 @@ class CheckpointTask:
         """Of a checkpoint as `read_checkpoint` gives it; fields: its task's, as plain data."""
         extra = state.get("extra_state")
         checksum = extra.get(DICTIONARY_CHECKSUM) if isinstance(extra, dict) else None
-        fields = {name: fields[name] for name in (*_COMPARED, *_BESIDE) if name in fields}
+        fields = {name: fields[name] for name in (*_COMPARED, *_BESIDE, *DATA_FIELDS) if name in fields}
         for name, value in fields.items():
             if not _is_option(value):
                 raise CheckpointError(

@@ -187,10 +187,13 @@ _BY_NAME: dict[str, Callable] = {
     **dict.fromkeys(("adaptive_softmax_dropout", "moe_eom", "moe_fom"), _share),
     **{f"{side}layerdrop": _share for side in ("encoder_", "decoder_", "")},
 }
-# of older releases, which fairseq's architectures still read
+# of older releases and models, which fairseq's architectures still read
 _OLD: dict[str, Callable] = {
     **dict.fromkeys(("no_tie_adaptive_proj", "decoder_final_norm"), _flag),
     **dict.fromkeys(("arch", "_name"), _word),
+    # of fairseq's transformer_align, which has no dataclass
+    **dict.fromkeys(("alignment_heads", "alignment_layer"), _between(0, MOST_POSITIONS)),
+    "full_context_alignment": _flag,
 }
 _BY_TYPE: dict[Any, Callable] = {int: _whole, float: _number, bool: _flag}
 

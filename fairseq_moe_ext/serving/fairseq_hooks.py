@@ -100,7 +100,11 @@ def _load_models(
         check_alone(paths[0])
     overrides = dict(arg_overrides or {})
     loaded = load_models(paths, overrides.get("data"), overrides, overrides, of_parser=True)
-    return loaded.models, loaded.configuration(), loaded.task
+    cfg = loaded.configuration()
+    for model in loaded.models:
+        if hasattr(model, "served_by"):
+            model.served_by = cfg
+    return loaded.models, cfg, loaded.task
 
 
 def _with_suffix(filename: str, suffix: str) -> str:

@@ -172,16 +172,18 @@ def text_configuration(args: argparse.Namespace, name: str) -> DictConfig | None
 
 
 def criterion_configuration(fields: Mapping[str, Any]) -> DictConfig | None:
-    """What fairseq's `build_criterion` takes for the loss of a checkpoint; None where fairseq does not know it."""
-    fields_of_loss = REGISTRIES["criterion"]["dataclass_registry"].get(fields.get("_name"))
+    """What fairseq's `build_criterion` takes for the loss of a checkpoint: fairseq's default where the checkpoint names
+    none; None where fairseq does not know it."""
+    name = fields.get("_name") or "cross_entropy"
+    fields_of_loss = REGISTRIES["criterion"]["dataclass_registry"].get(name)
     if fields_of_loss is None:
         return None
     found = {}
-    for name, value in vars(fields_of_loss()).items():
-        found[name] = fields.get(name, value)
-        if isinstance(found[name], str) and found[name].startswith("${"):  # a switch of training
-            found[name] = False
-    return OmegaConf.create({**found, "_name": fields["_name"]})
+    for field, value in vars(fields_of_loss()).items():
+        found[field] = fields.get(field, value)
+        if isinstance(found[field], str) and found[field].startswith("${"):  # of a training
+            found[field] = "legacy_ddp" if field == "ddp_backend" else False
+    return OmegaConf.create({**found, "_name": name})
 
 
 def _groups(args: argparse.Namespace, **more: type) -> DictConfig:

@@ -13,7 +13,7 @@ import torch
 from fairseq import tasks as fairseqs
 from omegaconf import DictConfig, open_dict
 
-from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask, is_multilingual
+from fairseq_moe_ext.serving.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
@@ -74,17 +74,18 @@ def load_models(
 
     data: where the dictionaries are; None: beside the first checkpoint. options: as KeywordOptions takes them, above
     what the checkpoint says of its task. observer: of what is served; None: one that ends with the process.
-    of_parser: options may be any that fairseq's parser has, which its own callers look at, and others.
+    of_parser: options may be any that fairseq's parser has, which its own callers look at, and others; the checkpoint
+    also says how it read its data, and of a multilingual one all language pairs may be read.
     OptionError, CheckpointError, ValueError.
     """
     state = served_state(paths[0], overrides)
     keywords = KeywordOptions(_task_of(state))
     if of_parser:
         options = keywords.of_parser(options)
-    options = {**_of_checkpoint(state), **options}
+    options = {**_of_checkpoint(state, with_data=of_parser), **options}
     data = os.fspath(Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options, every=of_parser)
-    task = _set_up(args)
+    task = _set_up(args, one_pair=not of_parser)
     if observer is not None:
         task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace)
     models = [_model(task, state)]
@@ -92,15 +93,17 @@ def load_models(
     return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model, state["criterion"])
 
 
-def _set_up(args: Namespace) -> Any:
-    for name in ("source_lang", "target_lang") if args.task == "moe_translation_multi_simple_epoch" else ():
+def _set_up(args: Namespace, one_pair: bool) -> Any:
+    multilingual = args.task == "moe_translation_multi_simple_epoch"
+    for name in ("source_lang", "target_lang") if multilingual and one_pair else ():
         if getattr(args, name) is None:
             raise OptionError(f"{name} must be given for a multilingual model, got none")
     try:
         return fairseqs.setup_task(task_configuration(args))
     except FileNotFoundError as error:
+        missing = error.filename or str(error).partition(": ")[0]
         raise OptionError(
-            f"data must be a folder with the model's dictionaries, got {args.data}: {error.filename} is not there"
+            f"data must be a folder with the model's dictionaries, got {args.data}: {missing} is not there"
         ) from error
 
 
@@ -111,13 +114,20 @@ def _task_of(state: Mapping[str, Any]) -> str:
     return "moe_translation_multi_simple_epoch" if is_multilingual(served.fields) else "moe_translation"
 
 
-def _of_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of its task's options; paths in it stay where they are."""
+def _of_checkpoint(state: Mapping[str, Any], with_data: bool) -> dict[str, Any]:
+    """What the checkpoint says of its task's options; paths in it stay where they are.
+
+    with_data: how its data were read, too.
+    """
     served: CheckpointTask = state["task_state"][SERVED]
-    known = set(TASKS[_task_of(state)]) - {"lang_dict"}
+    truths = {"True": True, "False": False}  # of the multilingual task
+    known = set(TASKS[_task_of(state)]) - {"lang_dict"} - set(DATA_FIELDS)
+    if with_data:
+        known |= set(DATA_FIELDS)
     if is_multilingual(served.fields):
         known -= {"source_lang", "target_lang"}
-    return {name: value for name, value in served.fields.items() if name in known and value not in (None, "", [])}
+    given = {name: value for name, value in served.fields.items() if name in known and value not in (None, "", [])}
+    return given | {name: truths[value] for name, value in given.items() if value in ("True", "False")}
 
 
 def _model(task: Any, state: dict[str, Any]) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.modules.sinusoidal_positional_embedding import SinusoidalPositionalEmbedding
 from torch import nn
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fairseq_moe_ext.serving.errors import CheckpointError, one_line
 from fairseq_moe_ext.serving.loading import ModelState, check_vocabulary, loading_into
 
-_DENSE = (TransformerModel, TransformerLanguageModel)
+_DENSE = (TransformerModel, TransformerAlignModel, TransformerLanguageModel)
 _ONE_AT_A_TIME = threading.Lock()  # who replaces a function of fairseq's
 _FIELDS_AS_FLAGS = ("--share-", "--quant-noise-")  # fairseq's and our layers' errors call a model's fields so
 
