@@ -26,14 +26,15 @@ def test_every_task_reads_every_flag(task):
     assert capacity_settings(parsed(task, "--moe-capacity-factor", "1.5")) == CapacitySettings(
         CapacityRules(1.5, "drop", "score", "expert", False), "all", 1, False
     )
+    phases = () if task == "moe_language_modeling" else ("--moe-capacity-phases", "prefill")  # of eval-lm there is one
     flags = parsed(
         task, "--moe-capacity-factor", "2", "--moe-overflow", "expand", "--moe-drop-metric", "reverse-order",
-        "--moe-capacity-scope", "rank", "--moe-capacity-phases", "prefill", "--moe-renormalize-after-drop",
+        "--moe-capacity-scope", "rank", *phases, "--moe-renormalize-after-drop",
         "--moe-virtual-ranks", "4", "--moe-reroute-prefer", "resident", "--expert-buffer-size", "2",
     )
     check_capacity_flags(flags)
     rules = CapacityRules(2.0, "expand", "reverse-order", "rank", True)
-    assert capacity_settings(flags) == CapacitySettings(rules, "prefill", 4, True)
+    assert capacity_settings(flags) == CapacitySettings(rules, "prefill" if phases else "all", 4, True)
 
 
 @pytest.mark.parametrize(("values", "words"), [
