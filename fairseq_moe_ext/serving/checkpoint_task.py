@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from fairseq_moe_ext.serving.dictionary_checksum import DICTIONARY_CHECKSUM, dic
 from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.loading import EMBEDDINGS
 from fairseq_moe_ext.serving.plain_config import shown
+
+logger = logging.getLogger("fairseq_moe_ext")
 
 SERVED = "moe_served_checkpoint"  # the key of a state's `task_state` under which the loader hands this to the task
 
@@ -37,6 +40,7 @@ _COMPARED = {
     "future_target": "the targets",
     "past_target": "the targets",
 }
+_SWITCHES = ("add_bos_token",)  # which evaluation may leave off
 _OF_THE_DICTIONARY = {"langs", "lang_tok_style"} | {name for name, sets in _COMPARED.items() if "the dictionar" in sets}
 _BESIDE = ("lang_pairs", "lang_dict")  # which say the languages where `langs` does not
 # of its data, which another command may read otherwise
@@ -93,6 +97,9 @@ class CheckpointTask:
             if name in _OF_ONE_PAIR and is_multilingual(self.fields):
                 continue
             flag = f"--{name.replace('_', '-')}"
+            if name in _SWITCHES and given is False:  # as fairseq does without the flag
+                logger.warning("%s was on in the training of %s and is off here: it sets %s", flag, self.path, sets)
+                continue
             raise CheckpointError(
                 f"{flag} must be as in {self.path}, {_shown(wanted)}, got {_shown(given)}: it sets {sets}"
             )

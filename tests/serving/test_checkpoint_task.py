@@ -115,6 +115,19 @@ def test_a_language_models_first_token_and_output(tmp_path):
         commands.eval_lm(data, "--path", tmp_path / "x.pt", *flags, "--add-bos-token")
 
 
+def test_a_first_token_that_training_had_may_be_left_off(tmp_path, caplog):
+    """fairseq-eval-lm knows nothing of it without the flag, and its results are fairseq's."""
+    data = write_data(tmp_path / "data")
+    untrained_checkpoint(tmp_path / "x.pt", data, *LM_TRAINING, "--add-bos-token")
+    flags = ("--task", "moe_language_modeling", "--gen-subset", "test", "--tokens-per-sample", "8", "--cpu")
+    told = "--add-bos-token was on in the training of"
+    with caplog.at_level("WARNING"):
+        without = commands.eval_lm(data, "--path", tmp_path / "x.pt", *flags)
+        assert caplog.text.count(told) == 1
+        with_it = commands.eval_lm(data, "--path", tmp_path / "x.pt", *flags, "--add-bos-token")
+    assert caplog.text.count(told) == 1 and without.loss != with_it.loss
+
+
 def test_a_dictionary_of_another_size_is_left_to_loading():
     found = CheckpointTask("x.pt", MULTILINGUAL, "another checksum", frozenset({9}))
     found.check(Namespace(**{**MULTILINGUAL, "langs": ["en"]}), [dictionary(40)])
