@@ -19,6 +19,7 @@ from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 
 SOURCES = ["the quick brown fox jumps over the lazy dog", "ten days", "we sell", "four swiss francs of september"]
+SEARCH = ("--beam", "2", "--max-len-b", "8")
 TARGETS = ["der hund", "vier", "der schnelle fuchs springt", "ueber"]
 
 
@@ -40,7 +41,7 @@ def served(request, tmp_path_factory):
     data = hf_makers.write_sentences(work / "data", work / "hf" / "sentencepiece.bpe.model", done.files[1], texts)
     flags = ("--task", "moe_translation_multi_simple_epoch", "-s", "eng_Latn", "-t", "deu_Latn", "--cpu")
     flags += ("--lang-pairs", "eng_Latn-deu_Latn", "--fixed-dictionary", done.files[1], "--lang-dict", done.files[2])
-    flags += (*done.task_flags.split(), "--num-workers", "0", "--beam", "2", "--max-len-b", "8")
+    flags += (*done.task_flags.split(), "--num-workers", "0")
     return (data, *flags), done.files[0], work / "meta" / "X.pt"
 
 
@@ -55,7 +56,7 @@ def test_all_files_serve_as_the_merged_one_does(served):
     assert len(list(meta.parent.glob("X-rank-*.pt"))) in (2 * 8, 2 * 128)
     overrides = {"replication_count": 2, "world_size": 8}  # upstream's command has these
     np.testing.assert_array_equal(scores(arguments, meta, **overrides), scores(arguments, merged))
-    whole, parts = (commands.generate(*arguments, "--path", path).lines for path in (merged, meta))
+    whole, parts = (commands.generate(*arguments, *SEARCH, "--path", path).lines for path in (merged, meta))
     assert [line for line in whole if line[0] in "HD"] == [line for line in parts if line[0] in "HD"]
 
 
@@ -78,7 +79,7 @@ def test_the_experts_output_is_scaled_by_0_8(served, tmp_path):
 def test_a_decoded_tokens_score_is_its_teacher_forced_one(served):
     """Padded sources in one batch, step by step, against one pass over each hypothesis alone."""
     arguments, merged, _ = served
-    found = commands.generate(*arguments, "--path", merged, "--batch-size", "4")
+    found = commands.generate(*arguments, *SEARCH, "--path", merged, "--batch-size", "4")
     model, task = commands.load("generate", *arguments, "--path", merged)
     words, sources, hypotheses = task.target_dictionary, dict(found.of_kind("S")), dict(found.hypotheses())
     for number, (scores_of_tokens,) in found.of_kind("P"):
@@ -94,9 +95,9 @@ def test_a_decoded_tokens_score_is_its_teacher_forced_one(served):
 def test_the_converted_file_is_the_disk_store_as_it_is(served):
     arguments, merged, _ = served
     before = sorted(merged.parent.iterdir())
-    resident = commands.generate(*arguments, "--path", merged).lines
+    resident = commands.generate(*arguments, *SEARCH, "--path", merged).lines
     buffered = commands.generate(
-        *arguments, "--path", merged, "--expert-buffer-size", "2", "--expert-store", "disk"
+        *arguments, *SEARCH, "--path", merged, "--expert-buffer-size", "2", "--expert-store", "disk"
     ).lines
     assert buffered == resident
     assert sorted(merged.parent.iterdir()) == before
