@@ -61,6 +61,7 @@ class MoEConfig(MoEModelFields):
 
     initialize_experts = True  # False where a checkpoint's weights follow at once
     allocate_experts = True  # False where others take their place, so that they need no memory
+    layers_of_experts: dict[str, list[int]] | None = None  # side -> numbers, of a checkpoint; None: as the freqs say
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
@@ -77,10 +78,13 @@ class MoEConfig(MoEModelFields):
         config = cls(**values)
         for name in ("initialize_experts", "allocate_experts"):
             setattr(config, name, getattr(args, name, True))
+        config.layers_of_experts = getattr(args, "layers_of_experts", None)
         return config
 
     def is_moe_layer(self, side: str, number: int) -> bool:
         """Whether layer `number` (from 0) of `side` (`encoder` or `decoder`) stands where MoE layers stand."""
+        if self.layers_of_experts is not None:
+            return number in self.layers_of_experts[side]
         freq = getattr(self, f"{side}_moe_freq")
         return freq > 0 and (number + 1) % freq == 0
 
@@ -134,6 +138,8 @@ def _value(args: Any, name: str, default: Any) -> Any:
 def has_moe_layers(args: Any) -> bool:
     """Whether a model's arguments ask for MoE layers, or for the dense layers that stand in their place."""
     config = MoEConfig.from_args(args)
+    if config.layers_of_experts is not None:
+        return any(config.layers_of_experts.values())
     return max(config.encoder_moe_freq, config.decoder_moe_freq) > 0
 
 

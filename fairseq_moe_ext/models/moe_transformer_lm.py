@@ -30,6 +30,8 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args, task):
+        if getattr(args, "decoder_layers_to_keep", None):  # in the caller's own, which a training saves
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         if isinstance(args, DictConfig):
             # a plain namespace: TransformerConfig drops the fields of a DictConfig that it does not know
             args = Namespace(**OmegaConf.to_container(args, resolve=True))
@@ -38,8 +40,6 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
                 raise ValueError(f"{name} is not supported in a MoE language model, got {getattr(args, name)}")
         if getattr(args, "tie_adaptive_weights", False):
             raise ValueError("tie_adaptive_weights must be False without adaptive_input, got True")
-        if getattr(args, "decoder_layers_to_keep", None):
-            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         if getattr(args, "offload_activations", False):
             args.checkpoint_activations = True
         if getattr(args, "max_target_positions", None) is None:

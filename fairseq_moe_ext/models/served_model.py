@@ -13,6 +13,7 @@ from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.models.retained_dropout import choose_dropouts, retain_in_experts
 from fairseq_moe_ext.serving.batch_seeds import BatchSeeds
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
+from fairseq_moe_ext.serving.kept_layers import prune_as_configured
 from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
 from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
 
@@ -39,6 +40,9 @@ class ServedModel:
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """fairseq's, with a served checkpoint's state checked, timed and its errors named."""
+        if not isinstance(state_dict, ModelState) and model_cfg is not None:  # training goes on
+            state_dict = dict(state_dict)
+            prune_as_configured(model_cfg, state_dict)
         if isinstance(state_dict, ModelState):
             if self.expert_buffer is not None:
                 self.expert_buffer.checkpoint = Path(state_dict.loading.path)

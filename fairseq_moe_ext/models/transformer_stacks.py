@@ -15,6 +15,7 @@ from fairseq_moe_ext.models.transformer_layer import (
     alternate_config,
     mend_activations,
 )
+from fairseq_moe_ext.serving.kept_layers import kept_numbers
 
 
 class _ObservedStack:
@@ -89,10 +90,10 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
         return self.observer.decoder_pass(entering.ne(self.padding_idx), incremental)
 
 
-def _number_before(kept: str | None, number: int) -> int:
-    """What number a layer had in the checkpoint of which `kept` layers are kept, as fairseq reads `--*-layers-to-keep`.
+def _number_before(given: str | None, number: int) -> int:
+    """What number a layer had in the model of which the layers of `--*-layers-to-keep` are kept.
 
     >>> _number_before("5,1", 0), _number_before(None, 0)
     (1, 0)
     """
-    return sorted(map(int, kept.split(",")))[number] if kept else number
+    return kept_numbers(given)[number] if given else number

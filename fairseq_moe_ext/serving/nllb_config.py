@@ -199,7 +199,7 @@ class NllbConfig:
         }
         for name in SIDES:
             half = getattr(cfg, name)
-            freq = _freq(getattr(moe, f"{name}_moe_freq"), moe_layers[name], half.layers) if experts else 0
+            freq = _freq(getattr(moe, f"{name}_moe_freq"), moe_layers[name], half.layers, name) if experts else 0
             shared[name] = Side(half.layers, half.ffn_embed_dim, half.attention_heads, freq)
         if not experts:
             return cls(**shared, is_dense=True)
@@ -265,9 +265,16 @@ def _hf_activation(name: str) -> str:
     return FAIRSEQ_ACTIVATIONS.get(name, name)
 
 
-def _freq(given: int, numbers: list[int], layers: int) -> int:
-    """Every how many layers there is a MoE layer; the checkpoint's own word, where its tensors do not contradict it."""
-    expected = range(given - 1, layers, given) if given > 0 else ()
-    if given > 0 and len(numbers) == len(expected) and numbers == list(expected):
-        return given
-    return numbers[0] + 1 if numbers else 0
+def _freq(given: int, numbers: list[int], layers: int, side: str) -> int:
+    """Every how many layers there is a MoE layer; the checkpoint's own word, where its tensors do not contradict it.
+
+    CheckpointError where they stand in no such order, as layers do that were kept of a larger model.
+    """
+    for freq in (given, numbers[0] + 1 if numbers else 0):
+        expected = range(freq - 1, layers, freq) if freq > 0 else range(0)
+        if (freq > 0 or not numbers) and len(numbers) == len(expected) and numbers == list(expected):
+            return freq
+    raise CheckpointError(
+        f"the {side}'s MoE layers must stand at every n-th of its {layers} layers in a model for Hugging Face's "
+        f"layout, found them at {numbers}"
+    )

@@ -13,6 +13,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_moe_ext.serving.config_fields import parse_fields, parse_model_fields
+from fairseq_moe_ext.serving.kept_layers import settle_kept_layers
 from fairseq_moe_ext.serving.plain_config import ConfigError, namespace, plain, shown
 from fairseq_moe_ext.serving.state_keys import expert_count, layer_count
 
@@ -58,6 +59,7 @@ def model_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         for field, part in _NORM_FORMER.items():
             if model.get(field) and not any(part in key for key in state["model"]):
                 model[field] = False
+    settle_kept_layers(model, _overridden(overrides or {}, "model"), state["model"])
     _check_layers(model, state["model"])
     return model
 

@@ -11,11 +11,12 @@ import torch
 from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask
 from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.serving.kept_layers import SIDES, prune_as_configured
 from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
 from fairseq_moe_ext.serving.plain_config import ConfigError, namespace
 from fairseq_moe_ext.serving.rank_files import updates
 from fairseq_moe_ext.serving.served_config import criterion_fields, served_config, task_fields
-from fairseq_moe_ext.serving.state_keys import expert_count, moe_layer_numbers
+from fairseq_moe_ext.serving.state_keys import expert_count, layers_of_hidden_dim, moe_layer_numbers
 
 
 def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
         raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
     try:
         cfg = served_config(state, overrides or {})
+        prune_as_configured(cfg.model, state["model"])
         _tell_layers(cfg.model, state["model"])
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -44,28 +46,25 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
 def _tell_layers(model_cfg: Namespace, model: dict[str, torch.Tensor]) -> None:
     """Write into the model's arguments what its state says: which layers have experts, and how many.
 
-    Upstream's two branches read `moe_freq`, `encoder_moe_freq` and `decoder_moe_freq` differently; the keys do not lie.
+    Upstream's two branches read `moe_freq`, `encoder_moe_freq` and `decoder_moe_freq` differently, and layers that were
+    kept of a larger model stand wherever they came to stand; the keys do not lie.
     """
+    model_cfg.layers_of_experts = None
     num_experts = expert_count(model)
-    if num_experts == 0:
-        return
     given = getattr(model_cfg, "moe_expert_count", None)
-    if given not in (None, 0, num_experts):
-        raise CheckpointError(f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}")
-    model_cfg.moe_expert_count = num_experts
-    given_freqs = {side: _given_freq(model_cfg, side) for side in ("encoder", "decoder")}
-    model_cfg.moe_freq = 0
-    for side, given_freq in given_freqs.items():
-        numbers = moe_layer_numbers(model, side)
-        freq = numbers[0] + 1 if numbers else given_freq
-        if numbers != list(range(freq - 1, numbers[-1] + 1, freq) if numbers else []):
-            raise CheckpointError(f"the {side}'s MoE layers must stand at every n-th layer, found them at {numbers}")
-        setattr(model_cfg, f"{side}_moe_freq", freq)
+    if num_experts > 0:
+        if given not in (None, 0, num_experts):
+            raise CheckpointError(
+                f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}"
+            )
+        model_cfg.moe_expert_count = num_experts
+    numbers = {side: moe_layer_numbers(model, side) or _alternate_layers(model_cfg, model, side) for side in SIDES}
+    if num_experts > 0 or any(numbers.values()):
+        model_cfg.layers_of_experts = numbers
 
 
-def _given_freq(model_cfg: Namespace, side: str) -> int:
-    """Of a side without experts: 0, but where dense layers of another size stand in the MoE layers' place."""
-    alternate = "alternate_ffn_embed_dim" if side == "encoder" else "alternate_decoder_ffn_embed_dim"
-    if not getattr(model_cfg, alternate, None):
-        return 0
-    return max(int(getattr(model_cfg, name, None) or 0) for name in (f"{side}_moe_freq", "moe_freq"))
+def _alternate_layers(model_cfg: Namespace, model: dict[str, torch.Tensor], side: str) -> list[int]:
+    """Of a side without experts: which dense layers of another size stand in the MoE layers' place."""
+    name = "alternate_ffn_embed_dim" if side == "encoder" else "alternate_decoder_ffn_embed_dim"
+    hidden_dim = getattr(model_cfg, name, None)
+    return layers_of_hidden_dim(model, side, hidden_dim) if hidden_dim else []

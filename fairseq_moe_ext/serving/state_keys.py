@@ -28,10 +28,21 @@ def moe_layer_numbers(model: Mapping[str, Tensor], side: str) -> list[int]:
     return sorted(int(match.group(1)) for match in map(layer.fullmatch, gates) if match)
 
 
+def layer_numbers(model: Mapping[str, Tensor], side: str) -> list[int]:
+    """The numbers of the layers that `side` has."""
+    layer = re.compile(rf"{side}\.layers\.(\d+)\.")
+    return sorted({int(match.group(1)) for match in map(layer.match, model) if match})
+
+
 def layer_count(model: Mapping[str, Tensor], side: str) -> int:
     """How many layers `side` has."""
-    layer = re.compile(rf"{side}\.layers\.(\d+)\.")
-    return len({match.group(1) for match in map(layer.match, model) if match})
+    return len(layer_numbers(model, side))
+
+
+def layers_of_hidden_dim(model: Mapping[str, Tensor], side: str, hidden_dim: int) -> list[int]:
+    """Which layers of `side` have a dense feed-forward of that hidden dim."""
+    weights = {number: model.get(f"{side}.layers.{number}.fc1.weight") for number in layer_numbers(model, side)}
+    return [number for number, weight in weights.items() if weight is not None and weight.shape[:1] == (hidden_dim,)]
 
 
 def expert_count(model: Mapping[str, Tensor]) -> int:

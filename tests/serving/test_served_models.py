@@ -157,14 +157,14 @@ def test_configurations_that_cannot_be_served(lm_data, tmp_path, field, value, e
         served_lm(lm_data, tmp_path / "X.pt")
 
 
-def test_moe_layers_without_a_rhythm_are_refused(lm_data, tmp_path):
+def test_a_layer_without_any_feed_forward_is_refused(lm_data, tmp_path):
     untrained_checkpoint(tmp_path / "X.pt", lm_data, *LM_TRAINING, "--moe-freq", 1)
 
     def without_layer_1(state):
         state["model"] = {key: value for key, value in state["model"].items() if ".layers.1.moe" not in key}
 
     changed(tmp_path, without_layer_1)
-    with pytest.raises(CheckpointError, match=r"decoder's MoE layers .* \[0, 2, 3\]"):
+    with pytest.raises(CheckpointError, match="its tensors must fit the model that its configuration describes"):
         served_lm(lm_data, tmp_path / "X.pt")
 
 
