@@ -22,6 +22,14 @@ class MoETransformerModel(ServedModel, TransformerModel):
         gen_parser_from_dataclass(parser, MoEModelFields(), delete_default=True)
 
     @classmethod
+    def build_model(cls, args, task):
+        for name in ("encoder_layers_to_keep", "decoder_layers_to_keep"):
+            kept = getattr(args, name, None)
+            if isinstance(kept, list):  # as fairseq's parser gives it, where the rest of fairseq reads a text
+                setattr(args, name, ",".join(map(str, kept)))
+        return super().build_model(args, task)
+
+    @classmethod
     def build_encoder(cls, args, src_dict, embed_tokens):
         moe = MoEConfig.from_args(args)
         return MoETransformerEncoder(TransformerConfig.from_namespace(args), moe, src_dict, embed_tokens)
