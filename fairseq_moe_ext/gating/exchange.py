@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.dispatch import run_by_expert
 from fairseq_moe_ext.gating.experts import without_gradients
-from fairseq_moe_ext.gating.rank_faults import ExchangeError, leave_word, naming_the_fault
+from fairseq_moe_ext.gating.rank_faults import ExchangeError, interruption, leave_word, naming_the_fault
 
 IDLE = -1  # stands for a layer's number where a rank is in none
 
@@ -36,17 +36,19 @@ class Message:
     """What a rank tells another in a round.
 
     layer: which one the sender is in, or IDLE. alive: whether it has work of its own left. finished: batches that it
-    has finished. capacity: C, 0 under dynamic gating. counts: rows that follow for each of the receiver's experts.
+    has finished. capacity: C, 0 under dynamic gating. interrupt: the signal that ends the sender, or 0. counts: rows
+    that follow for each of the receiver's experts.
     """
 
     layer: int
     alive: bool
     finished: int
     capacity: int
+    interrupt: int
     counts: list[int]
 
 
-HEADER = 4  # numbers of a message before its counts
+HEADER = 5  # numbers of a message before its counts
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Exchange:
 
     finished: batches that this rank has finished, told to the others with every round.
     heard_finished: what each rank last told. rows_computed: per layer, rows that ran here, whoever sent them.
-    fault: why the ranks cannot exchange anything any more; None: they can.
+    fault: why the ranks cannot exchange anything any more; None: they can. interrupt: a signal that this rank got and
+    tells with its next round, in which all ranks break off. interrupted: (rank, signal) in the ranks' last round.
     """
 
     def __init__(self, rank: int, world_size: int):
@@ -72,6 +75,8 @@ class Exchange:
         self.rounds = self.idle_rounds = 0
         self.rows_computed: list[int] = []
         self.fault: str | None = None
+        self.interrupt = 0
+        self.interrupted: tuple[int, int] | None = None
         self._layers: list[LayerExchange] = []
         self._round: Round | None = None  # under way
 
@@ -105,9 +110,12 @@ class Exchange:
             self.fault = error.fault or str(error)
             raise
         except BaseException as error:
-            self.tell(error)
             if self._round is not None:
                 self._round.abandon()
+            if self.interrupted is not None:  # on all ranks alike; what they have sent may still be received
+                self.fault = f"rank {self.interrupted[0]} of {self.world_size} was interrupted"
+                raise
+            self.tell(error)
             # closes the connections, once messages that are under way have arrived: whoever waits for this rank learns
             dist.destroy_process_group()
             raise
@@ -210,7 +218,7 @@ class Round:
         self._exchange = exchange
         exchange.rounds += 1
         exchange._round = self
-        header = torch.tensor([layer, alive, exchange.finished, capacity])
+        header = torch.tensor([layer, alive, exchange.finished, capacity, exchange.interrupt])
         self._sent = torch.zeros(exchange.world_size, exchange.message_size, dtype=torch.int64, device=exchange.device)
         self._sent[:, :HEADER] = header.to(exchange.device)
         if counts is not None:
@@ -224,17 +232,21 @@ class Round:
         return max(message.capacity for message in self.messages)
 
     def receive_sizes(self) -> None:
-        """Wait for every rank's message; the experts that are needed are announced to those who must fetch them."""
+        """Wait for every rank's message. Where one was interrupted, all ranks break off here, between two messages."""
         start = time.perf_counter()
         with naming_the_fault(self._exchange.world_size):
             self._work.wait()
             received = self._received.tolist()
         self.messages = [
-            Message(layer, bool(alive), finished, capacity, counts)
-            for layer, alive, finished, capacity, *counts in received
+            Message(layer, bool(alive), finished, capacity, interrupt, counts)
+            for layer, alive, finished, capacity, interrupt, *counts in received
         ]
         self._exchange.heard_finished = [message.finished for message in self.messages]
         self.figures.seconds["sizes"] = time.perf_counter() - start
+        for rank, message in enumerate(self.messages):
+            if message.interrupt:
+                self._exchange.interrupted = rank, message.interrupt
+                raise interruption(message.interrupt)
 
     def exchange(self, sent: Tensor, sent_bytes: list[int]) -> Tensor:
         """sent (bytes,) uint8, grouped by the R ranks as `sent_bytes` says -> the outputs' bytes in the same order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,11 @@ class ExchangeError(RuntimeError):
     def __init__(self, message: str, fault: str | None = None):
         super().__init__(message)
         self.fault = fault
+
+
+def interruption(number: int) -> BaseException:
+    """What ends a process after signal `number`: KeyboardInterrupt, or SystemExit with code 128 + number."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def leave_word(rank: int, fault: str) -> None:

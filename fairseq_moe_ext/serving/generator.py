@@ -262,6 +262,7 @@ class ServedBatches:
             if not self._observer.goes_on:
                 self._check()
             return
+        self._observer.hear_interrupts()
         for position, batch in enumerate(self._batches):
             if not batch:  # fairseq fills the last round of its shards with empty batches
                 continue

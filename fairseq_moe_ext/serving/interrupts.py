@@ -7,11 +7,13 @@ import signal
 import threading
 from collections.abc import Callable
 
+from fairseq_moe_ext.gating.rank_faults import interruption
 from fairseq_moe_ext.serving.own_command import fairseqs_command
 
 
-def on_interrupt(tell: Callable[[], None]) -> bool:
-    """From here on both signals call `tell` and raise: KeyboardInterrupt, SystemExit with code 143.
+def on_interrupt(tell: Callable[[int], bool]) -> bool:
+    """From here on both signals call `tell` with their number and, where it is True, raise: KeyboardInterrupt, or
+    SystemExit with code 143.
 
     In fairseq's own commands alone, and only where the signals have Python's first handlers; whether it is one.
     """
@@ -20,11 +22,9 @@ def on_interrupt(tell: Callable[[], None]) -> bool:
     process = os.getpid()
 
     def interrupt(number: int, _frame) -> None:
-        if os.getpid() == process:  # not a loader's process, which has this handler, too
-            tell()
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        # a loader's process has this handler, too
+        if os.getpid() != process or tell(number):
+            raise interruption(number)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from signal import Signals
 
 import torch
 from torch import Tensor
@@ -92,14 +93,21 @@ class Observer:
             self._describe(model)
         return parameter.device.type == "cuda"
 
+    def hear_interrupts(self) -> None:
+        """From here on signals end this process with what it served so far told."""
+        if self._at_exit or self._hears_interrupts:
+            return
+        self._hears_interrupts = True
+        if on_interrupt(self._hear_of_interrupt):
+            atexit.register(self._finish_interrupted)
+            if self._ranks is not None:
+                self._ranks.last_words = self._finish_alone
+
     def begin_batch(self, number: int | None = None) -> None:
         """Batch `number` of all ranks' begins; None: the next one."""
         self._batch = self._batch + 1 if number is None else number
         self._finished = False
-        if self._ranks is None and not self._at_exit and not self._hears_interrupts:
-            self._hears_interrupts = True
-            if on_interrupt(self._hear_of_interrupt):
-                atexit.register(self._finish_interrupted)
+        self.hear_interrupts()
         self.seeds.begin(self._batch)
 
     def encoder_pass(self, real: Tensor):
@@ -170,14 +178,39 @@ class Observer:
         if not self._at_exit:
             self._finish()
 
-    def _hear_of_interrupt(self) -> None:
-        self._interrupted = True
+    def _hear_of_interrupt(self, number: int) -> bool:
+        """Whether the process ends now."""
+        now = self._ranks is None or self._ranks.interrupt(number)
+        self._interrupted |= now
+        return now
 
     def _finish_interrupted(self) -> None:
         """The process ends by a signal in the middle of its batches: what was served so far is told."""
-        if self._interrupted and not self._finished and not self._at_exit:
+        if self._ranks is not None:
+            self._finish_interrupted_ranks()
+        elif self._interrupted and not self._finished and not self._at_exit:
             logger.warning("interrupted in batch %d: report and trace are of the passes before", self._batch)
             self._finish()
+
+    def _finish_interrupted_ranks(self) -> None:
+        """The same where all ranks broke off in one round, because of one rank's signal."""
+        interrupted = self._ranks.exchange.interrupted
+        if interrupted is None:
+            if self._interrupted and not self._finished and self._ranks.rank == 0:
+                self._finish_alone()
+            return
+        self._interrupted = True
+        if self._ranks.rank == 0:
+            where = (Signals(interrupted[1]).name, interrupted[0], self._ranks.world_size)
+            logger.warning("interrupted by %s to rank %d of %d: report and trace are of the passes before", *where)
+            self._ranks.receive_rest()
+        self._finish()
+        self._ranks.end()
+
+    def _finish_alone(self) -> None:
+        """Rank 0 was interrupted and then could not reach the others any more."""
+        self._interrupted = True
+        self._finish(range(0))
 
     @property
     def goes_on(self) -> bool:
@@ -195,35 +228,45 @@ class Observer:
         if self._results.broken:
             self._exit_code.fail(self._not_finite())
 
-    def _finish(self) -> None:
-        """The report first, which a trace that cannot be written does not take with it."""
+    def _finish(self, others: Sequence[int] | None = None) -> None:
+        """The report first, which a trace that cannot be written does not take with it. others: ranks to be asked."""
         self.report.close(None if self._ranks is None else self._ranks.exchange)
-        others = [] if self._ranks is None else range(1, self._ranks.world_size)
+        every = range(1, 1 if self._ranks is None else self._ranks.world_size)
+        others = every if others is None else others
         if self._ranks is not None and self._ranks.rank > 0:
             self._ranks.send(json.dumps(self.report.figures()).encode())
             if self._recorder is not None:
                 self._ranks.send(pack_trace(self._recorder.trace()))
             return
-        reports = {rank: self._received(rank, "report") for rank in others}
+        reports = {rank: figures for rank in others if (figures := self._received(rank, "report")) is not None}
         for figures in reports.values():
-            if figures is not None:
-                self.report.add_rank(json.loads(figures))
-        self._tell_of_non_finite(of_all=None not in reports.values())
-        if self._report_path and None not in reports.values():
+            self.report.add_rank(json.loads(figures))
+        self._tell_of_non_finite(of_all=len(reports) == len(every))
+        if self._report_path and self._is_enough(reports, every, "report"):
             with self._going_on():
                 write_json(self._report_path, self.report.as_dict(), "--moe-report")
         if self._recorder is not None:
-            traces = [figures and self._received(rank, "trace") for rank, figures in reports.items()]
-            if None not in traces:
+            traces = {rank: trace for rank in reports if (trace := self._received(rank, "trace")) is not None}
+            if self._is_enough(traces, every, "trace"):
                 with self._going_on():
-                    self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces)]))
+                    self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces.values())]))
         logger.info(self.report.summary())
+
+    def _is_enough(self, parts: dict[int, bytearray], every: Sequence[int], what: str) -> bool:
+        """Whether `what` is written of the ranks whose parts came: of all of them, or after an interruption."""
+        missing = [str(rank) for rank in every if rank not in parts]
+        if missing and self._interrupted:
+            missing_ranks = ", ".join(missing)
+            logger.warning("the %s lacks rank %s of %d, which had ended", what, missing_ranks, len(every) + 1)
+        return not missing or self._interrupted
 
     def _received(self, rank: int, what: str) -> bytearray | None:
         """What `rank` sends next; None where it has ended before, which does not take the results with it."""
         try:
             return self._ranks.receive(rank)
         except ExchangeError as error:
+            if self._interrupted:
+                return None
             where = f"rank {rank} of {self._ranks.world_size}"
             self._exit_code.fail(f"{where} ended before its {what} came, which is not written: {error}")
             return None

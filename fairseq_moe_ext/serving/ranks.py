@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -83,6 +84,9 @@ class Ranks:
         self.exchange = Exchange(rank, size)
         self._store = store
         self._outbox = Outbox(size)
+        self.received = [0] * size  # batches of each rank, whose results are here
+        self._drained = False
+        self.last_words: Callable[[], None] = lambda: None  # of an interrupted rank 0 that cannot reach the others
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
         logger.info("%d ranks serve, %s between them", size, dist.get_backend())
 
@@ -94,6 +98,29 @@ class Ranks:
         """Compute for the others until every rank is done with its own batches."""
         while self.exchange.idle_round(alive=False):
             pass
+        self._drained = True
+
+    def interrupt(self, number: int) -> bool:
+        """This process got signal `number`: whether it ends now, not with all other ranks in their next round."""
+        if self._drained or not self.exchange.has_layers:
+            return self.exchange.interrupted is None
+        # torchrun sends its signals again, also to ranks that are about to end
+        self.exchange.interrupt = self.exchange.interrupt or number
+        return False
+
+    def receive_rest(self) -> None:
+        """Rank 0, after all broke off: take in the results that are on their way, which nobody prints any more."""
+        for rank in range(1, self.world_size):
+            for _ in range(self.exchange.heard_finished[rank] - self.received[rank]):
+                with suppress(ExchangeError):
+                    self.receive(rank)
+
+    def end(self) -> None:
+        """After all broke off: this rank's figures have arrived."""
+        with suppress(ExchangeError):
+            self._outbox.wait()
+        with suppress(RuntimeError, AssertionError):  # a group that broke
+            dist.destroy_process_group()
 
     def leave(self) -> None:
         """End this rank's process, if it is not rank 0's, which has its figures to print."""
@@ -120,6 +147,12 @@ class Ranks:
 
     def _tell_of(self, kind, error, traceback) -> None:
         """sys.excepthook: where the exchange broke off, name the rank that failed or vanished."""
+        if isinstance(error, KeyboardInterrupt):  # report and trace are written when the process ends
+            if self.exchange.fault is None:
+                self.exchange.tell(error)
+            if self.rank == 0:
+                sys.__excepthook__(kind, error, traceback)
+            return
         if not isinstance(error, ExchangeError):
             if self.exchange.fault is None:
                 self.exchange.tell(error)
@@ -132,6 +165,8 @@ class Ranks:
             lost = self._vanished()
             reason = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
         print(f"rank {self.rank} of {self.world_size} ends: {reason}", file=sys.stderr, flush=True)
+        if self.exchange.interrupt and self.rank == 0:
+            self.last_words()
         os._exit(1)  # the group's threads would wait for ranks that are gone
 
     def _vanished(self) -> list[int]:
@@ -165,7 +200,9 @@ class Turn:
         batches = self.number // self._ranks.world_size + 1
         if not self.is_ours:
             self._ranks.wait_for(self._owner, batches)
-            return unpack(self._ranks.receive(self._owner))
+            result = self._ranks.receive(self._owner)
+            self._ranks.received[self._owner] = batches
+            return unpack(result)
         result = compute()
         if self._ranks.rank > 0:
             self._ranks.send(pack([sentence[:nbest] for sentence in result]), self.number)

@@ -130,7 +130,8 @@ class Report:
         rows = [layer.load_per_rank for layer in self.layers.values() if layer.load_per_rank]
         if not rows:
             return [1.0 / len(self._ranks)] * len(self._ranks)
-        return [sum(each) / max(sum(map(sum, rows)), 1) for each in zip(*rows, strict=True)]
+        shares = [sum(each) / max(sum(map(sum, rows)), 1) for each in zip(*rows, strict=True)]
+        return [shares[rank["rank"]] for rank in self._ranks]  # of an interrupted run some may be missing
 
     def as_dict(self) -> dict:
         """The whole report, after `close` and every other rank's `add_rank`."""
