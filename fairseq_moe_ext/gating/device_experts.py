@@ -144,7 +144,7 @@ def run_grouped(
 
     A token's result is summed in the order of its choices, whoever shares the batch.
     """
-    parameters = [parameter.detach() for parameter in experts.parameters()]
+    parameters = [parameter.detach() for parameter in experts.weights_for(tokens)]
     if tokens.size(0) == 0:
         return tokens
     if kernel == "triton":

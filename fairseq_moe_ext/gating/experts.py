@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_moe_ext.gating.autocast import autocast_dtype
 from fairseq_moe_ext.gating.grouped_linear import aligned, grouped_linear
 
 # packed parameter -> its name under `experts.{j}.` in upstream's state dict
@@ -253,9 +254,14 @@ class ResidentExperts(nn.Module):
     def announce(self, tokens_per_expert: Sequence[int]) -> None:
         """The H counts of the next call, as soon as they are known; nothing to do where all experts are resident."""
 
+    def weights_for(self, rows: Tensor) -> list[Tensor]:
+        """The packed parameters, in the order of EXPERT_KEYS, as `rows` need them: in their dtype under autocast."""
+        packed = list(self.parameters())
+        return packed if autocast_dtype(rows) is None else [parameter.to(rows.dtype) for parameter in packed]
+
     def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, tokens_per_expert H counts that sum to N -> outputs (N, D)."""
-        packed = list(self.parameters())
+        packed = self.weights_for(rows)
         dropout = self.activation_dropout if self.training or self.retain_dropout else 0.0
         if dropout == 0 and not wants_gradients(rows, *packed):
             return run_experts(rows, tokens_per_expert, packed, self.activation)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fairseq_moe_ext.gating.autocast import autocast_dtype, no_autocast
 from fairseq_moe_ext.gating.capacity import Capacity, Limited
 from fairseq_moe_ext.gating.device_counts import DeviceCounts
 from fairseq_moe_ext.gating.device_experts import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
+from fairseq_moe_ext.gating.experts import ResidentExperts
 from fairseq_moe_ext.gating.forks import compute_alone_after_forks
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.sparse_static import slot_rows, sparse_combine, sparse_dispatch
@@ -156,10 +158,15 @@ class MOELayer(nn.Module):
         """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D).
 
         Padding comes out as zero, except under static gating that counts it. Under several ranks an error on any of
-        them is one on all (ExchangeError on the others), and ends the exchange.
+        them is one on all (ExchangeError on the others), and ends the exchange. Under `torch.autocast` the result has
+        its dtype, as a dense layer's.
         """
         with nullcontext() if self.exchange is None else self.exchange.whole_rounds():
-            return self._forward(x, padding_mask)
+            dtype = autocast_dtype(x)
+            if dtype is None or (self.exchange is None and isinstance(self.experts, ResidentExperts)):
+                return self._forward(x, padding_mask)
+            with no_autocast(x):  # tokens travel, and a buffer computes, in the experts' own dtype
+                return self._forward(x.to(self.experts.dtype), padding_mask).to(dtype)
 
     def _forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         if self.gating == "dynamic":
@@ -181,6 +188,7 @@ class MOELayer(nn.Module):
         """tokens (T, D) of so many sentences, padding_mask (T,) -> (T, D); every kept assignment runs."""
         clock = _Clock(self.observer is not None)
         routing = self.gate(tokens, padding_mask)
+        tokens = tokens.to(autocast_dtype(tokens) or tokens.dtype)
         weights = self.gate.combine_weights(routing, tokens.dtype)
         clock.lap("gate")
         wanted, limited = routing, None
@@ -252,6 +260,7 @@ class MOELayer(nn.Module):
         """tokens (T, D), padding_mask (T,) -> (T, D); `counted` tokens set the capacity."""
         clock = _Clock(self.observer is not None)
         wanted = self.gate(tokens, padding_mask)
+        tokens = tokens.to(autocast_dtype(tokens) or tokens.dtype)
         clock.lap("gate")
         num_choices = wanted.expert_ids.size(1)
         capacity = static_capacity(

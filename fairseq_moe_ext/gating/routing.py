@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_moe_ext.gating.autocast import no_autocast
+
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
 
 
@@ -43,7 +45,7 @@ class Gate(nn.Module):
     """The network that scores experts: one bias-free linear map, `wg` in upstream's state dict.
 
     use_fp32: softmax and everything after it run in float32; the product with `wg` runs in the model's dtype
-    (upstream's `moe_gating_use_fp32`).
+    (upstream's `moe_gating_use_fp32`), also under autocast.
     """
 
     num_choices: int
@@ -60,9 +62,11 @@ class Gate(nn.Module):
 
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (T, D) -> logits (T, E), probabilities (T, E)."""
-        logits = self.wg(tokens)
         if self.use_fp32:
-            logits = logits.float()
+            with no_autocast(tokens):
+                logits = self.wg(tokens.to(self.wg.weight.dtype)).float()
+        else:
+            logits = self.wg(tokens)
         return logits, F.softmax(logits, dim=1)
 
     def seed(self, seed: int) -> None:
