@@ -185,7 +185,7 @@ def draw_latency(file, passes: Sequence[Pass], bases: dict[str, int]) -> None:
         lines.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)", ylabel="ms a pass")
         ticks = sorted({each.batch for each in of_stack})
         lines.set_xticks(ticks, labels=map(str, ticks))
-        lines.xaxis.minorticks_off()
+        lines.xaxis.set_ticks([], minor=True)
         lines.legend(fontsize=8)
     save(figure, file)
 

@@ -104,7 +104,7 @@ def draw(file, rows: Sequence[Row]) -> None:
         panel.set(title=model.replace("_", " "), xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)",
                   ylabel="MB at the peak")
         panel.set_xticks(batches, labels=map(str, batches))
-        panel.xaxis.minorticks_off()
+        panel.xaxis.set_ticks([], minor=True)
         panel.legend(fontsize=8)
     save(figure, file)
 

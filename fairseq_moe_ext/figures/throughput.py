@@ -186,7 +186,7 @@ def draw(file, passes: Sequence[Pass], limits: dict[str, int]) -> None:
         for panel in (speeds, peaks):
             panel.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)")
             panel.set_xticks(ticks, labels=[str(tick) for tick in ticks], fontsize=8)
-            panel.xaxis.minorticks_off()
+            panel.xaxis.set_ticks([], minor=True)
             panel.legend(fontsize=8)
         speeds.set(title=stack, ylabel="tokens/s")
         peaks.set(ylabel="peak of a batch's tensors, MB")

@@ -216,4 +216,5 @@ def test_the_end_gives_memory_threads_and_files_back(large, options):
     assert [threads for _, threads, _ in after] == [0] * 4
     assert len({files for _, _, files in after}) == 1
     memory = [bytes_ for bytes_, _, _ in after]
-    assert max(memory) - memory[0] < 40e6 and during[0] - memory[-1] > (0 if "expert_store" in options else 60e6)
+    # from the second on: what the first two take once is no model's
+    assert max(memory) - memory[1] < 40e6 and during[0] - memory[-1] > (0 if "expert_store" in options else 60e6)
