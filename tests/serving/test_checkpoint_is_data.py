@@ -183,7 +183,8 @@ def test_fairseqs_own_interpolations_count_as_unset(served):
 
 
 @pytest.mark.parametrize(
-    ("arch", "name"), [("lightconv", "dense mt"), ("transformer_from_pretrained_xlm", "dense mt"), ("fconv_lm", "dense lm")]
+    ("arch", "name"),
+    [("lightconv", "dense mt"), ("transformer_from_pretrained_xlm", "dense mt"), ("fconv_lm", "dense lm")],
 )
 def test_a_dense_checkpoint_of_another_family_is_refused_by_name(served, code, arch, name):
     fields = {"_name": arch, "arch": arch, "decoder_layers_list": code, "encoder_attention": code}
