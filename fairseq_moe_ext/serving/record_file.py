@@ -61,6 +61,7 @@ class RecordFile:
                     if not _is_tensor(entry) and self.has_checksums:
                         _check_untouched(archive, entry)
             self._check_byte_order(opened, entries)
+            self._check_apart(opened, entries, size)
             records = (self._locate(opened, entry) for entry in filter(_is_tensor, entries))
             self._records = {record.offset: record for record in records}
             self.tensor_bytes = sum(record.size for record in self._records.values())
@@ -151,6 +152,18 @@ class RecordFile:
         name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         offset = entry.header_offset + _HEADER + name_length + extra_length
         return Record(entry.filename, offset, entry.file_size, entry.CRC)
+
+    def _check_apart(self, opened: Descriptor, entries: list[zipfile.ZipInfo], size: int) -> None:
+        """A record that a damaged header puts into another one would be that one's values, with a right checksum."""
+        entries = sorted(entries, key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), size]
+        for entry, end in zip(entries, ends, strict=True):
+            record = self._locate(opened, entry)
+            if record.offset + record.size > end:
+                raise CheckpointError(
+                    f"{self.path}: not a readable checkpoint: record {entry.filename[:200]} must end before the next "
+                    f"one at {end}, got {record.offset + record.size}"
+                )
 
     def _check_byte_order(self, opened: Descriptor, entries: list[zipfile.ZipInfo]) -> None:
         for entry in entries:

@@ -20,6 +20,8 @@ from measured import refused_cheaply
 from omegaconf import OmegaConf
 
 from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.export_hf import export_hf
 
 KEY = "decoder.layers.1.moe_layer.experts.0.fc1.weight"
@@ -327,3 +329,18 @@ def test_options_of_the_checkpoints_task_are_words(tmp_path, name, value):
 def test_pickles_opcodes_are_as_the_tests_write_them():
     assert pickle.loads(b"\x80\x02" + doubled_tuples(2) + b".") == (((), ()), ((), ()))
     assert pickle.loads(b"\x80\x02" + doubled_lists(2) + b".") == [[[], []], [[], []]]
+
+
+def test_a_record_that_a_header_puts_into_another_one(tmp_path):
+    """Both are as long, and the checksum is right: it would be the other one's values."""
+    file = tmp_path / "X.pt"
+    torch.save({"model": {"a": torch.zeros(20), "b": torch.ones(20)}}, file)
+    data = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        first, second = (archive.getinfo(f"X/data/{number}").header_offset for number in range(2))
+    lengths = [sum(struct.unpack_from("<HH", data, header + 26)) for header in (first, second)]
+    (extra,) = struct.unpack_from("<H", data, first + 28)
+    struct.pack_into("<H", data, first + 28, extra + second + lengths[1] - first - lengths[0])
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="record X/data/0 must end before the next one"):
+        read_checkpoint(str(file))
