@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from fairseq.data import FairseqDataset
@@ -14,18 +14,28 @@ SKIP = "--skip-invalid-size-inputs-valid-test"
 
 
 def keep_fitting(
-    indices: np.ndarray, dataset: FairseqDataset, max_positions, skip: bool, unit: str = "sentences"
+    indices: np.ndarray,
+    dataset: FairseqDataset,
+    max_positions,
+    skip: bool,
+    unit: str = "sentences",
+    tell_of_nothing: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Those of `indices` whose items are within the model's positions (an int, or one of source and target).
 
     ValueError where an item is not and `skip` is off, or where nothing is left. unit: what an item is.
+    tell_of_nothing: in place of the latter where `skip` is on, since others may follow; gets the sentence.
     """
     kept, ignored = dataset.filter_indices_by_size(indices, max_positions)
     if len(ignored) == 0:
         return kept
     rule = f"{unit} must not be longer than the model's and the task's positions, {_describe(max_positions)}"
     if len(kept) == 0:
-        raise ValueError(f"{rule}: nothing is left of {len(indices)} {unit} ({_tokens(dataset, indices)} tokens)")
+        sentence = f"{rule}: nothing is left of {len(indices)} {unit} ({_tokens(dataset, indices)} tokens)"
+        if not skip or tell_of_nothing is None:
+            raise ValueError(sentence)
+        tell_of_nothing(sentence)
+        return kept
     left_out = (
         f"{len(ignored)} of {len(indices)} {unit} ({_tokens(dataset, ignored)} of {_tokens(dataset, indices)} tokens)"
     )

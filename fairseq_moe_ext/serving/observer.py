@@ -57,6 +57,7 @@ class Observer:
         self._outputs = PassOutputs()  # of the pass under way
         self._results = Results()
         self._told_of_non_finite = False
+        self._nothing_left: str | None = None
         # before `finish_at_exit`, hence after it when the process ends
         self._exit_code = ExitCode() if exit_code is None else exit_code
         self.seeds = BatchSeeds()
@@ -217,6 +218,11 @@ class Observer:
         """Whether there will be batches after the last, until the process ends."""
         return self._at_exit
 
+    def nothing_left(self, sentence: str) -> None:
+        """Of some lines none can be served; where that is true of all, it is the process's failure."""
+        logger.warning(sentence)
+        self._nothing_left = sentence
+
     def finish_at_exit(self) -> None:
         """Finish once, when the process ends: fairseq-interactive comes to a last batch with every input."""
         if not self._at_exit:
@@ -227,6 +233,8 @@ class Observer:
         self._finish()
         if self._results.broken:
             self._exit_code.fail(self._not_finite())
+        if self._nothing_left is not None and self._batch < 0:
+            self._exit_code.fail(self._nothing_left)
 
     def _finish(self, others: Sequence[int] | None = None) -> None:
         """The report first, which a trace that cannot be written does not take with it. others: ranks to be asked."""

@@ -251,7 +251,8 @@ class ServingTask:
             return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
         # fairseq-eval-lm would leave out whatever does not fit, without the user's asking
         skip = bool(getattr(self._flags(), "skip_invalid_size_inputs_valid_test", ignore_invalid_inputs))
-        return keep_fitting(indices, dataset, max_positions, skip, self.served_unit)
+        tell_of_nothing = self.observer.nothing_left if self.observer.goes_on else None
+        return keep_fitting(indices, dataset, max_positions, skip, self.served_unit, tell_of_nothing)
 
     def load_dataset(self, split, *args, **kwargs):
         if self.observer is not None:

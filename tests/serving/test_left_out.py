@@ -129,3 +129,21 @@ def test_two_ranks_refuse_as_one(lm, tmp_path):
     total = tokens(lm[0])
     assert done.stderr.count(f"of {total} tokens) left out") == 1
     assert json.loads((tmp_path / "report.json").read_text())["decoder"]["tokens"] == total % 17
+
+
+def interactive(mt, *lines: str, check: bool = True):
+    flags = ("--task", "moe_translation", "-s", "en", "-t", "de", "--max-source-positions", "4", "--buffer-size", "1")
+    flags += ("--cpu", "--beam", "1", "--max-len-b", "5", SKIP)
+    return commands.run("interactive", *mt, *flags, stdin="".join(f"{line}\n" for line in lines), check=check)
+
+
+def test_a_line_that_is_too_long_leaves_the_next_ones_their_turn(mt):
+    done = interactive(mt, "w1 w2", "w1 " * 9, "w3")
+    assert [line.split("\t")[0] for line in done.stdout.splitlines() if line.startswith("H-")] == ["H-0", "H-2"]
+    assert done.stderr.count("nothing is left of 1 sentences") == 1
+
+
+def test_lines_of_which_none_can_be_served_are_a_failure(mt):
+    done = interactive(mt, "w1 " * 9, "w2 " * 9, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("error: sentences must not be longer than")

@@ -164,6 +164,7 @@ def test_sentences_that_are_too_long(plain, wanted):
             served.translate([lines[0], long])
     with loaded(plain, max_source_positions=50, skip_invalid_size_inputs_valid_test=True) as served:
         assert served.translate([lines[0], long], beam=2) == [found[0][0].text, None]
+        assert served.translate([long], beam=2) == [None]
 
 
 MEMORY = """
