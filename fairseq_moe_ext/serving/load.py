@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 
 from fairseq_moe_ext.serving.errors import one_line
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
-from fairseq_moe_ext.serving.library_observer import LibraryObserver
 from fairseq_moe_ext.serving.load_models import LoadedModels, check_alone, load_models
+from fairseq_moe_ext.serving.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 
@@ -40,7 +40,7 @@ def load(
     register()
     paths = _paths(path)
     check_alone(paths[0])
-    loaded = load_models(paths, data, options, _overrides(options), LibraryObserver)
+    loaded = load_models(paths, data, options, _overrides(options), ProgramObserver)
     if options.get("tokens_per_sample") is not None and loaded.args.moe_gating != "static":
         raise OptionError(
             "tokens_per_sample must go with moe_gating='static', under which a text is padded to it, got "

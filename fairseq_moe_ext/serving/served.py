@@ -22,7 +22,7 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.serving.engine import Engine
 from fairseq_moe_ext.serving.errors import ClosedError
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
-from fairseq_moe_ext.serving.library_observer import LibraryObserver
+from fairseq_moe_ext.serving.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
 
@@ -39,7 +39,7 @@ class ServedParts:
     paths: list[str]
     models: list[torch.nn.Module]
     task: Any
-    observer: LibraryObserver
+    observer: ProgramObserver
     codec: TextCodec
     keywords: KeywordOptions
     data: str

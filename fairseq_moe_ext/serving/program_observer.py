@@ -19,7 +19,7 @@ logger = logging.getLogger("fairseq_moe_ext")
 _DRAWING = threading.Lock()  # PyTorch's own random numbers are one stream for the whole process
 
 
-class LibraryObserver(Observer):
+class ProgramObserver(Observer):
     """Writes report and trace when it is told to, and checks the results of every call by themselves."""
 
     def __init__(self, gating: str, report_path: str | None = None, trace_path: str | None = None):
