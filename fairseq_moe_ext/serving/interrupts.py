@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -11,17 +12,22 @@ from fairseq_moe_ext.gating.rank_faults import interruption
 from fairseq_moe_ext.serving.own_command import fairseqs_command
 
 
-def on_interrupt(tell: Callable[[int], bool]) -> bool:
+def on_interrupt(tell: Callable[[int], bool], finish: Callable[[], None]) -> bool:
     """From here on both signals call `tell` with their number and, where it is True, raise: KeyboardInterrupt, or
-    SystemExit with code 143.
+    SystemExit with code 143. `finish` is called when the process ends.
 
-    In fairseq's own commands alone, and only where the signals have Python's first handlers; whether it is one.
+    In fairseq's own commands alone, and only where the signals have Python's first handlers; whether it is one. A
+    process that has come to its end by itself goes on to it: torchrun sends its signals then, too.
     """
     if fairseqs_command() is None or threading.current_thread() is not threading.main_thread():
         return False
-    process = os.getpid()
+    process, ending = os.getpid(), []
+    atexit.register(finish)
+    atexit.register(ending.append, True)  # comes before it
 
     def interrupt(number: int, _frame) -> None:
+        if ending or not threading.main_thread().is_alive():
+            return
         # a loader's process has this handler, too
         if os.getpid() != process or tell(number):
             raise interruption(number)

@@ -99,10 +99,8 @@ class Observer:
         if self._at_exit or self._hears_interrupts:
             return
         self._hears_interrupts = True
-        if on_interrupt(self._hear_of_interrupt):
-            atexit.register(self._finish_interrupted)
-            if self._ranks is not None:
-                self._ranks.last_words = self._finish_alone
+        if on_interrupt(self._hear_of_interrupt, self._finish_interrupted) and self._ranks is not None:
+            self._ranks.last_words = self._finish_alone
 
     def begin_batch(self, number: int | None = None) -> None:
         """Batch `number` of all ranks' begins; None: the next one."""

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import commands
@@ -40,3 +41,33 @@ def test_a_signal_ends_a_run_with_its_report_and_trace(tmp_path, number, code):
     assert 1 <= written["generation"]["sentences"] < 20
     assert len(load_trace(trace)["decode"].batch) == written["decoder"]["steps"]
     assert not list(tmp_path.glob(".*")) and {path.name for path in tmp_path.iterdir()} >= {report.name, trace.name}
+
+
+ENDING = """
+import atexit, os, signal, threading
+from fairseq_moe_ext.serving import interrupts
+interrupts.fairseqs_command = lambda: "generate"
+def ends():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("ends")
+def finish():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("finishes")
+class Waiting(threading.Thread):
+    def run(self):
+        threading.main_thread().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("waited")
+atexit.register(ends)
+assert interrupts.on_interrupt(lambda number: True, finish)
+Waiting().start()
+"""
+
+
+def test_a_process_that_ends_by_itself_is_not_interrupted_any_more():
+    """torchrun signals the ranks that are left, also one that is about to end: neither traceback nor another code."""
+    command = [sys.executable, "-c", ENDING]
+    done = processes.run(command, cwd=commands.REPOSITORY, env=commands.environment(), fresh=True)
+    assert (done.returncode, done.stdout.split(), "Traceback" in done.stderr) == (
+        0, ["waited", "finishes", "ends"], False,
+    ), done.stderr[-2000:]
