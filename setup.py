@@ -19,7 +19,6 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.13",  # 3.13 wants numpy 2
     packages=find_packages(include=["fairseq_moe_ext", "fairseq_moe_ext.*"]),
-    package_data={"fairseq_moe_ext.figures": ["*.json"]},  # the papers' figures, hardware's
     ext_modules=[
         Extension(
             "fairseq_moe_ext.gating._grouped_linear",

@@ -176,6 +176,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
+def reproduction_environment() -> dict[str, str]:
+    """Of a process that imports scripts/reproduction, as scripts/reproduce.sh makes it."""
+    path = [str(REPOSITORY / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return environment(PYTHONPATH=os.pathsep.join(path), PYTHONWARNINGS="ignore")
+
+
 def run(command: str, *arguments: str | Path, check: bool = True, stdin: str = "", fresh: bool = False, **how):
     """Run `command_line` by tests/processes.py, a `fresh` interpreter where that is asked.
 

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from fairseq_moe_ext.serving.nllb_config import NllbConfig
 from fairseq_moe_ext.serving.nllb_names import named_tensors
-from scripts.peers import environments
+from scripts.benchmarks.peers import environments
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")
 PIECES = 60

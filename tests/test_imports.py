@@ -10,7 +10,7 @@ import processes
 
 PACKAGE = "fairseq_moe_ext"
 ROOT = Path(__file__).resolve().parents[1]
-FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving", "figures"}
+FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving"}
 PURE_ROOMS = {"gating", "buffering", "balancing", "trace", "torch_versions"}
 ROOMS = PURE_ROOMS | FAIRSEQ_ROOMS
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -70,8 +70,9 @@ def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch():
     assert not files_where(lambda file: "torch" in {name.split(".")[0] for name in imports(file)}, {"balancing"})
 
 
-def test_nobody_needs_the_figures():
-    assert not files_where(lambda file: "figures" in rooms_in(imports(file)), ROOMS - {"figures"})
+def test_nobody_needs_the_scripts():
+    scripts = {"reproduction", "benchmarks", "scripts"}
+    assert not files_where(lambda file: scripts & {name.split(".")[0] for name in imports(file)}, ROOMS)
 
 
 def test_the_packages_own_file_imports_nothing():

@@ -299,7 +299,7 @@ def test_eight_at_once_take_less_time_than_eight_in_turn(server, texts):
 
 @pytest.mark.slow
 def test_the_benchmark(tmp_path):
-    script = commands.REPOSITORY / "scripts" / "benchmark_server.py"
+    script = commands.REPOSITORY / "scripts" / "benchmarks" / "benchmark_server.py"
     small = ("--model-dim", 64, "--layers", 4, "--sentences", 3, "--max-len", 5, "--rounds", 1, "--output", tmp_path)
     done = processes.run([sys.executable, script, *small], env=commands.environment())
     assert done.returncode == 0, done.stderr

@@ -28,12 +28,12 @@ EXEMPT = {
     ("fairseq_moe_ext/serving/record_writer.py", "open"),
     ("fairseq_moe_ext/serving/record_writer.py", "save"),
     ("fairseq_moe_ext/serving/export_hf.py", "rename"),
-    ("scripts/benchmark_server.py", "open"),  # a child process's log
-    ("scripts/peers/process.py", "open"),
-    ("scripts/peers/translation.py", "open"),
-    ("scripts/peers/serve.py", "fdopen"),  # standard output
-    ("scripts/peers/environments.py", "rename"),  # folders
-    ("scripts/peers/translation_model.py", "rename"),
+    ("scripts/benchmarks/benchmark_server.py", "open"),  # a child process's log
+    ("scripts/benchmarks/peers/process.py", "open"),
+    ("scripts/benchmarks/peers/translation.py", "open"),
+    ("scripts/benchmarks/peers/serve.py", "fdopen"),  # standard output
+    ("scripts/benchmarks/peers/environments.py", "rename"),  # folders
+    ("scripts/benchmarks/peers/translation_model.py", "rename"),
 }
 
 
