@@ -1,12 +1,15 @@
 """Installation of fairseq_moe_ext; the exact versions known to work stand in constraints.txt."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
 # Provides `fairseq`, mended for Python 3.11 and later; an extra, since it would overwrite a fairseq that is there.
 FAIRSEQ = "fairseq-fixed>=0.12.3.1"
+# what scripts/reproduce_*.sh and plots need, and no served model
+REPRODUCE = ["matplotlib>=3.7.5", "Babel>=2.14"]
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fairseq_moe_ext/__init__.py").read_text()).group(1)
 
@@ -17,13 +20,27 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    author="The fairseq_moe_ext authors",
+    keywords=["fairseq", "mixture of experts", "inference", "NLLB"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11,<3.13",  # 3.13 wants numpy 2
     packages=find_packages(include=["fairseq_moe_ext", "fairseq_moe_ext.*"]),
+    entry_points={"console_scripts": ["fairseq-moe = fairseq_moe_ext.command_line:main"]},
     ext_modules=[
         Extension(
             "fairseq_moe_ext.gating._grouped_linear",
             ["fairseq_moe_ext/gating/grouped_linear.c"],
             extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+            extra_link_args=["-s"] if sys.platform == "linux" else [],  # no symbols but those to export
             optional=True,  # slower without it
         )
     ],
@@ -38,19 +55,20 @@ setup(
         "scipy>=1.10.1",  # the integer programme that bounds a placement
         "safetensors>=0.4.2",  # Hugging Face's layout
         "sentencepiece>=0.1.99",  # NLLB's pieces
+        "tabulate>=0.9.0",  # Markdown tables
         "tqdm",
-        "matplotlib>=3.7.5",  # the scripts' plots
     ],
     extras_require={
         "fairseq": [FAIRSEQ],
         "examples": ["Babel>=2.14"],
+        "reproduce": REPRODUCE,
         "test": [
             FAIRSEQ,
+            *REPRODUCE,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff",
-            "Babel>=2.14",
             "triton>=3.3; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
         ],
     },

@@ -1,14 +1,10 @@
 """One size is the same number of bytes to every flag and script."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 
 from fairseq_moe_ext.byte_sizes import parse_bytes
+from fairseq_moe_ext.command_line.parsing import byte_size
 from fairseq_moe_ext.tasks.buffer_flags import _bytes
-
-PLAN = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "plan_memory.py"))
 
 
 @pytest.mark.parametrize(
@@ -16,7 +12,7 @@ PLAN = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "pla
     [("64G", 64 << 30), ("64GiB", 64 << 30), ("64 GB", 64 << 30), ("500M", 500 << 20), ("1.5K", 1536), ("7", 7)],
 )
 def test_every_reader_agrees(text, wanted):
-    assert parse_bytes(text) == PLAN["memory"](text) == _bytes(text) == wanted
+    assert parse_bytes(text) == byte_size(text) == _bytes(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1X", "nan", "1e9", "64GBB"])

@@ -10,7 +10,7 @@ import processes
 
 PACKAGE = "fairseq_moe_ext"
 ROOT = Path(__file__).resolve().parents[1]
-FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving"}
+FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving", "command_line"}
 PURE_ROOMS = {"gating", "buffering", "balancing", "trace", "torch_versions"}
 ROOMS = PURE_ROOMS | FAIRSEQ_ROOMS
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -73,6 +73,10 @@ def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch():
 def test_nobody_needs_the_scripts():
     scripts = {"reproduction", "benchmarks", "scripts"}
     assert not files_where(lambda file: scripts & {name.split(".")[0] for name in imports(file)}, ROOMS)
+
+
+def test_nobody_needs_the_command():
+    assert not files_where(lambda file: "command_line" in rooms_in(imports(file)), ROOMS - {"command_line"})
 
 
 def test_the_packages_own_file_imports_nothing():

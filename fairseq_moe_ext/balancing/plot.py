@@ -24,7 +24,7 @@ def plot_fit(path: str | os.PathLike, layers: Sequence[LayerFit], method: str, w
     where there is one) and after (`method`), beside the even share. Right: the experts' shares over all batches, with
     the line between the fitted and the held-out half; experts are ordered by their mean share.
     """
-    from matplotlib.figure import Figure  # heavy: only where a picture is asked for
+    from matplotlib.figure import Figure  # heavy, and an extra: only where a picture is asked for
 
     figure = Figure(figsize=(12, 3.4 * len(layers)), layout="constrained")
     axes = figure.subplots(len(layers), 2, squeeze=False, width_ratios=(1, 1))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from tabulate import tabulate
 from torch import Tensor
 
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS
@@ -215,13 +216,9 @@ def _gib(size: int) -> str:
 
 def table(settings: list[Setting]) -> str:
     """As Markdown, in GiB (2**30 bytes), the unit of the flags."""
-    rows = [("setting", "fits", "GPU memory", "RAM", "disk", "flags")]
+    head, rows = ("setting", "fits", "GPU memory", "RAM", "disk", "flags"), []
     for item in settings:
         sizes = (_gib(value) if value else "" for value in (item.device, item.host, item.disk))
         fits = "yes" if item.fits else f"no: {item.why}"
         rows.append((item.name, fits, *sizes, f"`{item.flags}`" if item.flags else ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 from argparse import Namespace
-from pathlib import Path
 
 import hf_makers
 import pytest
 import torch
 
 from fairseq_moe_ext.byte_sizes import parse_bytes
+from fairseq_moe_ext.command_line import plan as plan_command
+from fairseq_moe_ext.command_line.parsing import byte_size
 from fairseq_moe_ext.serving.checkpoint_summary import summarize
 from fairseq_moe_ext.serving.convert_nllb import convert_nllb
 from fairseq_moe_ext.serving.errors import CheckpointError
@@ -25,7 +25,6 @@ from fairseq_moe_ext.serving.memory_plan import (
     table,
 )
 
-SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "plan_memory.py"))
 GB = 10**9
 NLLB = ModelSizes(
     dense=2_945_232_898,
@@ -142,14 +141,14 @@ def test_a_larger_batch_needs_more():
 
 def test_the_script_prints_a_table(tmp_path, capsys):
     hf_makers.write_model(tmp_path / "hf")
-    assert SCRIPT["main"]([str(tmp_path / "hf"), "--device-memory", "24GiB"]) == 0
+    assert plan_command.main([str(tmp_path / "hf"), "--device-memory", "24GiB"]) == 0
     printed = capsys.readouterr().out
     assert "4 MoE layers of 8 experts" in printed and printed.count("\n|") == 7
-    assert SCRIPT["main"]([str(tmp_path / "nothing.pt"), "--device-memory", "24G"]) == 1
+    assert plan_command.main([str(tmp_path / "nothing.pt"), "--device-memory", "24G"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
-    assert SCRIPT["memory"]("1.5GB") == 3 << 29
+    assert byte_size("1.5GB") == 3 << 29
     with pytest.raises(SystemExit):
-        SCRIPT["main"](["x", "--device-memory", "much"])
+        plan_command.main(["x", "--device-memory", "much"])
 
 
 def test_the_table_speaks_in_the_unit_of_the_flags():

@@ -1,0 +1,43 @@
+"""What the subcommands share: their parsers, the values of their options, and how they fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+from fairseq_moe_ext.byte_sizes import parse_bytes
+
+NO_MATPLOTLIB = "needs matplotlib: pip install 'fairseq_moe_ext[reproduce]'"
+
+
+def command_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of `fairseq-moe <name>`; doc: its help, as it is written."""
+    how = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"fairseq-moe {name}", description=doc, formatter_class=how)
+
+
+def positive(text: str) -> int:
+    """An option's value, a whole number of at least 1: 0 must not pass for what was left out."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def byte_size(text: str) -> int:
+    """An option's value in bytes, as every flag reads a size."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def has_matplotlib() -> bool:
+    """Plots are an extra."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def failed(error: Exception | str, code: int = 1) -> int:
+    """Say what failed, on one line of stderr; returns `code`. A checkpoint is no flag of these commands."""
+    print(f"error: {str(error).removeprefix('--path ')}", file=sys.stderr)
+    return code

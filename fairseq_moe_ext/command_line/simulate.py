@@ -1,0 +1,143 @@
+"""How often a buffer of every size would miss, by order and eviction policy, from a recorded routing.
+
+    fairseq-moe simulate trace.npz --output DIR
+    fairseq-moe simulate trace.npz --output DIR --world-size 4 --expert-placement placement.json
+
+The trace is one that `--moe-trace` wrote; with `--world-size` every rank has a buffer for the experts that it holds,
+contiguous ones without a placement, and the sizes are those up to the fewest experts of a rank that holds any. DIR
+gets buffer.csv (every layer, then the mean over the layers and the worst layer) and, where there is matplotlib,
+buffer.png (the mean as a line, the worst layer as a dashed one, Belady's MIN in black).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tabulate import tabulate
+
+from fairseq_moe_ext.atomic_file import new_file, refuse_unwritable
+from fairseq_moe_ext.balancing.placement import contiguous, load_placement
+from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
+from fairseq_moe_ext.buffering.rounds import loads_of_ranks
+from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, hottest_experts, layers_of, simulate_all
+from fairseq_moe_ext.command_line.parsing import NO_MATPLOTLIB, command_parser, has_matplotlib
+from fairseq_moe_ext.trace import load_trace
+
+COLUMNS = ("layer", "size", "order", "policy", "accesses", "misses", "miss_rate", "times_min")
+COLOURS = dict(zip((*POLICIES, MIN), ("tab:blue", "tab:orange", "tab:green", "tab:red", "black"), strict=True))
+MEAN, WORST = "mean", "worst"
+
+
+def table(outcomes: Sequence[Outcome]) -> list[tuple]:
+    """One row per outcome, then per size, order and policy the mean over the layers and the worst layer.
+
+    times_min: misses over those of MIN in the same order; empty where MIN has none. Means are of the layers' miss
+    rates; the misses of a mean row are the layers' together.
+    """
+    minimum = {(each.layer, each.size, each.order): each.misses for each in outcomes if each.policy == MIN}
+    groups: dict[tuple, list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault((each.size, each.order, each.policy), []).append(each)
+
+    def row(name: str, key: tuple, *group: Outcome) -> tuple:
+        least = sum(minimum[each.layer, each.size, each.order] for each in group)
+        accesses, misses = sum(each.accesses for each in group), sum(each.misses for each in group)
+        rate = sum(each.miss_rate for each in group) / len(group)
+        return name, *key, accesses, misses, f"{rate:.6f}", f"{misses / least:.4f}" if least else ""
+
+    rows = [row(each.layer, (each.size, each.order, each.policy), each) for each in outcomes]
+    rows += [row(MEAN, key, *group) for key, group in groups.items()]
+    worst = {key: max(group, key=lambda each: each.miss_rate) for key, group in groups.items()}
+    return rows + [row(f"{WORST}: {each.layer}", key, each) for key, each in worst.items()]
+
+
+def draw(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """Miss rate against buffer size, one panel per order."""
+    from matplotlib.figure import Figure  # an extra
+
+    rates: dict[tuple, list[float]] = {}
+    for each in outcomes:
+        rates.setdefault((each.order, each.policy, each.size), []).append(each.miss_rate)
+    sizes = sorted({each.size for each in outcomes})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for panel, order in zip(figure.subplots(1, len(ORDERS), sharey=True), ORDERS, strict=True):
+        for policy, colour in COLOURS.items():
+            at_size = [rates[order, policy, size] for size in sizes]
+            panel.plot(sizes, [sum(found) / len(found) for found in at_size], color=colour, label=policy)
+            panel.plot(sizes, [max(found) for found in at_size], color=colour, linestyle="--", linewidth=0.8)
+        panel.set(title=order, xlabel="experts in the buffer")
+    figure.axes[0].set_ylabel("miss rate (dashed: worst layer)")
+    figure.axes[0].legend()
+    with new_file(file) as opened:
+        figure.savefig(opened, dpi=120, format="png")
+
+
+def misses_at_a_quarter(layers: Sequence[LayerLoads], outcomes: Sequence[Outcome]) -> str:
+    """The misses where a quarter of the experts is resident, or at the largest size."""
+    misses = {(each.layer, each.size, each.order, each.policy): each.misses for each in outcomes}
+    largest, policies = max(each.size for each in outcomes), (*POLICIES, MIN)
+    rows = []
+    for layer in layers:
+        size = min(max(layer.num_experts // 4, 1), largest)
+        for order in ORDERS:
+            rows.append((layer.name, size, order, *(misses[layer.name, size, order, policy] for policy in policies)))
+    return tabulate(rows, ("layer", "size", "order", *policies), tablefmt="plain")
+
+
+def on_ranks(args: argparse.Namespace, layers: Sequence[LayerLoads]) -> list[LayerLoads]:
+    """Every layer as each rank sees it, named by both."""
+    num_experts = {layer.name: layer.num_experts for layer in layers}
+    if args.profile:
+        raise ValueError("--profile must go without --world-size")
+    if args.expert_placement:
+        placement = load_placement(args.expert_placement)
+        placement.check_fits(args.world_size, num_experts)
+        places = placement.layers
+    else:
+        places = {name: contiguous(count, args.world_size) for name, count in num_experts.items()}
+    found = loads_of_ranks(load_trace(args.trace), places, args.world_size)
+    return [
+        replace(layer, name=f"{layer.name}, rank {rank}")
+        for rank, each in found.items()
+        for layer in each
+        if layer.num_experts  # a rank may hold none, and has no buffer then
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser("simulate", __doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="folder for buffer.csv and buffer.png")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that share the experts and the batches")
+    parser.add_argument("--expert-placement", type=Path, help="which rank holds which expert (.json)")
+    parser.add_argument("--profile", type=Path, help="another trace, whose hottest experts are resident at the start")
+    args = parser.parse_args(arguments)
+    try:
+        layers = layers_of(load_trace(args.trace))
+        profiled = layers_of(load_trace(args.profile)) if args.profile else []
+        if args.world_size != 1 or args.expert_placement:
+            layers, profiled = on_ranks(args, layers), []
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written, got {args.output}: {error.strerror}")
+    for name in ("buffer.csv", "buffer.png"):
+        refuse_unwritable(parser, "--output", args.output / name)
+    rankings = {layer.name: hottest_experts(layer) for layer in profiled}
+    sizes = range(1, min(layer.num_experts for layer in layers) + 1)
+    outcomes = [each for layer in layers for each in simulate_all(layer, sizes, rankings.get(layer.name))]
+    print(misses_at_a_quarter(layers, outcomes))
+    with new_file(args.output / "buffer.csv", text=True) as opened:
+        csv.writer(opened).writerows([COLUMNS, *table(outcomes)])
+    if has_matplotlib():
+        draw(args.output / "buffer.png", outcomes)
+    else:
+        print(f"buffer.png is left out: it {NO_MATPLOTLIB}", file=sys.stderr)
+    return 0
