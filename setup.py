@@ -37,8 +37,8 @@ setup(
     entry_points={"console_scripts": ["fairseq-moe = fairseq_moe_ext.command_line:main"]},
     ext_modules=[
         Extension(
-            "fairseq_moe_ext.gating._grouped_linear",
-            ["fairseq_moe_ext/gating/grouped_linear.c"],
+            "fairseq_moe_ext.kernels._grouped_linear",
+            ["fairseq_moe_ext/kernels/grouped_linear.c"],
             extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
             extra_link_args=["-s"] if sys.platform == "linux" else [],  # no symbols but those to export
             optional=True,  # slower without it

@@ -28,8 +28,8 @@ from queue import SimpleQueue
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fairseq_moe_ext  # noqa: E402
+from fairseq_moe_ext.checkpoints.errors import CheckpointError, ClosedError  # noqa: E402
 from fairseq_moe_ext.serving.engine import Engine, FullError  # noqa: E402
-from fairseq_moe_ext.serving.errors import CheckpointError, ClosedError  # noqa: E402
 from fairseq_moe_ext.serving.served import Served  # noqa: E402
 
 logger = logging.getLogger("server")

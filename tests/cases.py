@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reference import Expert
 from torch import Tensor
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.layer import StaticOptions
 
 PADDINGS = ("none", "left", "right", "scattered", "one row", "all")

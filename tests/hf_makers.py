@@ -14,8 +14,8 @@ from fairseq.data import Dictionary, indexed_dataset
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from fairseq_moe_ext.serving.nllb_config import NllbConfig
-from fairseq_moe_ext.serving.nllb_names import named_tensors
+from fairseq_moe_ext.nllb.config import NllbConfig
+from fairseq_moe_ext.nllb.names import named_tensors
 from scripts.benchmarks.peers import environments
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")

@@ -150,21 +150,21 @@ OF_INTERACTIVE = {
 }
 # an option whose effect other tests hold -> the file that has it
 ELSEWHERE = {
-    _SKIP: "tests/serving/test_left_out.py",
-    "--min-len": "tests/serving/test_options.py",
+    _SKIP: "tests/decoding/test_left_out.py",
+    "--min-len": "tests/decoding/test_options.py",
     "--expert-eviction": "tests/serving/test_expert_buffer.py",
     "data": "tests/commands.py",
     "--user-dir": "tests/test_options_commands.py",
     "--cpu": "tests/tasks/test_options_table.py",
     "--device-id": "tests/tasks/test_options_table.py",
-    "--distributed-world-size": "tests/serving/test_ranks_commands.py",
-    "--decoder-langtok": "tests/serving/test_checkpoint_task.py",
+    "--distributed-world-size": "tests/ranks/test_ranks_commands.py",
+    "--decoder-langtok": "tests/checkpoints/test_checkpoint_task.py",
     "--expert-store-dir": "tests/serving/test_buffer_stores.py",
     "--expert-host-memory": "tests/tasks/test_buffer_flags.py",
     "--expert-profile": "tests/serving/test_expert_buffer.py",
     "--moe-kernel": "tests/serving/test_kernels.py",
     "--moe-report": "tests/test_commands.py",
-    "--moe-trace": "tests/serving/test_report.py",
-    "--expert-placement": "tests/serving/test_ranks_commands.py",
-    "--continuous-batching": "tests/serving/test_continuous_batching.py",
+    "--moe-trace": "tests/reporting/test_report.py",
+    "--expert-placement": "tests/ranks/test_ranks_commands.py",
+    "--continuous-batching": "tests/decoding/test_continuous_batching.py",
 }

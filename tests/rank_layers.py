@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.exchange import Exchange
 from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.ranks.exchange import Exchange
 
 Placement = Sequence[Sequence[int]]  # per expert the ranks that hold it
 

@@ -10,9 +10,15 @@ import processes
 
 PACKAGE = "fairseq_moe_ext"
 ROOT = Path(__file__).resolve().parents[1]
-FAIRSEQ_ROOMS = {"tasks", "models", "criterions", "serving", "command_line"}
-PURE_ROOMS = {"gating", "buffering", "balancing", "trace", "torch_versions"}
-ROOMS = PURE_ROOMS | FAIRSEQ_ROOMS
+# from the top down: a room may know those below it (docs/internals.md)
+ORDER = (
+    *("command_line", "tasks", "serving", "decoding", "reporting", "ranks", "models", "criterions", "nllb"),
+    *("checkpoints", "buffering", "balancing", "experts", "gating", "kernels"),
+)
+HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "torch_versions"}  # single files that all may know
+PURE_ROOMS = {"experts", "gating", "kernels", "buffering", "balancing"}
+FAIRSEQ_ROOMS = {*ORDER} - PURE_ROOMS
+ROOMS = {*ORDER} | HELPERS
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
@@ -45,38 +51,56 @@ def files_where(wrong: Callable[[Path], bool], rooms: set[str]) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in FILES if room_of(file) in rooms and wrong(file)]
 
 
+def upward_arrows() -> set[tuple[str, str]]:
+    """(file, room above it) of all imports that break the order."""
+    return {
+        (str(file.relative_to(ROOT / PACKAGE)), room)
+        for file in FILES
+        if room_of(file) in ORDER
+        for room in rooms_in(imports(file)) - HELPERS
+        if ORDER.index(room) < ORDER.index(room_of(file))
+    }
+
+
+def test_arrows_between_rooms_run_down_only():
+    # to go with the layer's dispatchers
+    known = {("kernels/triton_experts.py", "experts"), ("gating/layer.py", "experts"), ("gating/layer.py", "ranks")}
+    assert upward_arrows() == known
+
+
+def test_single_files_know_of_no_room():
+    assert not files_where(lambda file: rooms_in(imports(file)) & {*ORDER}, HELPERS)
+
+
+def test_every_room_has_its_place_in_the_order():
+    folders = {file.parent.name for file in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert folders == {*ORDER}
+
+
 def test_pure_rooms_know_nothing_of_fairseq():
     fairseqs = {"fairseq", "fairseq_cli", "omegaconf", "hydra"}
-    assert not files_where(lambda file: fairseqs & {name.split(".")[0] for name in imports(file)}, PURE_ROOMS)
-    assert not files_where(lambda file: rooms_in(imports(file)) & FAIRSEQ_ROOMS, PURE_ROOMS)
+    assert not files_where(lambda file: fairseqs & {name.split(".")[0] for name in imports(file)}, PURE_ROOMS | HELPERS)
 
 
-def test_gating_knows_of_no_other_room():
-    assert not files_where(lambda file: rooms_in(imports(file)) - {"gating", "trace", "torch_versions"}, {"gating"})
+def test_kernels_know_tensors_only():
+    known = {"kernels", "torch_versions", "experts"}
+    assert not files_where(lambda file: rooms_in(imports(file)) - known, {"kernels"})
 
 
 def test_buffering_knows_the_experts_and_traces_alone():
-    rooms = ("buffering", "gating.experts", "trace", "atomic_file", "bounded_json")
-    known = tuple(f"{PACKAGE}.{name}." for name in rooms)
-
-    def foreign(file: Path) -> bool:
-        return any(name.startswith(f"{PACKAGE}.") and not f"{name}.".startswith(known) for name in imports(file))
-
-    assert not files_where(foreign, {"buffering"})
+    known = {"buffering", "experts", "kernels", "trace", "atomic_file", "bounded_json"}
+    assert not files_where(lambda file: rooms_in(imports(file)) - known, {"buffering"})
 
 
 def test_balancing_knows_of_the_trace_only_and_nothing_of_pytorch():
-    assert not files_where(lambda file: rooms_in(imports(file)) - {"balancing", "trace"}, {"balancing"})
+    known = {"balancing", "trace", "atomic_file", "bounded_json"}
+    assert not files_where(lambda file: rooms_in(imports(file)) - known, {"balancing"})
     assert not files_where(lambda file: "torch" in {name.split(".")[0] for name in imports(file)}, {"balancing"})
 
 
 def test_nobody_needs_the_scripts():
     scripts = {"reproduction", "benchmarks", "scripts"}
     assert not files_where(lambda file: scripts & {name.split(".")[0] for name in imports(file)}, ROOMS)
-
-
-def test_nobody_needs_the_command():
-    assert not files_where(lambda file: "command_line" in rooms_in(imports(file)), ROOMS - {"command_line"})
 
 
 def test_the_packages_own_file_imports_nothing():
@@ -88,7 +112,7 @@ def test_the_reader_of_imports_sees_them():
     """On a file that is known to import fairseq, and on rooms that are there."""
     assert {room_of(file) for file in FILES} >= {"gating", "trace", "models", "tasks", "serving"}
     names = imports(ROOT / PACKAGE / "models" / "transformer_layer.py")
-    assert "fairseq" in names and rooms_in(names) == {"gating", "models"}
+    assert "fairseq" in names and rooms_in(names) == {"checkpoints", "experts", "gating"}
     assert files_where(lambda file: "fairseq" in imports(file), {"models"})
 
 

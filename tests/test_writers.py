@@ -24,10 +24,10 @@ OPENERS = {"open", "fdopen", "ZipFile", "FileIO", "memmap", "TarFile"}
 # (file, what): a file that is resumed, under its lock; streams of processes; folders
 EXEMPT = {
     ("fairseq_moe_ext/tasks/serving_parser.py", "open"),  # /dev/null as standard output
-    ("fairseq_moe_ext/serving/conversion_lock.py", "open"),
-    ("fairseq_moe_ext/serving/record_writer.py", "open"),
-    ("fairseq_moe_ext/serving/record_writer.py", "save"),
-    ("fairseq_moe_ext/serving/export_hf.py", "rename"),
+    ("fairseq_moe_ext/checkpoints/conversion_lock.py", "open"),
+    ("fairseq_moe_ext/checkpoints/record_writer.py", "open"),
+    ("fairseq_moe_ext/checkpoints/record_writer.py", "save"),
+    ("fairseq_moe_ext/nllb/export.py", "rename"),
     ("scripts/benchmarks/benchmark_server.py", "open"),  # a child process's log
     ("scripts/benchmarks/peers/process.py", "open"),
     ("scripts/benchmarks/peers/translation.py", "open"),

@@ -20,8 +20,8 @@ from sentencepiece import SentencePieceTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fairseq_moe_ext.atomic_file import new_file, write_bytes, write_json, write_text  # noqa: E402
-from fairseq_moe_ext.serving.nllb_config import NllbConfig  # noqa: E402
-from fairseq_moe_ext.serving.nllb_names import named_tensors  # noqa: E402
+from fairseq_moe_ext.nllb.config import NllbConfig  # noqa: E402
+from fairseq_moe_ext.nllb.names import named_tensors  # noqa: E402
 
 LANGUAGES = ("eng_Latn", "deu_Latn")
 SENTENCES = {

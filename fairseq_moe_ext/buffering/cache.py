@@ -24,7 +24,7 @@ from fairseq_moe_ext.buffering.copy_lane import CopyLane
 from fairseq_moe_ext.buffering.eviction import Access, Buffer
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import ExpertStore
-from fairseq_moe_ext.gating.experts import (
+from fairseq_moe_ext.experts.resident import (
     EXPERT_KEYS,
     BufferCall,
     ExpertKeys,

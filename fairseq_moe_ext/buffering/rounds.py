@@ -1,7 +1,7 @@
 """What several ranks' experts see of a recorded routing: the calls of all ranks that fall into one round, together.
 
-A rank takes batches r, r + R, ... and makes one call of a MoE layer per round of the exchange (gating/exchange.py);
-rank 0 prints all results in order, and has nothing to send while it waits for another rank's batch (serving/ranks.py).
+A rank takes batches r, r + R, ... and makes one call of a MoE layer per round of the exchange (ranks/exchange.py);
+rank 0 prints all results in order, and has nothing to send while it waits for another rank's batch (ranks/group.py).
 Nothing in that depends on time, so a trace tells every round.
 
 Legend: R = ranks, E = experts, H = experts that a rank holds.

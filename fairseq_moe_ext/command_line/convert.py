@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
+from fairseq_moe_ext.checkpoints.convert import merge, split
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line.parsing import command_parser, failed
-from fairseq_moe_ext.serving.checkpoint_summary import summarize
-from fairseq_moe_ext.serving.convert import merge, split
-from fairseq_moe_ext.serving.errors import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

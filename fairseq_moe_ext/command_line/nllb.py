@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line.parsing import command_parser, failed
-from fairseq_moe_ext.serving.convert_nllb import convert_nllb
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.export_hf import export_hf
+from fairseq_moe_ext.nllb.convert import convert_nllb
+from fairseq_moe_ext.nllb.export import export_hf
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line.parsing import byte_size, command_parser, failed, positive
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401  register architectures
-from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, table
 
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fairseq_moe_ext.experts.device_experts import choose_kernel, plan_grouped, run_grouped
+from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating.autocast import autocast_dtype, no_autocast
 from fairseq_moe_ext.gating.capacity import Capacity, Limited
 from fairseq_moe_ext.gating.device_counts import DeviceCounts
-from fairseq_moe_ext.gating.device_experts import choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
-from fairseq_moe_ext.gating.exchange import LayerExchange, RoundFigures
-from fairseq_moe_ext.gating.experts import ResidentExperts
-from fairseq_moe_ext.gating.forks import compute_alone_after_forks
 from fairseq_moe_ext.gating.routing import Gate, Routing
 from fairseq_moe_ext.gating.sparse_static import slot_rows, sparse_combine, sparse_dispatch
 from fairseq_moe_ext.gating.static import (
@@ -31,6 +29,8 @@ from fairseq_moe_ext.gating.static import (
     static_dispatch,
 )
 from fairseq_moe_ext.gating.statistics import CallStatistics
+from fairseq_moe_ext.kernels.forks import compute_alone_after_forks
+from fairseq_moe_ext.ranks.exchange import LayerExchange, RoundFigures
 
 GATINGS = ("dynamic", "static")
 CAPACITY_PHASES = ("all", "prefill")

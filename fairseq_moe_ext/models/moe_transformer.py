@@ -7,7 +7,7 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.models.transformer.transformer_legacy import base_architecture
 
-from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields, set_defaults
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig, MoEModelFields, set_defaults
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.models.transformer_stacks import MoETransformerDecoder, MoETransformerEncoder
 

@@ -14,7 +14,7 @@ from fairseq.models.transformer_lm import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from fairseq_moe_ext.models.moe_config import MoEConfig, MoEModelFields, set_defaults
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig, MoEModelFields, set_defaults
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.models.transformer_stacks import MoETransformerDecoder
 

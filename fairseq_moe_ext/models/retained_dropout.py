@@ -15,7 +15,8 @@ from typing import Any
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import nn
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.cmr import CMRGate
 
 logger = logging.getLogger("fairseq_moe_ext")

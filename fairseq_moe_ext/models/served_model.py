@@ -5,25 +5,37 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from omegaconf import DictConfig
 
+from fairseq_moe_ext.checkpoints.kept_layers import prune_as_configured
+from fairseq_moe_ext.checkpoints.loading import Loading, ModelState, loading_into
+from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.models.batch_seeds import BatchSeeds
 from fairseq_moe_ext.models.retained_dropout import choose_dropouts, retain_in_experts
-from fairseq_moe_ext.serving.batch_seeds import BatchSeeds
-from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.kept_layers import prune_as_configured
-from fairseq_moe_ext.serving.loading import Loading, ModelState, loading_into
-from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
 
 logger = logging.getLogger("fairseq_moe_ext")
+
+
+class ExpertBuffer(Protocol):
+    """Gives a model's layers their buffered experts (serving/expert_buffer.py).
+
+    checkpoint: set before the weights come.
+    """
+
+    checkpoint: Path | None
+
+    def start(self, model: ServedModel) -> None:
+        """Fill the buffers of `model`, which has its weights where it will compute."""
 
 
 class ServedModel:
     """Mixin before one of fairseq's model classes.
 
-    `observer`, set by the task, is told of every pass and every call of a MoE layer (serving/observer.py).
+    `observer`, set by the task, is told of every pass and every call of a MoE layer (reporting/observer.py).
     """
 
     observer = None

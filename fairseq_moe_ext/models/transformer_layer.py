@@ -21,10 +21,11 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import Tensor, nn
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
+from fairseq_moe_ext.checkpoints.supported_fields import check_layer_options
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.cmr import CMRLayer
-from fairseq_moe_ext.models.moe_config import MoEConfig
-from fairseq_moe_ext.models.supported_fields import check_layer_options
 
 UPSTREAMS_EXPERT = "FeedForwardNetwork"  # the class that upstream's experts are of
 

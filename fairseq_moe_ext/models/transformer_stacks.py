@@ -7,15 +7,15 @@ from functools import partial
 
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 
+from fairseq_moe_ext.checkpoints.kept_layers import kept_numbers
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
-from fairseq_moe_ext.models.moe_config import MoEConfig
 from fairseq_moe_ext.models.transformer_layer import (
     MoETransformerDecoderLayer,
     MoETransformerEncoderLayer,
     alternate_config,
     mend_activations,
 )
-from fairseq_moe_ext.serving.kept_layers import kept_numbers
 
 
 class _ObservedStack:

@@ -24,13 +24,8 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fairseq_moe_ext.serving.engine_request import EngineRequest, Hypotheses
-from fairseq_moe_ext.serving.errors import ClosedError
-from fairseq_moe_ext.serving.keyword_options import OptionError
-from fairseq_moe_ext.serving.language_pairs import LanguagePair, LanguagePairs
-from fairseq_moe_ext.serving.request_decoder import RequestDecoder
-from fairseq_moe_ext.serving.request_options import RequestOptions
-from fairseq_moe_ext.serving.requests import (
+from fairseq_moe_ext.checkpoints.errors import ClosedError
+from fairseq_moe_ext.decoding.requests import (
     Request,
     RequestMaker,
     Room,
@@ -39,6 +34,11 @@ from fairseq_moe_ext.serving.requests import (
     check_options,
     longest_output,
 )
+from fairseq_moe_ext.serving.engine_request import EngineRequest, Hypotheses
+from fairseq_moe_ext.serving.keyword_options import OptionError
+from fairseq_moe_ext.serving.language_pairs import LanguagePair, LanguagePairs
+from fairseq_moe_ext.serving.request_decoder import RequestDecoder
+from fairseq_moe_ext.serving.request_options import RequestOptions
 from fairseq_moe_ext.serving.text import Hypothesis
 
 if TYPE_CHECKING:

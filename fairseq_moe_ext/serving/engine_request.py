@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fairseq_moe_ext.decoding.requests import Request
 from fairseq_moe_ext.serving.request_options import RequestOptions
-from fairseq_moe_ext.serving.requests import Request
 
 Hypotheses = list[dict[str, Tensor]]  # of one sentence, as fairseq's generators give them, best first
 

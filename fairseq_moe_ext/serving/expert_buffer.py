@@ -20,10 +20,11 @@ from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts
+from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.ranks.group import local_ranks
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
-from fairseq_moe_ext.serving.ranks import local_ranks
-from fairseq_moe_ext.serving.stored_tensor import StoredTensor
 from fairseq_moe_ext.trace import load_trace
 
 logger = logging.getLogger("fairseq_moe_ext")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
+from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.experts import ResidentExperts
 from fairseq_moe_ext.models.served_model import ServedModel
+from fairseq_moe_ext.ranks.group import Ranks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.sequence_scorer import SequenceScorer
 
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.find_files import find_checkpoint_files
-from fairseq_moe_ext.serving.generator import count_results, take_turn
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
+from fairseq_moe_ext.decoding.generator import count_results, take_turn
 from fairseq_moe_ext.serving.load_models import check_alone, load_models
 from fairseq_moe_ext.serving.ours import is_ours
-from fairseq_moe_ext.serving.safe_loader import allowed, revive
 from fairseq_moe_ext.serving.served_state import served_state
 
 # whether the models that fairseq is loading are this plugin's; None: nobody has said

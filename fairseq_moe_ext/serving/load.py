@@ -14,10 +14,10 @@ from fairseq import tasks as fairseqs_tasks
 from fairseq import utils
 from omegaconf import DictConfig
 
-from fairseq_moe_ext.serving.errors import one_line
+from fairseq_moe_ext.checkpoints.errors import one_line
+from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.load_models import LoadedModels, check_alone, load_models
-from fairseq_moe_ext.serving.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 

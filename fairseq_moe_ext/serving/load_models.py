@@ -13,7 +13,9 @@ import torch
 from fairseq import tasks as fairseqs
 from omegaconf import DictConfig, open_dict
 
-from fairseq_moe_ext.serving.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
+from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
+from fairseq_moe_ext.ranks.group import world_size
+from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
@@ -23,8 +25,6 @@ from fairseq_moe_ext.serving.keyword_options import (
     task_configuration,
     text_configuration,
 )
-from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.serving.ranks import world_size
 from fairseq_moe_ext.serving.served_state import served_state
 
 

@@ -21,14 +21,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS
-from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_summary import place_of
-from fairseq_moe_ext.serving.convert_nllb import match_tensors
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.hf_folder import HfFolder
-from fairseq_moe_ext.serving.nllb_config import NllbConfig
-from fairseq_moe_ext.serving.nllb_names import named_tensors
-from fairseq_moe_ext.serving.state_keys import EXPERT_KEY
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
+from fairseq_moe_ext.checkpoints.checkpoint_summary import place_of
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
+from fairseq_moe_ext.nllb.config import NllbConfig
+from fairseq_moe_ext.nllb.convert import match_tensors
+from fairseq_moe_ext.nllb.hf_folder import HfFolder
+from fairseq_moe_ext.nllb.names import named_tensors
 
 USABLE = 0.95  # of a device's memory: the rest is fragments
 PROCESS = 2_000_000_000  # Python, PyTorch and, on a GPU, its context

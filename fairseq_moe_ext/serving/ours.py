@@ -11,9 +11,9 @@ from typing import BinaryIO
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.find_files import find_checkpoint_files
-from fairseq_moe_ext.serving.record_file import MAGIC
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.record_file import MAGIC
 
 _PACKAGE = __package__.split(".")[0]
 _OF_EXPERTS = ".moe_layer.gate."  # in a key of the model's state; rank files have no gates, their shared file has

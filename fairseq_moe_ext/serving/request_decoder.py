@@ -8,12 +8,12 @@ import torch
 from fairseq.data import data_utils
 from fairseq.sequence_generator import SequenceGenerator
 
-from fairseq_moe_ext.serving.beam_steps import BeamSteps, best_first
+from fairseq_moe_ext.decoding.beam_steps import BeamSteps, best_first
+from fairseq_moe_ext.decoding.generator import count_results, shared_encoder_output
+from fairseq_moe_ext.decoding.requests import Sentence
+from fairseq_moe_ext.reporting.finite import FiniteSearch, NotFiniteError
+from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving.engine_request import EngineRequest
-from fairseq_moe_ext.serving.finite import FiniteSearch, NotFiniteError
-from fairseq_moe_ext.serving.generator import count_results, shared_encoder_output
-from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.serving.requests import Sentence
 
 
 class RequestDecoder:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_moe_ext.decoding.requests import NOT_OF_ONE_SENTENCE, SearchOptions
 from fairseq_moe_ext.serving.keyword_options import OptionError
-from fairseq_moe_ext.serving.requests import NOT_OF_ONE_SENTENCE, SearchOptions
 
 
 @dataclass(frozen=True)

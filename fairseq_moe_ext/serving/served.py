@@ -19,10 +19,10 @@ from fairseq.token_generation_constraints import pack_constraints
 from omegaconf import DictConfig
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
+from fairseq_moe_ext.checkpoints.errors import ClosedError
+from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
-from fairseq_moe_ext.serving.errors import ClosedError
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
-from fairseq_moe_ext.serving.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
 

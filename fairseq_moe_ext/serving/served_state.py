@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.checkpoint_task import SERVED, CheckpointTask
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.kept_layers import SIDES, prune_as_configured
-from fairseq_moe_ext.serving.nllb_tokens import TAGS_FIELD, extra_tokens_of
-from fairseq_moe_ext.serving.plain_config import ConfigError, namespace
-from fairseq_moe_ext.serving.rank_files import updates
-from fairseq_moe_ext.serving.served_config import criterion_fields, served_config, task_fields
-from fairseq_moe_ext.serving.state_keys import expert_count, layers_of_hidden_dim, moe_layer_numbers
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
+from fairseq_moe_ext.checkpoints.checkpoint_task import SERVED, CheckpointTask
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.kept_layers import SIDES, prune_as_configured
+from fairseq_moe_ext.checkpoints.plain_config import ConfigError, namespace
+from fairseq_moe_ext.checkpoints.rank_files import updates
+from fairseq_moe_ext.checkpoints.served_config import criterion_fields, served_config, task_fields
+from fairseq_moe_ext.checkpoints.state_keys import expert_count, layers_of_hidden_dim, moe_layer_numbers
+from fairseq_moe_ext.nllb.tokens import TAGS_FIELD, extra_tokens_of, vocabulary_advice
 
 
 def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -34,8 +35,8 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     task = task_fields(state, overrides)
-    if TAGS_FIELD in task:
-        state["model"].extra_tokens = extra_tokens_of(namespace(task))
+    told = extra_tokens_of(namespace(task)) if TAGS_FIELD in task else None
+    state["model"].advise = partial(vocabulary_advice, told)
     vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
     history = [{"num_updates": updates(state) or 0}]
     found = {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history}

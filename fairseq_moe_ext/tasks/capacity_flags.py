@@ -9,8 +9,8 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, DROP_METRICS, OVERFLOWS, CapacityRules
 from fairseq_moe_ext.gating.layer import CAPACITY_PHASES
+from fairseq_moe_ext.ranks.group import world_size
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
-from fairseq_moe_ext.serving.ranks import world_size
 
 logger = logging.getLogger("fairseq_moe_ext")
 

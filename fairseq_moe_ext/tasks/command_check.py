@@ -10,10 +10,10 @@ from importlib.util import find_spec
 import torch
 from fairseq import utils
 
-from fairseq_moe_ext.gating.device_experts import AMPERE
-from fairseq_moe_ext.serving.checkpoint import read_checkpoint
-from fairseq_moe_ext.serving.find_files import find_checkpoint_files
-from fairseq_moe_ext.serving.state_keys import expert_count
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
+from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.state_keys import expert_count
+from fairseq_moe_ext.experts.device_experts import AMPERE
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.torch_versions import triton_is_interpreted
 

@@ -10,7 +10,7 @@ from typing import Any
 from fairseq import utils
 from fairseq.data.data_utils import infer_language_pair
 
-from fairseq_moe_ext.serving.requests import NOT_OF_ONE_SENTENCE
+from fairseq_moe_ext.decoding.requests import NOT_OF_ONE_SENTENCE
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags
 from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, MT, MULTI, flag_of
 

@@ -13,10 +13,10 @@ from omegaconf import II
 
 from fairseq_moe_ext.atomic_file import WriteError, check_writable
 from fairseq_moe_ext.balancing.placement import load_placement
-from fairseq_moe_ext.gating.device_experts import KERNELS
-from fairseq_moe_ext.gating.grouped_linear import check_kernel
+from fairseq_moe_ext.experts.device_experts import KERNELS
 from fairseq_moe_ext.gating.layer import GATINGS
-from fairseq_moe_ext.serving.ranks import world_size
+from fairseq_moe_ext.kernels.grouped_linear import check_kernel
+from fairseq_moe_ext.ranks.group import world_size
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
 from fairseq_moe_ext.torch_versions import has_grouped_mm

@@ -17,8 +17,8 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_moe_ext.models.moe_config import MoEModelFields
-from fairseq_moe_ext.serving.own_command import fairseqs_command
+from fairseq_moe_ext.checkpoints.moe_config import MoEModelFields
+from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.tasks.flags import MoEFlags
 
 TASKS = "moe_translation, moe_translation_multi_simple_epoch or moe_language_modeling"

@@ -9,8 +9,8 @@ from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
+from fairseq_moe_ext.checkpoints.dictionary_file import load_dictionary
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
-from fairseq_moe_ext.serving.dictionary_file import load_dictionary
 from fairseq_moe_ext.tasks.flags import FairseqsFlags, MoEFlags
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 

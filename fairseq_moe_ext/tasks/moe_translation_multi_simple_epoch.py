@@ -10,7 +10,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
-from fairseq_moe_ext.serving.nllb_tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
+from fairseq_moe_ext.nllb.tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
 from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.nllb_options import accept_nllb_options
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser

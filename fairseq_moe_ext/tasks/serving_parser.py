@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from fairseq import utils
 
-from fairseq_moe_ext.serving.error_sentences import tell_in_a_sentence
-from fairseq_moe_ext.serving.launch_ranks import start_ranks
-from fairseq_moe_ext.serving.own_command import fairseqs_command
-from fairseq_moe_ext.serving.ranks import DEFERENCE, local_ranks, tell_errors_once, world_size
+from fairseq_moe_ext.ranks.group import DEFERENCE, local_ranks, tell_errors_once, world_size
+from fairseq_moe_ext.ranks.launch import start_ranks
+from fairseq_moe_ext.reporting.error_sentences import tell_in_a_sentence
+from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.tasks.command_check import check_command, check_ranks, with_suffix
 from fairseq_moe_ext.tasks.contradicting_options import EVAL_LMS_BPE, check_contradictions
 from fairseq_moe_ext.tasks.refused_options import (

@@ -16,33 +16,33 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.balancing.placement import load_placement
-from fairseq_moe_ext.models.fairseq_version import check_fairseq
-from fairseq_moe_ext.models.moe_config import has_moe_layers
-from fairseq_moe_ext.models.supported_fields import check_fields
-from fairseq_moe_ext.serving import fairseq_hooks
-from fairseq_moe_ext.serving.checkpoint_task import SERVED
-from fairseq_moe_ext.serving.dictionary_file import load_dictionary
-from fairseq_moe_ext.serving.errors import one_line
-from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.expert_share import choose_kernels, limit_experts, place_experts, share_experts
-from fairseq_moe_ext.serving.generator import (
+from fairseq_moe_ext.checkpoints.checkpoint_task import SERVED
+from fairseq_moe_ext.checkpoints.dictionary_file import load_dictionary
+from fairseq_moe_ext.checkpoints.errors import one_line
+from fairseq_moe_ext.checkpoints.loading import ModelState
+from fairseq_moe_ext.checkpoints.model_fits import (
+    check_fits,
+    dense_model,
+    load_in_one_sentence,
+    naming_the_checkpoint,
+)
+from fairseq_moe_ext.checkpoints.moe_config import has_moe_layers
+from fairseq_moe_ext.checkpoints.supported_fields import check_fields
+from fairseq_moe_ext.decoding.generator import (
     MoEContinuousGenerator,
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
     ServedEpoch,
     keep_every_sentence,
 )
-from fairseq_moe_ext.serving.left_out import keep_fitting
-from fairseq_moe_ext.serving.loading import ModelState
-from fairseq_moe_ext.serving.model_fits import (
-    check_fits,
-    dense_model,
-    load_in_one_sentence,
-    naming_the_checkpoint,
-)
-from fairseq_moe_ext.serving.observer import Observer
-from fairseq_moe_ext.serving.ranks import Ranks, served_ranks, world_size
-from fairseq_moe_ext.serving.requests import Request, RequestMaker, Room, check_options
+from fairseq_moe_ext.decoding.left_out import keep_fitting
+from fairseq_moe_ext.decoding.requests import Request, RequestMaker, Room, check_options
+from fairseq_moe_ext.models.fairseq_version import check_fairseq
+from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
+from fairseq_moe_ext.reporting.observer import Observer
+from fairseq_moe_ext.serving import fairseq_hooks
+from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
+from fairseq_moe_ext.serving.expert_share import choose_kernels, limit_experts, place_experts, share_experts
 from fairseq_moe_ext.serving.unknown_words import warn_of_unknown_words
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings

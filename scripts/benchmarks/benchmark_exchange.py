@@ -23,10 +23,11 @@ import torch.multiprocessing as multiprocessing
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fairseq_moe_ext.balancing.placement import contiguous  # noqa: E402
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate  # noqa: E402
+from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
+from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.copies import ExpertCopies  # noqa: E402
-from fairseq_moe_ext.gating.exchange import Exchange  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
+from fairseq_moe_ext.ranks.exchange import Exchange  # noqa: E402
 
 
 def main() -> None:

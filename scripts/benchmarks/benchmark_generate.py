@@ -39,8 +39,8 @@ from made_models import SHAPES, scaled_vocabulary, write_checkpoint, write_data 
 from tqdm import tqdm  # noqa: E402
 
 from fairseq_moe_ext.atomic_file import write_json, write_text  # noqa: E402
-from fairseq_moe_ext.serving.checkpoint_summary import summarize  # noqa: E402
-from fairseq_moe_ext.serving.errors import CheckpointError  # noqa: E402
+from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize  # noqa: E402
+from fairseq_moe_ext.checkpoints.errors import CheckpointError  # noqa: E402
 
 VARIANTS = {
     "static": ("--moe-gating", "static"),

@@ -40,11 +40,13 @@ from torch import Tensor  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate, grouped_linear  # noqa: E402
+from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
+from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
+from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
-from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_capacity  # noqa: E402
+from fairseq_moe_ext.kernels import grouped_linear  # noqa: E402
 from fairseq_moe_ext.serving.free_memory import free_bytes  # noqa: E402
 
 # published layers, with static gating's capacity there

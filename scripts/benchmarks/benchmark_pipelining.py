@@ -20,7 +20,7 @@ import torch.multiprocessing as multiprocessing
 from benchmark_exchange import shared_layer
 from torch import Tensor
 
-from fairseq_moe_ext.gating.exchange import IDLE, Exchange, Round, _Arrivals
+from fairseq_moe_ext.ranks.exchange import IDLE, Exchange, Round, _Arrivals
 
 # tokens of a rank, experts, model dim, hidden dim
 SHAPES = ((1024, 64, 256, 1024), (64, 64, 256, 1024), (1024, 32, 512, 2048), (4096, 16, 256, 512))

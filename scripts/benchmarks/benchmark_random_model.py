@@ -38,12 +38,12 @@ from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
-from fairseq_moe_ext.gating.device_experts import KERNELS, choose_kernel  # noqa: E402
+from fairseq_moe_ext.decoding.generator import MoESequenceGenerator  # noqa: E402
+from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import GATINGS  # noqa: E402
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel  # noqa: E402
-from fairseq_moe_ext.serving.generator import MoESequenceGenerator  # noqa: E402
-from fairseq_moe_ext.serving.observer import Observer  # noqa: E402
-from fairseq_moe_ext.serving.report import Report  # noqa: E402
+from fairseq_moe_ext.reporting.observer import Observer  # noqa: E402
+from fairseq_moe_ext.reporting.report import Report  # noqa: E402
 
 ARCHITECTURE = "moe_transformer_nllb_54b"
 SIDES = ("encoder", "decoder")

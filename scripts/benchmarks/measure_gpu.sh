@@ -102,7 +102,7 @@ graph=(--cuda-graph)
 half=(--device "$device" --dtype float16) brain=(--device "$device" --dtype bfloat16)
 
 # without fairseq the models' tests are errors, and the layers' still run
-step tests 90 "$python" -m pytest -q -m gpu --continue-on-collection-errors tests/gating/test_device_experts.py \
+step tests 90 "$python" -m pytest -q -m gpu --continue-on-collection-errors tests/experts/test_device_experts.py \
   tests/buffering/test_gpu.py tests/serving/test_kernels.py
 step layer-nllb-54b-float16 90 "$python" scripts/benchmarks/benchmark_layer.py --shape nllb-54b "${half[@]}" "${layer[@]}" \
   --kernel auto loop ${graph[@]+"${graph[@]}"} --output {}/layer-nllb-54b-float16.json

@@ -3,8 +3,8 @@
 
     python scripts/benchmarks/tune_tiles.py --shape nllb-54b --tokens 256 1024 8192 --dtype float16 --output tiles.json
 
-What is measured belongs into `tiles_for` (gating/triton_experts.py). Where there is no GPU, TRITON_INTERPRET=1 runs the
-kernels on the CPU, which says whether they run and nothing about their time.
+What is measured belongs into `tiles_for` (kernels/triton_experts.py). Where there is no GPU, TRITON_INTERPRET=1 runs
+the kernels on the CPU, which says whether they run and nothing about their time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
 from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
-from fairseq_moe_ext.gating.device_experts import plan_grouped  # noqa: E402
-from fairseq_moe_ext.gating.experts import packed_shapes  # noqa: E402
+from fairseq_moe_ext.experts.device_experts import plan_grouped  # noqa: E402
+from fairseq_moe_ext.experts.resident import packed_shapes  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
-from fairseq_moe_ext.gating.triton_experts import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
+from fairseq_moe_ext.kernels.triton_experts import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
 
 NUM_CHOICES = 2
 # rows, columns, inner, warps, stages; each takes a second or two to compile

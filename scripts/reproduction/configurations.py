@@ -18,8 +18,8 @@ from decimal import Decimal
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from tqdm import tqdm
 
-from fairseq_moe_ext.models.moe_config import MoEConfig
-from fairseq_moe_ext.serving.checkpoint_summary import summarize
+from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.serving.memory_plan import ModelSizes, read_sizes, shapes_of_architecture
 from reproduction.models import Model, find_models
 from reproduction.paper import format_number, paper_figures, paper_value

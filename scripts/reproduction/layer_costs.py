@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fairseq_moe_ext.gating import ResidentExperts, Top2Gate
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import Top2Gate
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_combine, static_dispatch
 from reproduction.cluster import Device

@@ -10,10 +10,11 @@ from pathlib import Path
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+
 # what fairseq imports for --user-dir
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401
-from fairseq_moe_ext.serving.checkpoint_summary import summarize
-from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.tasks import (  # noqa: F401
     moe_language_modeling,
     moe_translation,

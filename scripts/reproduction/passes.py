@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.models.served_model import ServedModel
-from fairseq_moe_ext.serving.report import Report
+from fairseq_moe_ext.reporting.report import Report
 from reproduction.memory_peak import peak_bytes
 from reproduction.models import Model, arguments_of, configuration
 from reproduction.stacks import DECODER, ENCODER, LM

@@ -20,10 +20,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from fairseq_moe_ext.atomic_file import write_json
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top2Gate
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.exchange import Exchange
 from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.ranks.exchange import Exchange
 from reproduction.layer_costs import K
 
 SMALL, LARGE = 1 << 10, 1 << 20  # bytes to each rank

@@ -53,7 +53,7 @@ def test_outputs_are_the_resident_ones(tmp_path, store, order, size):
 def test_copies_never_overtake_the_computation():
     """Experts so large that a copy into a slot that still computes would be seen."""
     torch.manual_seed(0)
-    from fairseq_moe_ext.gating import ResidentExperts
+    from fairseq_moe_ext.experts.resident import ResidentExperts
 
     resident = ResidentExperts(8, 1024, 4096).eval()
     buffered = on_gpu(resident, 1, "host", None, "resident-first")
@@ -66,7 +66,7 @@ def test_copies_never_overtake_the_computation():
 
 
 def test_memory_on_the_device():
-    from fairseq_moe_ext.gating import ResidentExperts
+    from fairseq_moe_ext.experts.resident import ResidentExperts
 
     resident = ResidentExperts(16, 512, 2048).eval()
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,7 @@ from buffer_makers import STORES, buffered_twin, make_store, resident_experts
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import FileStore, HostStore, LazyTensors
-from fairseq_moe_ext.gating import ResidentExperts
+from fairseq_moe_ext.experts.resident import ResidentExperts
 
 COUNTS = [1, 0, 2, 1, 1, 1]
 MOVES = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 from activations import ACTIVATIONS
 
-from fairseq_moe_ext.gating import ResidentExperts
-from fairseq_moe_ext.gating.experts import activate_rows
+from fairseq_moe_ext.experts.resident import ResidentExperts, activate_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
 from fairseq_moe_ext.gating.layer import StaticOptions
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_combine, static_dispatch
-from fairseq_moe_ext.serving.checkpoint import read_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

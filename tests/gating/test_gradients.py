@@ -8,7 +8,7 @@ from buffer_makers import buffered_twin, resident_experts
 from cases import Case
 from torch.func import functional_call
 
-from fairseq_moe_ext.gating.experts import EXPERT_KEYS
+from fairseq_moe_ext.experts.resident import EXPERT_KEYS
 
 CASES = [
     pytest.param("dynamic", 1, False, id="dynamic top-1"),

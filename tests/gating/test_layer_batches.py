@@ -5,7 +5,8 @@ import reference
 import torch
 from cases import TOLERANCE, Case, expert_list
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top1Gate
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.gating.routing import Gate
 

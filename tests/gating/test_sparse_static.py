@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top1Gate, Top2Gate
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.layer import StaticOptions
 from fairseq_moe_ext.gating.sparse_static import slot_rows, sparse_dispatch
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_dispatch

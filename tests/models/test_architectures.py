@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_makers import Vocabulary, arguments, language_model, translation_model
 
-from fairseq_moe_ext.models.moe_config import MoEConfig, has_moe_layers
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig, has_moe_layers
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe_ext.models.transformer_layer import MoETransformerDecoderLayer, MoETransformerEncoderLayer

@@ -5,8 +5,8 @@ import pytest
 import torch
 from served_models import EVERY_MODEL, PADDING, Loader, logits
 
-from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.supported_fields import UnsupportedFieldError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from fairscale.nn.wrap import enable_wrap
 from model_makers import language_model, translation_model
 from served_models import EVERY_MODEL, Loader, logits
 
-from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError
+from fairseq_moe_ext.checkpoints.supported_fields import UnsupportedFieldError
 
 MAKERS = [language_model, translation_model]
 

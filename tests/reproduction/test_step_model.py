@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_moe_ext.gating.exchange import Exchange
+from fairseq_moe_ext.ranks.exchange import Exchange
 from reproduction.cluster import Device, Network, systems
 from reproduction.layer_costs import LayerCosts, Shape
 from reproduction.rank_times import LayerRequest, routed_layer, tokens_for

@@ -12,8 +12,9 @@ from checkpoint_makers import split
 from served_models import Loader, logits
 
 from fairseq_moe_ext.buffering.store import StoreError
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.gating import MOELayer, Top2Gate
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 
 

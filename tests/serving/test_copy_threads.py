@@ -8,8 +8,8 @@ from checkpoint_makers import split, whole
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.store import FileStore, LazyTensors
-from fairseq_moe_ext.gating import ResidentExperts
-from fairseq_moe_ext.serving.checkpoint import read_checkpoint
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
+from fairseq_moe_ext.experts.resident import ResidentExperts
 
 EXPERTS, MODEL_DIM, HIDDEN_DIM, LAYERS = 6, 64, 2048, (0, 1, 2)
 

@@ -15,9 +15,9 @@ from fairseq.tasks import FairseqTask
 from ties import assert_same_hypotheses, of_tokens
 
 import fairseq_moe_ext as moe
+from fairseq_moe_ext.checkpoints.errors import ClosedError
+from fairseq_moe_ext.reporting.finite import NotFiniteError
 from fairseq_moe_ext.serving.engine import FullError
-from fairseq_moe_ext.serving.errors import ClosedError
-from fairseq_moe_ext.serving.finite import NotFiniteError
 
 COUNT = 8
 BEAM = {"beam": 4, "max_len_b": 14}

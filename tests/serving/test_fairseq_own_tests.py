@@ -15,7 +15,7 @@ import pytest
 IMPORT = "from fairseq.sequence_generator import EnsembleModel, SequenceGenerator"
 OURS = (
     "from fairseq.sequence_generator import EnsembleModel\n"
-    "from fairseq_moe_ext.serving.generator import MoESequenceGenerator as SequenceGenerator"
+    "from fairseq_moe_ext.decoding.generator import MoESequenceGenerator as SequenceGenerator"
 )
 
 

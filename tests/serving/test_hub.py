@@ -16,10 +16,10 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from python_served import dense_checkpoint
 
 import fairseq_moe_ext as moe
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.safe_loader import load_safely
 from fairseq_moe_ext.serving import fairseq_hooks
-from fairseq_moe_ext.serving.errors import CheckpointError
 from fairseq_moe_ext.serving.ours import is_ours
-from fairseq_moe_ext.serving.safe_loader import load_safely
 
 FIRST_AND_SECOND = """
 import argparse, sys

@@ -5,7 +5,7 @@ import pytest
 import torch
 from served_models import Loader, logits
 
-from fairseq_moe_ext.gating import ResidentExperts
+from fairseq_moe_ext.experts.resident import ResidentExperts
 
 
 @pytest.fixture(scope="module")

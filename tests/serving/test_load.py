@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from python_served import PIECES, dense_checkpoint, interactive, lines_of
 
 import fairseq_moe_ext as moe
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.serving.keyword_options import (
     BATCHES,
     FLAGS,

@@ -12,7 +12,7 @@ import torch
 from fairseq.data import LanguagePairDataset
 from model_makers import dictionary
 
-from fairseq_moe_ext.serving.generator import keep_every_sentence
+from fairseq_moe_ext.decoding.generator import keep_every_sentence
 
 PROGRAM = """
 import multiprocessing, sys

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fairseq_moe_ext.byte_sizes import parse_bytes
+from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line import plan as plan_command
 from fairseq_moe_ext.command_line.parsing import byte_size
-from fairseq_moe_ext.serving.checkpoint_summary import summarize
-from fairseq_moe_ext.serving.convert_nllb import convert_nllb
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.nllb.convert import convert_nllb
 from fairseq_moe_ext.serving.memory_plan import (
     PROCESS,
     ModelSizes,

@@ -8,8 +8,8 @@ import torch
 from checkpoint_makers import split
 from data_makers import LM_TRAINING, MT_TRAINING, untrained_checkpoint, write_data
 
-from fairseq_moe_ext.models.supported_fields import UnsupportedFieldError
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.supported_fields import UnsupportedFieldError
 
 HERE = ("--gen-subset", "test", "--cpu", "--num-workers", "0")
 LM_SERVING = ("--task", "moe_language_modeling", "--tokens-per-sample", "16", *HERE)

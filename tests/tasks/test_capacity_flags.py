@@ -7,8 +7,8 @@ import pytest
 from fairseq import tasks
 from flag_makers import TASKS, assert_the_parser_refuses, parsed
 
+from fairseq_moe_ext.checkpoints.supported_fields import check_fields
 from fairseq_moe_ext.gating.capacity import CapacityRules
-from fairseq_moe_ext.models.supported_fields import check_fields
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, capacity_settings, check_capacity_flags
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags

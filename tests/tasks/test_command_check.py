@@ -9,7 +9,7 @@ import processes
 import pytest
 import torch
 
-from fairseq_moe_ext.gating import device_experts
+from fairseq_moe_ext.experts import device_experts
 from fairseq_moe_ext.tasks import command_check
 
 

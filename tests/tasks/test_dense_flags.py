@@ -6,7 +6,7 @@ import commands
 import pytest
 from data_makers import LM_TRAINING, MT_TRAINING, untrained_checkpoint, write_data
 
-from fairseq_moe_ext.serving.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 
 LM = ("--task", "moe_language_modeling", "--gen-subset", "test", "--tokens-per-sample", "16", *commands.LM[-3:])

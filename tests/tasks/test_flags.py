@@ -10,7 +10,7 @@ from fairseq import options, tasks
 from flag_makers import TASKS, parsed
 
 from fairseq_moe_ext.atomic_file import write_text
-from fairseq_moe_ext.models.moe_config import MoEConfig
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.tasks import flags
 from fairseq_moe_ext.tasks.flags import MoEFlags, check_flags
 from fairseq_moe_ext.tasks.moe_language_modeling import MoELanguageModelingTask

@@ -8,7 +8,7 @@ import commands
 import processes
 import pytest
 
-from fairseq_moe_ext.models.moe_config import MoEModelFields
+from fairseq_moe_ext.checkpoints.moe_config import MoEModelFields
 from fairseq_moe_ext.tasks.flags import MoEFlags
 
 FLAGS = {f"--{item.name.replace('_', '-')}" for item in fields(MoEFlags) if item.name != "_name"}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from fairseq import tasks
 
-from fairseq_moe_ext.serving.convert_nllb import convert_nllb
-from fairseq_moe_ext.serving.errors import CheckpointError
-from fairseq_moe_ext.serving.nllb_tokens import mending, option_sets
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.nllb.convert import convert_nllb
+from fairseq_moe_ext.nllb.tokens import mending, option_sets
 
 TAGS = ["<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>"]
 LANGUAGES = ["__en__", "__de__"]

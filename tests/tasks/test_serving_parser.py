@@ -80,7 +80,7 @@ def test_more_ranks_of_fairseqs_own_commands_are_started(command, monkeypatch):
     assert looked == ["command", ("x.pt", 4, None)]
     ((program, line),) = started
     assert program == line[0] == sys.executable
-    assert line[1:4] == ["-m", "fairseq_moe_ext.serving.launch_ranks", "4"]
+    assert line[1:4] == ["-m", "fairseq_moe_ext.ranks.launch", "4"]
     assert line[4:] == [f"fairseq_cli.{command}", "data", "--distributed-world-size", "4", "--x"]
 
 

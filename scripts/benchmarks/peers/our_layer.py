@@ -11,7 +11,8 @@ from serve import Prepared, serve
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from fairseq_moe_ext.atomic_file import new_file  # noqa: E402
-from fairseq_moe_ext.gating import MOELayer, ResidentExperts, Top2Gate  # noqa: E402
+from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
+from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
 
 
 def prepare(size: dict) -> Prepared:

@@ -1,0 +1,1 @@
+"""fairseq's checkpoint files, in any layout: find, read, check, convert, write."""

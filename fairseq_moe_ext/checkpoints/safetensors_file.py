@@ -1,0 +1,95 @@
+"""A safetensors file's tensors, each read by itself: nothing is mapped, so that a file may be larger than the memory.
+
+The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.bounded_json import check_regular, parse_json
+from fairseq_moe_ext.buffering.file_reading import read_at
+from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_HEADER = 100_000_000  # as safetensors itself has it
+_MOST_DIMS = 8
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor that begins at byte `offset` of a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The values; CheckpointError where the file ends before them."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            with open(self.file, "rb") as file:
+                read_at(file.fileno(), memoryview(values.view(-1).view(torch.uint8).numpy()), self.offset, None)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"{self.file}: truncated or damaged: {one_line(error)}") from error
+        return values
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """All tensors of the file, unread.
+
+    CheckpointError where it is cut off or longer than it says, where a tensor is not of floats, or where the tensors'
+    bytes do not follow one another from the header to the end.
+    """
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise ValueError(f"its header is said to have {length} bytes, the file has {size}")
+            header = parse_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, got {type(header).__name__}")
+        header.pop("__metadata__", None)
+        tensors = {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
+        end = 8 + length
+        for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if tensor.offset != end:
+                raise ValueError(f"{key[:80]} must begin where the one before it ends, {end}, got {tensor.offset}")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"it must have {end} bytes, found {size}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged: {one_line(error)}") from error
+    return tensors
+
+
+def _tensor(path: Path, key: str, entry: Any, start: int) -> FileTensor:
+    """start: where the tensors' bytes begin."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key[:80]} must be described by a JSON object, got {type(entry).__name__}")
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{key[:80]} must be of floats, got {str(dtype)[:20]}")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMS or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{key[:80]} must have at most {_MOST_DIMS} sizes and two offsets, in whole numbers")
+    first, last = offsets
+    if last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"{key[:80]} of shape {tuple(shape)} cannot have {last - first} bytes")
+    return FileTensor(path, _DTYPES[dtype], tuple(shape), start + first)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)

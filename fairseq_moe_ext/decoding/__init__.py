@@ -1,0 +1,1 @@
+"""The generation loop: search, continuous batching, decoder rows."""

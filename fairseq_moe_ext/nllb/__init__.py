@@ -1,0 +1,1 @@
+"""Hugging Face's layout of NLLB's MoE models, both ways; vocabulary and language codes."""

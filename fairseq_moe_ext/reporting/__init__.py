@@ -1,0 +1,1 @@
+"""What a run tells: report, trace files, observer, and how it ends."""

@@ -1,0 +1,325 @@
+"""The one who watches a served model: times its passes, feeds the report and the trace, writes both at the end."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from signal import Signals
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.atomic_file import write_json
+from fairseq_moe_ext.gating.device_counts import fetch
+from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.models.batch_seeds import BatchSeeds
+from fairseq_moe_ext.ranks.faults import ExchangeError
+from fairseq_moe_ext.ranks.group import Ranks
+from fairseq_moe_ext.reporting.exit_code import ExitCode
+from fairseq_moe_ext.reporting.finite import NonFinite, PassOutputs, Results
+from fairseq_moe_ext.reporting.interrupts import on_interrupt
+from fairseq_moe_ext.reporting.report import Report
+from fairseq_moe_ext.reporting.start import kernel_in_words, warm_up
+from fairseq_moe_ext.reporting.totals import PassTotals
+from fairseq_moe_ext.trace import PhaseTrace, TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+
+class Observer:
+    """Belongs to one served model. Batches are begun by the batch iterator, passes by the model's stacks.
+
+    Under several ranks each has its own, and rank 0 writes one report and one trace of what all of them saw.
+    """
+
+    def __init__(
+        self,
+        gating: str,
+        report_path: str | None = None,
+        trace_path: str | None = None,
+        ranks: Ranks | None = None,
+        exit_code: ExitCode | None = None,
+    ):
+        self.report = Report(gating)
+        self._ranks = ranks
+        self._report_path = report_path
+        self._trace_path = trace_path
+        self._recorder = TraceRecorder() if trace_path else None
+        self.has_model = False
+        self.models = 0  # that are served together; of an ensemble one is watched
+        self._batch = -1
+        self._calls: list[tuple[str, LayerCall]] = []  # of the pass under way
+        self._outputs = PassOutputs()  # of the pass under way
+        self._results = Results()
+        self._told_of_non_finite = False
+        self._nothing_left: str | None = None
+        # before `finish_at_exit`, hence after it when the process ends
+        self._exit_code = ExitCode() if exit_code is None else exit_code
+        self.seeds = BatchSeeds()
+        self._at_exit = False
+        self._hears_interrupts = self._interrupted = self._finished = False
+        self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
+        self._described: tuple[torch.device, torch.dtype] | None = None
+
+    def model_ready(self, model) -> None:
+        """The model has its weights; also again, after it was prepared once more. What was counted so far stays."""
+        self._model = weakref.ref(model)
+        first = self._described is None
+        self._describe(model)
+        warm_up()
+        if first and self.report.layers and (self._ranks is None or self._ranks.rank == 0):
+            logger.info(kernel_in_words(model.moe_layers()))
+
+    def watch_dense(self, model) -> None:
+        """One of fairseq's own models, which tells nothing: only what it comes to, its device and dtype are known."""
+        self._model = weakref.ref(model)
+
+    def _describe(self, model) -> None:
+        parameter = next(model.parameters())
+        self._described = parameter.device, parameter.dtype
+        self.report.describe(model, model.moe_layers() if hasattr(model, "moe_layers") else {})
+
+    def _is_on_gpu(self) -> bool:
+        """Whether the model computes on a GPU now; the report hears where it has gone."""
+        model = self._model()
+        if model is None:
+            return False
+        parameter = next(model.parameters())
+        if (parameter.device, parameter.dtype) != self._described:
+            self._describe(model)
+        return parameter.device.type == "cuda"
+
+    def hear_interrupts(self) -> None:
+        """From here on signals end this process with what it served so far told."""
+        if self._at_exit or self._hears_interrupts:
+            return
+        self._hears_interrupts = True
+        if on_interrupt(self._hear_of_interrupt, self._finish_interrupted) and self._ranks is not None:
+            self._ranks.last_words = self._finish_alone
+
+    def begin_batch(self, number: int | None = None) -> None:
+        """Batch `number` of all ranks' begins; None: the next one."""
+        self._batch = self._batch + 1 if number is None else number
+        self._finished = False
+        self.hear_interrupts()
+        self.seeds.begin(self._batch)
+
+    def encoder_pass(self, real: Tensor):
+        """Context of one encoder pass; real (B, L) bool: False on padding."""
+        return self._pass("encoder", self.report.encoder, real)
+
+    def decoder_pass(self, real: Tensor, incremental: bool):
+        """Context of one decoder pass: a decode step, or a teacher-forced pass; real (B, L) bool: False on padding."""
+        return self._pass("decode" if incremental else "prefill", self.report.decoder, real)
+
+    def layer_output(self, name: str, output: Tensor) -> None:
+        """The transformer layer called `name` gives output (L, B, D) in the pass under way."""
+        self._outputs.add(name, output)
+
+    def count_broken_beams(self, number: int) -> None:
+        """A search gave up so many rows of scores, which were no numbers."""
+        if number:
+            self.report.non_finite.beams += number
+            self._tell_of_non_finite()
+
+    def count_results(self, hypotheses: list[list[dict]], numbers: Sequence[int] | None = None) -> None:
+        """Per sentence of a batch its hypotheses, as they are given out by one process or by rank 0.
+
+        numbers: the sentences'; None: they go on counting.
+        """
+        self._is_on_gpu()
+        if self._ranks is None or self._ranks.rank == 0:
+            if numbers is None:
+                numbers = range(self._results.served, self._results.served + len(hypotheses))
+            self.report.non_finite.results += self._results.add(hypotheses, numbers)
+            self._tell_of_non_finite()
+
+    def check_results(self) -> None:
+        """Raise NotFiniteError where results that were given out are no numbers; for when all is written."""
+        self._results.check(self._not_finite())
+
+    def _tell_of_non_finite(self, of_all: bool = False) -> None:
+        """of_all: the passes of all ranks are known; if no layer was wrong in any, what follows the last one was."""
+        found = self.report.non_finite
+        watched = self.report.layers and self.models <= 1
+        if found and not found.first_layer and watched and (of_all or self._ranks is None):
+            found.first_layer = "decoder.output_projection"
+        if found and not self._told_of_non_finite:
+            self._told_of_non_finite = True
+            logger.warning(self._not_finite())
+
+    def _not_finite(self) -> str:
+        return self.report.non_finite.describe(self.report.dtype, bool(self.report.layers))
+
+    def layer_hook(self, name: str) -> Callable[[LayerCall], None]:
+        """What the MoE layer called `name` tells of every call."""
+
+        return lambda call: self._calls.append((name, call))
+
+    def _take_in_calls(self, phase: str) -> None:
+        """What the layers told of a pass that is done."""
+        if self._recorder is not None:
+            self._recorder.begin_step(phase, max(self._batch, 0))
+        for name, call in self._calls:
+            self.report.layers[name].add(call)
+            if self._recorder is not None:
+                self._recorder.add(name, list(call.load))
+        self._calls.clear()
+
+    def finish(self) -> None:
+        """The last batch is done: write what was asked for and log one line. May be called again with more batches."""
+        self._finished = True
+        if not self._at_exit:
+            self._finish()
+
+    def _hear_of_interrupt(self, number: int) -> bool:
+        """Whether the process ends now."""
+        now = self._ranks is None or self._ranks.interrupt(number)
+        self._interrupted |= now
+        return now
+
+    def _finish_interrupted(self) -> None:
+        """The process ends by a signal in the middle of its batches: what was served so far is told."""
+        if self._ranks is not None:
+            self._finish_interrupted_ranks()
+        elif self._interrupted and not self._finished and not self._at_exit:
+            logger.warning("interrupted in batch %d: report and trace are of the passes before", self._batch)
+            self._finish()
+
+    def _finish_interrupted_ranks(self) -> None:
+        """The same where all ranks broke off in one round, because of one rank's signal."""
+        interrupted = self._ranks.exchange.interrupted
+        if interrupted is None:
+            if self._interrupted and not self._finished and self._ranks.rank == 0:
+                self._finish_alone()
+            return
+        self._interrupted = True
+        if self._ranks.rank == 0:
+            where = (Signals(interrupted[1]).name, interrupted[0], self._ranks.world_size)
+            logger.warning("interrupted by %s to rank %d of %d: report and trace are of the passes before", *where)
+            self._ranks.receive_rest()
+        self._finish()
+        self._ranks.end()
+
+    def _finish_alone(self) -> None:
+        """Rank 0 was interrupted and then could not reach the others any more."""
+        self._interrupted = True
+        self._finish(range(0))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there will be batches after the last, until the process ends."""
+        return self._at_exit
+
+    def nothing_left(self, sentence: str) -> None:
+        """Of some lines none can be served; where that is true of all, it is the process's failure."""
+        logger.warning(sentence)
+        self._nothing_left = sentence
+
+    def finish_at_exit(self) -> None:
+        """Finish once, when the process ends: fairseq-interactive comes to a last batch with every input."""
+        if not self._at_exit:
+            self._at_exit = True
+            atexit.register(self._finish_and_check)
+
+    def _finish_and_check(self) -> None:
+        self._finish()
+        if self._results.broken:
+            self._exit_code.fail(self._not_finite())
+        if self._nothing_left is not None and self._batch < 0:
+            self._exit_code.fail(self._nothing_left)
+
+    def _finish(self, others: Sequence[int] | None = None) -> None:
+        """The report first, which a trace that cannot be written does not take with it. others: ranks to be asked."""
+        self.report.close(None if self._ranks is None else self._ranks.exchange)
+        every = range(1, 1 if self._ranks is None else self._ranks.world_size)
+        others = every if others is None else others
+        if self._ranks is not None and self._ranks.rank > 0:
+            self._ranks.send(json.dumps(self.report.figures()).encode())
+            if self._recorder is not None:
+                self._ranks.send(pack_trace(self._recorder.trace()))
+            return
+        reports = {rank: figures for rank in others if (figures := self._received(rank, "report")) is not None}
+        for figures in reports.values():
+            self.report.add_rank(json.loads(figures))
+        self._tell_of_non_finite(of_all=len(reports) == len(every))
+        if self._report_path and self._is_enough(reports, every, "report"):
+            with self._going_on():
+                write_json(self._report_path, self.report.as_dict(), "--moe-report")
+        if self._recorder is not None:
+            traces = {rank: trace for rank in reports if (trace := self._received(rank, "trace")) is not None}
+            if self._is_enough(traces, every, "trace"):
+                with self._going_on():
+                    self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces.values())]))
+        logger.info(self.report.summary())
+
+    def _is_enough(self, parts: dict[int, bytearray], every: Sequence[int], what: str) -> bool:
+        """Whether `what` is written of the ranks whose parts came: of all of them, or after an interruption."""
+        missing = [str(rank) for rank in every if rank not in parts]
+        if missing and self._interrupted:
+            missing_ranks = ", ".join(missing)
+            logger.warning("the %s lacks rank %s of %d, which had ended", what, missing_ranks, len(every) + 1)
+        return not missing or self._interrupted
+
+    def _received(self, rank: int, what: str) -> bytearray | None:
+        """What `rank` sends next; None where it has ended before, which does not take the results with it."""
+        try:
+            return self._ranks.receive(rank)
+        except ExchangeError as error:
+            if self._interrupted:
+                return None
+            where = f"rank {rank} of {self._ranks.world_size}"
+            self._exit_code.fail(f"{where} ended before its {what} came, which is not written: {error}")
+            return None
+
+    def _write_trace(self, phases: dict[str, PhaseTrace]) -> None:
+        if phases:
+            save_trace(self._trace_path, phases, "--moe-trace")
+        else:
+            logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A file that cannot be written takes neither the results nor the other file with it, but the exit code."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._exit_code.fail(str(error))
+
+    @contextmanager
+    def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:
+        """Nothing is counted of a pass that raises: whoever meets the error may try again."""
+        tokens, on_gpu = int(real.sum()), self._is_on_gpu()
+        fetched = self.report.buffer_totals()
+        try:
+            # a pass ends when the device has finished it, not when the host has queued it
+            _synchronize(on_gpu)
+            start = time.perf_counter()
+            yield
+            _synchronize(on_gpu)
+            seconds = time.perf_counter() - start
+            fetch([call.load for _, call in self._calls])  # of all layers together, once per pass, not within it
+            not_finite = self._outputs.first_not_finite(real)
+        except BaseException:
+            self._calls.clear()
+            self._outputs = PassOutputs()
+            self.report.set_buffer_totals(fetched)
+            raise
+        totals.seconds += seconds
+        totals.tokens += tokens
+        totals.steps += 1
+        self._take_in_calls(phase)
+        self.report.take_in_buffers()
+        if not_finite is not None:
+            self.report.non_finite.add(NonFinite(passes=1, first_layer=not_finite))
+            self._tell_of_non_finite()
+
+
+def _synchronize(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()

@@ -1,0 +1,334 @@
+"""Resident experts by grouped products against the naive twin and the loop: on a GPU, and on the CPU under Triton's
+interpreter, which is slow (hence the small cases) and gets bfloat16 wrong (hence none there)."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import TOLERANCE, Case, expert_list
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairseq_moe_ext.experts import device_experts
+from fairseq_moe_ext.experts.device_experts import Hardware, best_kernel, choose_kernel, plan_grouped, run_grouped
+from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
+from fairseq_moe_ext.gating.device_counts import DeviceCounts, fetch
+from fairseq_moe_ext.gating.routing import Routing
+
+triton = pytest.importorskip("triton")
+triton_experts = pytest.importorskip("fairseq_moe_ext.kernels.triton_experts")
+
+CUDA = torch.cuda.is_available()
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")]
+INTERPRETED = pytest.mark.skipif(CUDA, reason="kernels are compiled here, not interpreted")
+BOTH = [pytest.param(("triton", "cpu"), marks=INTERPRETED), ("grouped-mm", "cpu"),
+        pytest.param(("triton", "cuda"), marks=GPU), pytest.param(("grouped-mm", "cuda"), marks=GPU)]
+SMALL = Case(rows=3, positions=8, model_dim=32, hidden_dim=48)
+CASES = {
+    "uneven": SMALL.with_(skew=2.0),
+    "one choice": SMALL.with_(num_choices=1),
+    "padding": SMALL.with_(padding="scattered", skew=4.0),
+    "left padding": SMALL.with_(padding="left", num_choices=1),
+    "one expert takes all": SMALL.with_(skew=40.0, num_choices=1),
+    "idle experts": SMALL.with_(rows=1, positions=2, num_experts=9),
+    "padding alone": SMALL.with_(padding="all"),
+    "no tokens": SMALL.with_(rows=0),
+    "one token": SMALL.with_(rows=1, positions=1),
+}
+
+
+def on(layer, kernel, device):
+    """The layer in serving on `device` by that kernel, and the calls that its observer hears of."""
+    layer.experts.kernel = kernel
+    calls = []
+    layer.prepare_for_serving(seed=1, observer=calls.append)
+    return layer.to(device), calls
+
+
+def run(layer, x, mask):
+    device = next(layer.parameters()).device
+    with torch.no_grad():
+        return layer(x.to(device), None if mask is None else mask.to(device)).cpu()
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+@pytest.mark.parametrize("name", CASES)
+def test_the_layer_is_the_naive_twins(name, path):
+    case = CASES[name]
+    layer, calls = on(case.layer(), *path)
+    x, mask = case.batch()
+    output = run(layer, x, mask)
+    layer = layer.cpu()
+    expected = reference.moe_layer(
+        x, layer.gate.wg.weight.detach(), expert_list(layer), num_choices=case.num_choices, padding_mask=mask
+    )
+    torch.testing.assert_close(output, expected.output, **TOLERANCE[torch.float32])
+    load = expected.load(case.num_experts)
+    assert list(calls[0].load) == load
+    assert (calls[0].assignments, calls[0].dropped) == (sum(load), 0)
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+@pytest.mark.parametrize("activation", [F.gelu, torch.tanh], ids=["gelu", "tanh"])
+def test_other_activations(activation, path):
+    """gelu runs inside Triton's first product, tanh between the two."""
+    case = SMALL.with_(padding="right", skew=1.0)
+    plain, _ = on(case.layer(activation=activation), "loop", "cpu")
+    layer, _ = on(case.layer(activation=activation), *path)
+    torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("dims", [(33, 17), (6, 5), (50, 130)])
+def test_odd_dims(dims, device):
+    case = SMALL.with_(model_dim=dims[0], hidden_dim=dims[1], skew=1.0)
+    plain, _ = on(case.layer(), "loop", "cpu")
+    layer, _ = on(case.layer(), "triton", device)
+    torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+def test_output_masking(path):
+    case = SMALL.with_(padding="left")
+    plain, _ = on(case.layer(output_masking=0.2), "loop", "cpu")
+    layer, _ = on(case.layer(output_masking=0.2), *path)
+    torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_under_a_capacity(overflow, path):
+    case = SMALL.with_(padding="right", skew=4.0)
+    plain, calls = on(case.layer(), "loop", "cpu")
+    layer, others = on(case.layer(), *path)
+    for each in (plain, layer):
+        each.capacity = Capacity(CapacityRules(1.0, overflow), [0] * case.num_experts, 1)
+    torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
+    for name in ("assignments", "dropped", "rerouted", "load_before"):
+        assert getattr(others[0], name) == getattr(calls[0], name), name
+    assert list(others[0].load) == calls[0].load and others[0].dropped + others[0].rerouted > 0
+
+
+@pytest.mark.parametrize("path", BOTH, ids="-".join)
+def test_a_token_does_not_depend_on_its_batch_mates(path):
+    case = SMALL.with_(skew=2.0)
+    layer, _ = on(case.layer(), *path)
+    x, _ = case.batch()
+    torch.testing.assert_close(run(layer, x[1:2], None), run(layer, x, None)[1:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiles", [(16, 32, 64), (32, 16, 16)], ids=str)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
+def test_many_tiles_per_expert_and_more_tiles_than_neighbours(tiles, device):
+    """Tiles that are full, begun and missing, several steps of the inner dim, more than one band of neighbours."""
+    torch.manual_seed(0)
+    counts = [0, 40, 1, 16, 33, 0, 17]
+    rows_of = torch.repeat_interleave(torch.tensor(counts)).to(device)
+    expert_ids = rows_of[torch.randperm(len(rows_of))].view(-1, 1)  # (T, 1)
+    probabilities = torch.zeros(len(rows_of), len(counts), device=device)
+    routing = Routing(expert_ids, torch.ones_like(expert_ids, dtype=torch.bool), probabilities[:, :1], probabilities)
+    tokens, weights = torch.randn(len(rows_of), 36, device=device), torch.rand(len(rows_of), 1, device=device)
+    parameters = [torch.randn(len(counts), *shape, device=device) for shape in ((40, 36), (40,), (36, 40), (36,))]
+    sizes = triton_experts.Tiles(*tiles, warps=4, stages=2)
+    found = triton_experts.run_triton(tokens, plan_grouped(routing), weights, parameters, F.relu, tiles=sizes)
+    fc1, bias1, fc2, bias2 = (parameter[expert_ids[:, 0]] for parameter in parameters)
+    hidden = F.relu(torch.einsum("tfd,td->tf", fc1, tokens) + bias1)
+    expected = (torch.einsum("tdf,tf->td", fc2, hidden) + bias2) * weights
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("path, dtype", [
+    pytest.param(("triton", "cpu"), torch.float16, marks=INTERPRETED),
+    (("grouped-mm", "cpu"), torch.float16),
+    (("grouped-mm", "cpu"), torch.bfloat16),
+    pytest.param(("triton", "cuda"), torch.float16, marks=GPU),
+    pytest.param(("triton", "cuda"), torch.bfloat16, marks=GPU),
+    pytest.param(("grouped-mm", "cuda"), torch.bfloat16, marks=GPU),
+], ids=str)
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_the_error_is_at_most_twice_pytorchs_own(path, dtype, num_choices):
+    """Both against the same values computed in float32."""
+    kernel, device = path
+    dims = {"model_dim": 512, "hidden_dim": 1024, "positions": 64} if device == "cuda" else {"positions": 6}
+    case = SMALL.with_(num_choices=num_choices, dtype=dtype, **dims)
+    layer = case.layer().to(device)
+    x = case.batch()[0].flatten(0, 1).to(device)
+    with torch.no_grad():
+        routing = layer.gate(x)
+        weights = layer.gate.combine_weights(routing, dtype)
+        plan = plan_grouped(routing)
+        found = run_grouped(kernel, layer.experts, x, plan, weights).float()
+        own, exact = pytorchs(layer.experts, x, routing, weights), None
+        exact = pytorchs(layer.experts.float(), x.float(), routing, weights.float())
+    for error in (lambda values: (values - exact).abs().max(), lambda values: (values - exact).abs().mean()):
+        assert error(found) <= 2 * error(own.float()) + 1e-6
+
+
+def pytorchs(experts, tokens, routing, weights):
+    """What a plain loop over experts gives, in the dtype of its arguments."""
+    result = torch.zeros_like(tokens)
+    fc1, bias1, fc2, bias2 = experts.parameters()
+    for expert in range(experts.num_experts):
+        token, choice = (routing.expert_ids == expert).nonzero(as_tuple=True)
+        hidden = F.relu(F.linear(tokens[token], fc1[expert], bias1[expert]))
+        result.index_add_(0, token, F.linear(hidden, fc2[expert], bias2[expert]) * weights[token, choice].unsqueeze(1))
+    return result
+
+
+@pytest.mark.grouped_mm
+def test_a_nan_stays_one():
+    """An expert that breaks must be seen, and must not touch the tokens of others."""
+    for path in BOTH[:2]:
+        kernel, device = path.values[0] if hasattr(path, "values") else path
+        if kernel == "triton" and CUDA:
+            continue
+        case = SMALL.with_(num_choices=1)
+        layer, _ = on(case.layer(), kernel, device)
+        x, _ = case.batch()
+        broken = run(on(case.layer(), "loop", "cpu")[0], x, None)
+        with torch.no_grad():
+            layer.experts.fc1_bias[2] = float("nan")
+        chosen = layer.gate(x.flatten(0, 1)).expert_ids.view(3, 8) == 2
+        assert chosen.any()
+        found = run(layer, x, None)
+        assert found[chosen].isnan().all()
+        torch.testing.assert_close(found[~chosen], broken[~chosen], **TOLERANCE[torch.float32])
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what waits for a GPU: values that the host reads, shapes that depend on values, copies from the host."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "repeat_interleave.Tensor",
+               "equal.default", "lift_fresh", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        indices = args[1] if name.startswith(("index.", "index_put")) else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name.startswith(self.REFUSED) or by_mask:
+            raise RuntimeError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "grouped-mm"])
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_nothing_waits_for_the_host(kernel, num_choices):
+    if kernel == "triton" and CUDA:
+        pytest.skip("the test below looks at the device itself")
+    case = SMALL.with_(padding="left", num_choices=num_choices, use_fp32=True)
+    layer, calls = on(case.layer(), kernel, "cpu")
+    x, mask = case.batch()
+    with torch.no_grad(), Waits():
+        output = layer(x, mask)
+    assert isinstance(calls[0].load, DeviceCounts) and sum(calls[0].load) == num_choices * int((~mask).sum())
+    layer.experts.kernel = "loop"
+    torch.testing.assert_close(output, run(layer, x, mask), **TOLERANCE[torch.float32])
+    with torch.no_grad(), Waits(), pytest.raises(RuntimeError, match="waits for the device"):
+        layer(x, mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_on_the_device_nothing_waits_and_a_graph_can_be_captured(dtype, num_choices):
+    case = SMALL.with_(padding="left", num_choices=num_choices, dtype=dtype, use_fp32=True)
+    layer, calls = on(case.layer(), "auto", "cuda")
+    x, mask = (tensor.cuda() for tensor in case.batch())
+    with torch.no_grad():
+        expected = layer(x, mask)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = layer(x, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(x, mask)
+        x.copy_(x.flip(0))
+        graph.replay()
+        eager = layer(x, mask)
+    torch.testing.assert_close(again, expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(captured, eager, **TOLERANCE[dtype])
+    assert not torch.equal(captured, expected)
+    assert sum(calls[0].load) == num_choices * int((~mask).sum())
+
+
+@pytest.mark.parametrize("hardware, dtype, dims, kernel", [
+    (Hardware((9, 0), True), torch.float16, (8192, 2048), "triton"),  # H100, H200
+    (Hardware((8, 9), True), torch.bfloat16, (8192, 2048), "triton"),  # 4090
+    (Hardware((8, 6), True), torch.float32, (33, 17), "triton"),  # 3090
+    (Hardware((8, 0), True), torch.float64, (64, 64), "loop"),
+    (Hardware((8, 6), False), torch.bfloat16, (64, 64), "grouped-mm"),
+    (Hardware((8, 6), False), torch.bfloat16, (64, 33), "loop"),
+    (Hardware((8, 6), False), torch.float16, (64, 64), "loop"),
+    (Hardware((7, 5), True), torch.float16, (64, 64), "loop"),  # 2080
+    (Hardware((7, 0), True), torch.float16, (8192, 2048), "loop"),  # V100
+    (Hardware(None, True), torch.float32, (64, 64), "loop"),
+])
+def test_the_kernel_is_chosen_by_what_the_device_can_do(hardware, dtype, dims, kernel):
+    assert best_kernel(hardware, dtype, dims) == kernel
+
+
+@pytest.mark.grouped_mm
+def test_where_the_loop_runs_whatever_is_there():
+    case = SMALL
+    layer, x = case.layer(), case.batch()[0].flatten(0, 1)
+    assert choose_kernel(layer.experts, x) == "loop"  # on a CPU
+    layer.experts.kernel = "grouped-mm"
+    with torch.no_grad():
+        assert choose_kernel(layer.experts, x) == "grouped-mm"
+        assert choose_kernel(nn.Linear(2, 2), x) == "loop"  # experts in a buffer
+        assert choose_kernel(layer.experts.train(), x) == "loop"
+    assert choose_kernel(layer.experts.eval(), x) == "loop"  # gradients
+
+
+def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
+    layer = SMALL.with_(hidden_dim=33).layer()
+    layer.experts.kernel = "grouped-mm"
+    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: True)
+    with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* dim 32 and hidden dim 33"):
+        layer(SMALL.batch()[0])
+    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: False)
+    with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs .*grouped_mm, which PyTorch .* not have"):
+        layer(SMALL.batch()[0])
+    layer.experts.kernel = "triton"
+    monkeypatch.setattr(device_experts, "find_spec", lambda name: None)
+    with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs the package triton"):
+        layer(SMALL.batch()[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(device_experts, "triton_is_interpreted", lambda: False)
+    with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs a GPU, got tokens on cpu"):
+        layer(SMALL.batch()[0])
+
+
+def test_the_plan_is_the_loops():
+    """Assignments in expert order, those that are not kept last; offsets that say where each expert begins."""
+    case = SMALL.with_(padding="scattered", skew=3.0)
+    layer = case.layer()
+    x, mask = case.batch()
+    routing = layer.gate(x.flatten(0, 1), mask.flatten())
+    plan = plan_grouped(routing)
+    ids = [e if kept else case.num_experts for e, kept in zip(routing.expert_ids.flatten().tolist(),
+                                                              routing.kept.flatten().tolist(), strict=True)]
+    assert plan.assignments.tolist() == sorted(range(len(ids)), key=lambda number: (ids[number], number))
+    assert plan.offsets.tolist() == [sum(e < expert for e in ids) for expert in range(case.num_experts + 1)]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("memory", [48 * 1024, 64 * 1024, 96 * 1024, 99 * 1024, 227 * 1024])
+@pytest.mark.parametrize("rows", [0.1, 16, 40, 64, 500])
+def test_tiles_fit_the_shared_memory(rows, itemsize, memory):
+    tiles = triton_experts.tiles_for(rows, itemsize, memory)
+    stage = (tiles.rows + tiles.columns) * tiles.inner * itemsize
+    assert stage * tiles.stages <= memory
+    assert tiles.stages >= 2 or memory < 64 * 1024
+
+
+def test_counts_come_from_the_device_together():
+    first, second = DeviceCounts(torch.tensor([2, 0, 1])), DeviceCounts(torch.tensor([5, 6]))
+    fetch([first, [1, 2], second])
+    with Waits():
+        assert list(first) == [2, 0, 1] and second[1] == 6
+    fetch([])
+    assert len(first) == 3 and sum(DeviceCounts(torch.tensor([4, 4]))) == 8
