@@ -208,13 +208,14 @@ class _WholeBatches:
 class ServedEpoch:
     """fairseq's epoch iterator whose batches are announced to the observer."""
 
-    def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
+    def __init__(self, epoch_iterator, observer: Observer, ranks: Ranks | None = None, of_all=True, last=True):
         self._epoch_iterator = epoch_iterator
-        self._watched_by = observer, ranks, of_all
+        self._watched_by = observer, ranks, of_all, last
         self.batches: ServedBatches | None = None  # the last that were asked for
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
-        self.batches = ServedBatches(self._epoch_iterator.next_epoch_itr(*args, **kwargs), *self._watched_by)
+        of_rank = self._epoch_iterator.next_epoch_itr(*args, **kwargs)
+        self.batches = ServedBatches(of_rank, *self._watched_by, len(self._epoch_iterator.frozen_batches))
         return self.batches
 
     def __getattr__(self, name):
@@ -225,14 +226,15 @@ class ServedBatches:
     """Yields fairseq's batches in their order; the observer hears of each that is computed here, and of the end.
 
     Under several ranks rank 0 yields all batches, another rank its own, and the process of another rank ends with them.
-    of_all: `batches` are those of all ranks, not this rank's alone.
+    of_all: `batches` are those of all ranks, not this rank's alone. last: no data set comes after this one. total:
+    how many all ranks have of this data set.
     """
 
-    def __init__(self, batches, observer: Observer, ranks: Ranks | None = None, of_all: bool = True):
+    def __init__(self, batches, observer: Observer, ranks: Ranks | None = None, of_all=True, last=True, total=0):
         self._batches = batches
         self._observer = observer
         self._ranks = ranks
-        self._of_all = of_all
+        self._of_all, self._last, self._total = of_all, last, total
         self.n = getattr(batches, "n", 0)  # fairseq's progress bars read it
         self._source: Iterator[dict] = iter(())
         self._ahead: deque[dict] = deque()  # seen by `look_ahead` and not yet yielded
@@ -264,17 +266,19 @@ class ServedBatches:
             return
         self._observer.hear_interrupts()
         for position, batch in enumerate(self._batches):
-            if not batch:  # fairseq fills the last round of its shards with empty batches
+            if not batch:  # fairseq fills the last round of its shards with empty batches, and knows them by that
+                yield batch
                 continue
             batch[TURN] = turn = self._ranks.turn(position, self._of_all)
             if turn.is_ours:
                 self._observer.begin_batch(turn.number)
             if turn.is_ours or self._ranks.rank == 0:
                 yield self._watched(batch)
-        self._ranks.drain()
-        self._observer.finish()
-        self._ranks.leave()
-        self._check()
+        self._ranks.drain(self._total, self._last)
+        if self._last:
+            self._observer.finish()
+            self._ranks.leave()
+            self._check()
 
     def _watched(self, batch: dict) -> dict:
         if batch:  # fairseq fills up its shards with empty ones, and knows them by that

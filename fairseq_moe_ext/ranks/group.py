@@ -85,20 +85,30 @@ class Ranks:
         self._store = store
         self._outbox = Outbox(size)
         self.received = [0] * size  # batches of each rank, whose results are here
+        self._before = 0  # batches of the data sets before this one
         self._drained = False
         self.last_words: Callable[[], None] = lambda: None  # of an interrupted rank 0 that cannot reach the others
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
         logger.info("%d ranks serve, %s between them", size, dist.get_backend())
 
-    def turn(self, position: int, of_all: bool) -> Turn:
-        """The turn of the batch at `position` among all batches, or among this rank's own."""
-        return Turn(self, position if of_all else position * self.world_size + self.rank)
+    @property
+    def part(self) -> int:
+        """Which of R parts of the data set's batches is this rank's: those at part, part + R, ..."""
+        return (self.rank - self._before) % self.world_size
 
-    def drain(self) -> None:
-        """Compute for the others until every rank is done with its own batches."""
+    def turn(self, position: int, of_all: bool) -> Turn:
+        """The turn of the batch at `position` among all batches of a data set, or among this rank's own."""
+        return Turn(self, self._before + (position if of_all else position * self.world_size + self.part))
+
+    def drain(self, batches: int = 0, last: bool = True) -> None:
+        """Compute for the others until every rank is done with its share of a data set's `batches`.
+
+        last: no data set comes after this one.
+        """
         while self.exchange.idle_round(alive=False):
             pass
-        self._drained = True
+        self._before += batches
+        self._drained = last
 
     def interrupt(self, number: int) -> bool:
         """This process got signal `number`: whether it ends now, not with all other ranks in their next round."""

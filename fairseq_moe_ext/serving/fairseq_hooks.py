@@ -23,6 +23,7 @@ from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
 from fairseq_moe_ext.decoding.generator import count_results, take_turn
 from fairseq_moe_ext.serving.load_models import check_alone, load_models
+from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.ours import is_ours
 from fairseq_moe_ext.serving.served_state import served_state
 
@@ -96,7 +97,8 @@ def _load_models(
     if num_shards > 1 or not all(map(is_ours, paths)):
         with serving(False):
             return original(filenames, arg_overrides, task, *rest)
-    if not any(each.ranks is not None for each in _tasks):  # else a command's ranks load a second model (--lm-path)
+    # a command's ranks may load a second model (--lm-path), and fairseq-validate has no task before its model
+    if fairseqs_command() != "validate" and not any(each.ranks is not None for each in _tasks):
         check_alone(paths[0])
     overrides = dict(arg_overrides or {})
     loaded = load_models(paths, overrides.get("data"), overrides, overrides, of_parser=True)

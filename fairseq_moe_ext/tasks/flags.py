@@ -65,6 +65,7 @@ class FairseqsFlags(FairseqDataclass):
     """Flags of fairseq's commands that the tasks and the checks look at, too."""
 
     skip_invalid_size_inputs_valid_test: bool = II("dataset.skip_invalid_size_inputs_valid_test")
+    valid_subset: str = II("dataset.valid_subset")
     num_shards: int = II("dataset.num_shards")
     shard_id: int = II("dataset.shard_id")
     fp16: bool = II("common.fp16")

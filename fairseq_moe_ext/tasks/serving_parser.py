@@ -35,7 +35,7 @@ from fairseq_moe_ext.tasks.refused_options import (
 
 # an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
 _COMMANDS = {"--input": INTERACTIVE, "--output-word-probs": EVAL_LM, "--beam": GENERATE}
-_SERVED_BY_RANKS = (EVAL_LM, GENERATE)
+_SERVED_BY_RANKS = (EVAL_LM, GENERATE, VALIDATE)
 
 
 def prepare_parser(parser: ArgumentParser) -> None:

@@ -34,11 +34,12 @@ from fairseq_moe_ext.decoding.generator import (
     MoESequenceGeneratorWithAlignment,
     ServedEpoch,
     keep_every_sentence,
+    take_turn,
 )
 from fairseq_moe_ext.decoding.left_out import keep_fitting
 from fairseq_moe_ext.decoding.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
-from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
+from fairseq_moe_ext.ranks.group import TURN, Ranks, served_ranks, world_size
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
@@ -71,6 +72,7 @@ class ServingTask:
     ranks: Ranks | None = None
     batches_in_order = False  # whether a batch depends on the one before it
     _epoch: ServedEpoch | None = None  # the batches that are served
+    _data_sets = 0  # how many were begun
     _room = Room()  # and the limits by which they were made
     # how many the model has embeddings of: with --remove-bpe fairseq adds the words that it prints to the dictionary
     _served_words: int | None = None
@@ -312,11 +314,28 @@ class ServingTask:
         if not of_all:
             shards, shard = kwargs.get("num_shards", 1), kwargs.get("shard_id", 0)
             kwargs["num_shards"] = shards * self.ranks.world_size
-            kwargs["shard_id"] = shard + shards * self.ranks.rank
+            kwargs["shard_id"] = shard + shards * self.ranks.part
         epoch_iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         self._room = Room(kwargs.get("max_sentences"), kwargs.get("max_tokens"))
-        self._epoch = ServedEpoch(epoch_iterator, self.observer, self.ranks, of_all)
+        self._data_sets += 1
+        last = self._data_sets == len(self._flags().valid_subset.split(","))  # another command than validate has one
+        self._epoch = ServedEpoch(epoch_iterator, self.observer, self.ranks, of_all, last)
         return self._epoch
+
+    def valid_step(self, sample, model, criterion):
+        """fairseq's; under several ranks by the one whose batch it is, from which rank 0 gets what came of it."""
+        compute = super().valid_step
+        if self.ranks is None:
+            return compute(sample, model, criterion)
+        if not sample:  # fills up this rank's part
+            return 0, 0, {}
+        here = {key: value for key, value in sample.items() if key != TURN}  # a translation in it has no turn of its own
+        ((result,),) = take_turn(sample, lambda: [[compute(here, model, criterion)]])
+        return result
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        if self.ranks is None or self.ranks.rank == 0:  # which has those of all
+            super().reduce_metrics(logging_outputs, criterion)
 
     @property
     def static_serving(self) -> bool:

@@ -2,21 +2,31 @@
 
 import json
 import math
+import re
 
 import commands
 import pytest
 import torch
+from data_makers import LM_TRAINING, MT_TRAINING, untrained_checkpoint, write_data
+from rank_commands import Told, assert_same_trace, telling
 
 BUFFER = ("--expert-buffer-size", "2", "--expert-store", "disk")
 
 
-def validate(folder, task, *flags, path="checkpoint_last.pt") -> dict[str, float]:
+def validate(folder, task, *flags, path="checkpoint_last.pt", **how) -> dict[str, float]:
     """The figures that the command prints at its end."""
+    return validate_subsets(folder, task, *flags, path=path, **how)["test"]
+
+
+def validate_subsets(folder, task, *flags, path="checkpoint_last.pt", **how) -> dict[str, dict[str, float]]:
+    """Subset -> the figures that the command prints of it, once."""
     arguments = (folder / "data-bin", "--path", folder / path, "--valid-subset", "test", "--cpu")
-    done = commands.run("validate", *arguments, "--task", task, "--batch-size", "8", "--num-workers", "0", *flags)
-    (line,) = [text for text in (done.stdout + done.stderr).splitlines() if "| valid on 'test' subset |" in text]
-    parts = line.partition(" subset | ")[2].split(" | ")
-    return {name: float(value) for name, value in (part.split() for part in parts)}
+    given = ("--task", task, "--batch-size", "8", "--num-workers", "0", *flags)
+    done = commands.run("validate", *arguments, *given, **how)
+    lines = re.findall(r"\| valid on '(\w+)' subset \| (.*)$", done.stdout + done.stderr, flags=re.MULTILINE)
+    assert len(dict(lines)) == len(lines)
+    found = {subset: dict(part.split() for part in line.split(" | ")) for subset, line in lines}
+    return {subset: {name: float(value) for name, value in figures.items()} for subset, figures in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +77,100 @@ def test_a_multilingual_model_in_all_its_directions(shared_goldens, pairs):
     flags = ("--langs", "en,de,fr", "--encoder-langtok", "src", "--decoder-langtok", "--lang-pairs", pairs)
     found = validate(shared_goldens / "mt_nllb_ws2", "moe_translation_multi_simple_epoch", *flags)
     assert math.isfinite(found["loss"])
+
+
+# --- several ranks
+
+
+def assert_same_figures(found: dict[str, float], wanted: dict[str, float]) -> None:
+    """As they are printed, to 3 places; the plugin's sums of floats are of the same numbers in the same order."""
+    assert found.keys() == wanted.keys() >= {"loss", "moe_gate_loss"}
+    for name, value in wanted.items():
+        if name not in ("wps", "all_to_all_cpu_time_ms"):  # times
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1.1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "flags"),
+    [
+        pytest.param("lm_top2", "moe_language_modeling", (), marks=pytest.mark.slow),
+        ("lm_top2", "moe_language_modeling", BUFFER),
+        ("mt_plain", "moe_translation", ()),
+        pytest.param("mt_plain", "moe_translation", BUFFER, marks=pytest.mark.slow),
+        pytest.param(
+            "mt_nllb_ws2",
+            "moe_translation_multi_simple_epoch",
+            ("--langs", "en,de,fr", "--encoder-langtok", "src", "--decoder-langtok", "--lang-pairs", "en-de,en-fr"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@pytest.mark.parametrize("by_torchrun", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_several_ranks_find_one_processs_loss(shared_goldens, tmp_path, name, task, flags, by_torchrun):
+    one, two = (tmp_path / each for each in ("one", "two"))
+    one.mkdir(), two.mkdir()
+    wanted = validate(shared_goldens / name, task, *flags, *telling(one))
+    how, more = ({"ranks": 2}, ()) if by_torchrun else ({}, ("--distributed-world-size", 2))
+    assert_same_figures(validate(shared_goldens / name, task, *flags, *more, *telling(two), **how), wanted)
+    found, alone = Told.read(two), Told.read(one)
+    assert_same_trace(found, alone)
+    assert [rank["rank"] for rank in found.report["ranks"]] == [0, 1]
+    assert all(rank["tokens"] > 500 for rank in found.report["ranks"])  # each has worked
+    assert found.report["decoder"]["tokens"] == alone.report["decoder"]["tokens"]
+    if flags == BUFFER:
+        assert all(layer["misses"] > 0 for layer in found.report["layers"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Task -> a folder of an untrained model and its data, valid and test of 5 and 7 sentences."""
+    found = {}
+    for task, languages, training in (
+        ("moe_language_modeling", (), LM_TRAINING),
+        ("moe_translation", ("en", "de"), MT_TRAINING),
+    ):
+        found[task] = folder = tmp_path_factory.mktemp(task)
+        data = write_data(folder / "data-bin", languages, splits={"train": 2, "valid": 5, "test": 7})
+        untrained_checkpoint(folder / "X.pt", data, *training)
+        untrained_checkpoint(folder / "dense.pt", data, *training, "--moe-freq", "0")
+    return found
+
+
+SUBSETS = ("--valid-subset", "test,valid,train", "--batch-size", 2, "--required-batch-size-multiple", 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "ranks"),
+    [
+        ("moe_translation", "X.pt", 3),  # batches: four, three, one
+        pytest.param("moe_language_modeling", "X.pt", 2, marks=pytest.mark.slow),
+        pytest.param("moe_translation", "dense.pt", 3, marks=pytest.mark.slow),
+        pytest.param("moe_language_modeling", "dense.pt", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_several_ranks_go_on_to_further_subsets(small, tmp_path, task, path, ranks):
+    """Their batches are dealt out as one row, so that the numbers in the trace are one process's."""
+    one, more = (tmp_path / each for each in ("one", "more"))
+    one.mkdir(), more.mkdir()
+    telling_of = (lambda _folder: ()) if path == "dense.pt" else telling
+    wanted = validate_subsets(small[task], task, *SUBSETS, *telling_of(one), path=path)
+    found = validate_subsets(small[task], task, *SUBSETS, *telling_of(more), path=path, ranks=ranks)
+    assert found.keys() == wanted.keys() == {"test", "valid", "train"}
+    for subset, figures in wanted.items():
+        assert found[subset]["loss"] == pytest.approx(figures["loss"], abs=1.1e-3)
+        assert found[subset]["bsz"] == figures["bsz"]
+    if path == "X.pt":
+        assert_same_trace(Told.read(more), Told.read(one))
+        assert Told.read(more).report["decoder"] == {
+            **Told.read(more).report["decoder"],
+            **{name: Told.read(one).report["decoder"][name] for name in ("tokens", "steps")},
+        }
+
+
+@pytest.mark.slow
+def test_several_ranks_measure_one_processs_bleu(shared_goldens):
+    """A translation within a rank's own batch asks no other rank."""
+    flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}')
+    wanted = validate(shared_goldens / "mt_plain", "moe_translation", *flags)
+    assert wanted["bleu"] > 1
+    assert_same_figures(validate(shared_goldens / "mt_plain", "moe_translation", *flags, ranks=2), wanted)
