@@ -1,7 +1,8 @@
 """Several ranks that serve one model: the process group, each rank's share of the batches, and results on rank 0.
 
-Batch i belongs to rank i % R. A rank works through its own batches without waiting for the others' (ranks/exchange.py
-keeps the ranks in step), and hands its results to rank 0, which prints all of them in the order of one rank.
+Batch i belongs to rank i % R; batches are counted over all data sets of a run. A rank works through its own batches
+without waiting for the others' (ranks/exchange.py keeps the ranks in step), and hands its results to rank 0, which
+prints all of them in the order of one rank.
 Legend: R = ranks (the world size).
 """
 

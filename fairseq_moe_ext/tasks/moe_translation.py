@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
+from fairseq.data import encoders
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
@@ -22,3 +26,12 @@ class MoETranslationTask(ServingTask, TranslationTask):
     """Translation: training, `fairseq-generate`, `fairseq-interactive`."""
 
     served_model_class = MoETransformerModel
+
+    def _build_for_serving(self, args: Any, state: Any):
+        model = super()._build_for_serving(args, state)
+        if self.cfg.eval_bleu:  # fairseq's own `build_model`, which is passed by, makes these two
+            detokenizer = Namespace(tokenizer=self.cfg.eval_bleu_detok, **json.loads(self.cfg.eval_bleu_detok_args))
+            self.tokenizer = encoders.build_tokenizer(detokenizer)
+            search = Namespace(**json.loads(self.cfg.eval_bleu_args))
+            self.sequence_generator = self.build_generator([model], search)
+        return model

@@ -329,7 +329,7 @@ class ServingTask:
             return compute(sample, model, criterion)
         if not sample:  # fills up this rank's part
             return 0, 0, {}
-        here = {key: value for key, value in sample.items() if key != TURN}  # a translation in it has no turn of its own
+        here = {key: value for key, value in sample.items() if key != TURN}  # a search has no turn of its own
         ((result,),) = take_turn(sample, lambda: [[compute(here, model, criterion)]])
         return result
 
