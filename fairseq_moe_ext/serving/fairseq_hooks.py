@@ -22,8 +22,8 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
 from fairseq_moe_ext.decoding.generator import count_results, take_turn
-from fairseq_moe_ext.serving.load_models import check_alone, load_models
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
+from fairseq_moe_ext.serving.load_models import check_alone, load_models
 from fairseq_moe_ext.serving.ours import is_ours
 from fairseq_moe_ext.serving.served_state import served_state
 
