@@ -6,7 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_moe_ext.command_line.plan import main  # noqa: E402
+from fairseq_moe_ext.command_line import subcommand  # noqa: E402
+
+main = subcommand("plan")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,4 +13,4 @@ more=()
 [ -z "${CHECKPOINT:-}" ] || more+=(--checkpoint "$CHECKPOINT")
 [ -z "${DATA:-}" ] || more+=(--data "$DATA")
 [ -z "${FLAGS:-}" ] || more+=("--flags=$FLAGS")
-exec .venv/bin/python -m "reproduction.$name" ${more[@]+"${more[@]}"} "$@"
+exec .venv/bin/python -m reproduction "$name" ${more[@]+"${more[@]}"} "$@"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 from fairseq_moe_ext import __version__
 
@@ -22,6 +24,13 @@ COMMANDS = {
 }
 
 
+def subcommand(name: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a subcommand's file. What fairseq and fairscale say while they are imported is not shown."""
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("fairseq.tasks").setLevel(logging.WARNING)
+    return importlib.import_module(f"{__name__}.{name}").main
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand that `arguments` (default: the process's own) begin with.
 
@@ -29,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
-        return importlib.import_module(f"{__name__}.{name}").main(rest)
+        return subcommand(name)(rest)
     parser = argparse.ArgumentParser(prog="fairseq-moe", description="Tools for fairseq's Mixture-of-Experts models.")
     parser.epilog = "fairseq-moe COMMAND --help lists a command's options."
     parser.add_argument("--version", action="version", version=f"fairseq_moe_ext {__version__}")

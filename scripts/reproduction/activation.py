@@ -13,20 +13,19 @@ Legend: S = steps, E = experts, H = hottest experts of a step.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from fairseq_moe_ext.balancing.load import expert_sparsity, shares, temporal_locality
 from reproduction.paper import paper_value
-from reproduction.plots import COLOURS, HEAT, MARKERS, panels, save
+from reproduction.plots import BATCH, HEAT, look, panels, save
 from reproduction.runs import run
 from reproduction.stacks import DECODER, ENCODER, LM, Stack, stacks_of
-from reproduction.study import Study, run_study, study_parser
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.study import BATCHES, Study, run_study
+from reproduction.tables import Finding, findings_section, grouped, table, write_csv
 
 LM_BATCHES, MT_BATCHES = (1, 2, 4, 8, 16), (4, 8, 16, 48, 96)
 HOT_SHARE = 8  # one expert in so many counts as hot
@@ -156,24 +155,22 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def _at_batch(rows: Sequence[Row], kind: str, batch: int) -> list[Row]:
     """Per stack of that kind the row at `batch`, or at the largest below it, or else the smallest."""
-    found = {}
-    for name in dict.fromkeys(row.stack for row in rows if row.kind == kind):
-        of_stack = sorted((row for row in rows if row.stack == name), key=lambda row: row.batch)
-        found[name] = max((row for row in of_stack if row.batch <= batch), key=lambda row: row.batch,
-                          default=of_stack[0])
-    return list(found.values())
+    found = []
+    for of_stack in grouped([row for row in rows if row.kind == kind], "stack").values():
+        of_stack = sorted(of_stack, key=lambda row: row.batch)
+        found.append([row for row in of_stack if row.batch <= batch or row is of_stack[0]][-1])
+    return found
 
 
-def table(rows: Sequence[Row]) -> str:
-    head = ("stack", "batch", "steps", "assignments an expert", "idle", "idle if even", "hottest / mean",
-            "active stay", "in any other", "hot stay", "in any other", "hot stay, batches", "in any other")
-    body = [
-        (row.stack, row.batch, row.steps, f"{row.assignments_per_expert:.1f}", f"{row.idle:.1%}",
-         f"{row.idle_even:.1%}", f"{row.hottest:.1f}", f"{row.active_stays:.0%}", f"{row.active_any:.0%}",
-         f"{row.hot_stays:.0%}", f"{row.hot_any:.0%}", f"{row.hot_batches:.0%}", f"{row.hot_batches_any:.0%}")
-        for row in rows
-    ]
-    return markdown(head, body)
+def activation_table(rows: Sequence[Row]) -> str:
+    stays = (("active stay", "active_stays"), ("in any other", "active_any"), ("hot stay", "hot_stays"),
+             ("in any other", "hot_any"), ("hot stay, batches", "hot_batches"), ("in any other", "hot_batches_any"))
+    return table(
+        rows, ("stack", "{.stack}"), ("batch", "{.batch}"), ("steps", "{.steps}"),
+        ("assignments an expert", "{.assignments_per_expert:.1f}"), ("idle", "{.idle:.1%}"),
+        ("idle if even", "{.idle_even:.1%}"), ("hottest / mean", "{.hottest:.1f}"),
+        *((head, f"{{.{name}:.0%}}") for head, name in stays),
+    )
 
 
 def draw_shares(file, stacks: Sequence[tuple[Stack, int]]) -> None:
@@ -199,19 +196,19 @@ def draw_shares(file, stacks: Sequence[tuple[Stack, int]]) -> None:
 
 def draw_idle(file, rows: Sequence[Row]) -> None:
     figure, ((against_batch, against_work),) = panels(1, 2, width=5.6, height=4.2, sharey=True)
-    for number, (name, of_stack) in enumerate(_by_stack(rows).items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    for number, (name, of_stack) in enumerate(grouped(rows, "stack").items()):
+        how = look(number)
         idle = [100 * row.idle for row in of_stack]
-        against_batch.plot([row.batch for row in of_stack], idle, color=colour, marker=marker, label=name)
+        against_batch.plot([row.batch for row in of_stack], idle, label=name, **how)
         work = [row.assignments_per_expert for row in of_stack]
-        against_work.plot(work, idle, color=colour, marker=marker, label=name)
+        against_work.plot(work, idle, label=name, **how)
         even = [100 * row.idle_even for row in of_stack]
-        against_work.plot(work, even, color=colour, linestyle=":", label=f"{name}, if routing were even")
+        against_work.plot(work, even, color=how["color"], linestyle=":", label=f"{name}, if routing were even")
     batch, idle = paper_value("activation.mt-decoder.batch"), 100 * paper_value("activation.mt-decoder.idle")
     against_batch.plot(batch, idle, "k*", markersize=13, label="paper's MT decoder, 128 experts")
     against_work.plot(batch * 2 / paper_value("mt.experts"), idle, "k*", markersize=13,
                       label="paper's MT decoder, one beam")
-    against_batch.set(xlabel="batch (sentences; LM: blocks)", ylabel="% of the experts idle in a step", ylim=(-3, 100))
+    against_batch.set(xlabel=BATCH, ylabel="% of the experts idle in a step", ylim=(-3, 100))
     against_work.set(xlabel="assignments an expert in a step", xscale="log")
     for panel in (against_batch, against_work):
         panel.legend(fontsize=8)
@@ -224,23 +221,16 @@ def draw_locality(file, rows: Sequence[Row]) -> None:
              ("hot_stays", "hot_any", "hottest eighth, step to step"),
              ("hot_batches", "hot_batches_any", "hottest eighth, batch to batch"))
     for panel, (stays, any_other, title) in zip(row_of_panels, kinds, strict=True):
-        for number, (name, of_stack) in enumerate(_by_stack(rows).items()):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        for number, (name, of_stack) in enumerate(grouped(rows, "stack").items()):
+            how = look(number)
             batches = [row.batch for row in of_stack]
             of_before, of_any = ([100 * getattr(row, which) for row in of_stack] for which in (stays, any_other))
-            panel.plot(batches, of_before, color=colour, marker=marker, label=name)
-            panel.plot(batches, of_any, color=colour, linestyle=":")
-        panel.set(title=title, xlabel="batch (sentences; LM: blocks)", xscale="log", ylim=(0, 104))
+            panel.plot(batches, of_before, label=name, **how)
+            panel.plot(batches, of_any, color=how["color"], linestyle=":")
+        panel.set(title=title, xlabel=BATCH, xscale="log", ylim=(0, 104))
     row_of_panels[0].set_ylabel("% that stay from the one before\n(dotted: in any other)")
     row_of_panels[0].legend(fontsize=8, loc="lower right")
     save(figure, file)
-
-
-def _by_stack(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.stack, []).append(row)
-    return found
 
 
 def make(study: Study) -> str:
@@ -268,20 +258,12 @@ def make(study: Study) -> str:
         "expert's load over the mean one. Stay: of a step's active experts (of its hottest eighth), those that were "
         "active (in the hottest eighth) in the step before, or in any other step; the last two columns: of whole "
         "batches, a decoder's steps added up.",
-        table(rows),
+        activation_table(rows),
         findings_section(findings(rows)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("activation", __doc__)
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes (4 to 96; LM: 1 to 16)")
-    args = parser.parse_args(arguments)
-    if args.batches and min(args.batches) < 1:
-        parser.error(f"--batches must be at least 1, got {min(args.batches)}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    batches = replace(BATCHES, help="batch sizes (4 to 96; LM: 1 to 16)")
+    return run_study("activation", __doc__, make, arguments, [batches])

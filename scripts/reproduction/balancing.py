@@ -10,7 +10,6 @@ Source: "Toward Efficient Inference for Mixture of Experts", section on load bal
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -18,13 +17,14 @@ from tqdm import tqdm
 
 from fairseq_moe_ext.balancing.fit import fit_layers
 from fairseq_moe_ext.balancing.solve import METHODS, Demand
+from reproduction import tables
 from reproduction.models import Model, arguments_of
 from reproduction.paper import paper_value
 from reproduction.plots import COLOURS, panels, save
 from reproduction.runs import Run, identity_of, remembered, run
 from reproduction.stacks import DECODER, ENCODER, LM, stacks_of
-from reproduction.study import Study, positive, run_study, study_parser
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.study import BATCH_SIZE, Option, Study, run_study
+from reproduction.tables import Finding, findings_section, unique, write_csv
 
 PAPERS_RANKS = 8
 
@@ -114,19 +114,17 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def table(rows: Sequence[Row]) -> str:
     """Avg Max Load and Max Load, both halves, and how far the fitted Avg Max Load lies above the bound."""
-    head = ("stack", "ranks", "even", "method", "Avg Max Load, fitted", "held out", "Max Load, fitted", "held out",
-            "above the bound")
-    body = [
-        (row.stack, row.ranks, f"{1 / row.ranks:.1%}", row.method, f"{row.fitted_avg:.1%}", f"{row.held_out_avg:.1%}",
-         f"{row.fitted_max:.1%}", f"{row.held_out_max:.1%}", f"{row.fitted_avg / row.bound - 1:.1%}")
-        for row in rows
-    ]
-    return markdown(head, body)
+    return tables.table(
+        rows, ("stack", "{.stack}"), ("ranks", "{.ranks}"), ("even", lambda row: f"{1 / row.ranks:.1%}"),
+        ("method", "{.method}"), ("Avg Max Load, fitted", "{.fitted_avg:.1%}"), ("held out", "{.held_out_avg:.1%}"),
+        ("Max Load, fitted", "{.fitted_max:.1%}"), ("held out", "{.held_out_max:.1%}"),
+        ("above the bound", lambda row: f"{row.fitted_avg / row.bound - 1:.1%}"),
+    )
 
 
 def draw(file, rows: Sequence[Row]) -> None:
     """Held-out Avg Max Load over the even share, as bars; Max Load as ticks; one panel per stack."""
-    stacks, ranks = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("stack", "ranks"))
+    stacks, ranks = unique(rows, "stack"), unique(rows, "ranks")
     figure, (row_of_panels,) = panels(1, len(stacks), width=4.6, height=4.4, sharey=True)
     width = 0.8 / len(METHODS)
     for panel, stack in zip(row_of_panels, stacks, strict=True):
@@ -182,19 +180,6 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("balancing", __doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="R", help="2 4 8")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="sentences, or blocks (8; LM: 2)")
-    parser.add_argument("--time-limit", type=float, default=2.0, metavar="S", help="seconds per layer and search (2)")
-    args = parser.parse_args(arguments)
-    if min(args.ranks) < 2:
-        parser.error(f"--ranks must be at least 2, got {min(args.ranks)}")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if not args.time_limit > 0:
-        parser.error(f"--time-limit must be above 0, got {args.time_limit:g}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ranks = Option("ranks", "2 4 8", [2, 4, 8], many=True, metavar="R", least=2)
+    limit = Option("time-limit", "seconds per layer and search (2)", 2.0, float, metavar="S", above=0)
+    return run_study("balancing", __doc__, make, arguments, [ranks, BATCH_SIZE, limit])

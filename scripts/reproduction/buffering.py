@@ -11,7 +11,6 @@ Source: "Toward Efficient Inference for Mixture of Experts", section on expert b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from reproduction.buffer_simulated import (
 )
 from reproduction.models import arguments_of
 from reproduction.runs import identity_of, remembered, run
-from reproduction.study import Study, positive, run_study, study_parser
+from reproduction.study import BATCH_SIZE, Option, Study, run_study
 from reproduction.tables import findings_section, write_csv
 
 
@@ -68,21 +67,7 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("buffering", __doc__)
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="sentences, or blocks (8; LM: 2)")
-    parser.add_argument("--ranks", type=int, default=4, metavar="R", help="ranks of the simulated placements (4)")
-    shares = [0.75, 0.5, 0.25, 0.125]
-    parser.add_argument("--shares", type=float, nargs="+", default=shares, metavar="S",
-                        help="served buffer sizes, as shares of a layer's experts (0.75 0.5 0.25 0.125)")
-    args = parser.parse_args(arguments)
-    if args.ranks < 2:
-        parser.error(f"--ranks must be at least 2, got {args.ranks}")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if not 0 < min(args.shares) <= max(args.shares) < 1:
-        parser.error(f"--shares must be above 0 and below 1, got {' '.join(f'{each:g}' for each in args.shares)}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ranks = Option("ranks", "ranks of the simulated placements (4)", 4, metavar="R", least=2)
+    shares = Option("shares", "served buffer sizes, as shares of a layer's experts (0.75 0.5 0.25 0.125)",
+                    [0.75, 0.5, 0.25, 0.125], float, many=True, metavar="S", above=0, below=1)
+    return run_study("buffering", __doc__, make, arguments, [BATCH_SIZE, ranks, shares])

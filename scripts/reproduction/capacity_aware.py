@@ -13,25 +13,22 @@ Legend: R = ranks.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import tempfile
-import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fairseq_moe_ext.balancing.placement import contiguous
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS
 from reproduction.capacity_figures import Row, write_figures
-from reproduction.models import ROOT, Model, add_model_arguments, arguments_of, find_models
-from reproduction.runs import RunError, identity_of, remembered, run_command, serve
-from reproduction.study import positive
+from reproduction.models import Model, arguments_of
+from reproduction.runs import identity_of, remembered, run_command, serve
+from reproduction.study import BATCH_SIZE, Option, Study, run_study
 
 
 @dataclass(frozen=True)
@@ -90,19 +87,17 @@ def measure(model: Model, arguments: list[str], settings: list[Setting], ranks: 
         request["settings"] = [list(asdict(setting).values()) for setting in settings]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *launcher, "-m", "reproduction.capacity_layer_time", json.dumps(request)]
-        try:
-            run_command(command)
-        except RunError as error:
-            sys.exit(str(error))
+        run_command(command)
         return json.loads(output.read_text())
 
 
-def study(model: Model, args: argparse.Namespace, bar: tqdm) -> list[Row]:
+def study_model(model: Model, study: Study, bar: tqdm) -> list[Row]:
     """All settings of one model, the one without a capacity first."""
+    args = study.args
     settings = [Setting()] + [
         Setting(gamma, overflow, metric) for overflow in OVERFLOWS for metric in DROP_METRICS for gamma in args.gammas
     ]
-    folder, arguments = args.output / "runs" / model.name, arguments_of(model, args.subset)
+    folder, arguments = study.runs / model.name, arguments_of(model, args.subset)
     bar.set_description(f"{model.name} on {args.ranks} ranks")
     file, identity = folder / "layer-times.json", identity_of(model, [*arguments, *map(str, settings)], args.ranks)
     times = remembered(file, identity, lambda: measure(model, arguments, settings, args.ranks))
@@ -118,33 +113,15 @@ def study(model: Model, args: argparse.Namespace, bar: tqdm) -> list[Row]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="reproduce_capacity_aware", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--batch-size", type=positive, help="sentences or blocks of all ranks together (64; LM: 8)")
-    parser.add_argument("--ranks", type=int, default=4, help="R (4)")
-    gammas = [2.0, 1.5, 1.0, 0.5]
-    parser.add_argument("--gammas", type=float, nargs="+", default=gammas, metavar="G", help="2.0 1.5 1.0 0.5")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "capacity_aware", help="folder")
-    args = parser.parse_args(arguments)
-    for name in ("ranks", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not min(args.gammas) > 0:
-        parser.error(f"--gammas must be above 0, got {min(args.gammas):g}")
-    models = find_models(args, parser)
-    torch.set_num_threads(1)
-    logging.disable(logging.ERROR)  # fairseq's lines would tear the progress bar
-    warnings.simplefilter("ignore")
-    runs = 2 + len(OVERFLOWS) * len(DROP_METRICS) * len(args.gammas)
-    with tqdm(total=len(models) * runs, unit="run") as bar:
-        rows = [row for model in models for row in study(model, args, bar)]
-    args.output.mkdir(parents=True, exist_ok=True)
-    print(write_figures(args.output, rows, args.ranks))
-    print(f"capacity.csv, capacity.md and capacity.png are in {args.output}")
+def make(study: Study) -> str:
+    runs = 2 + len(OVERFLOWS) * len(DROP_METRICS) * len(study.args.gammas)
+    with tqdm(total=len(study.models) * runs, unit="run") as bar:
+        rows = [row for model in study.models for row in study_model(model, study, bar)]
+    return write_figures(study.output, rows, study.args.ranks)
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str] | None = None) -> int:
+    batch = replace(BATCH_SIZE, help="sentences or blocks of all ranks together (64; LM: 8)")
+    ranks = Option("ranks", "R (4)", 4, metavar="R", least=1)
+    gammas = Option("gammas", "2.0 1.5 1.0 0.5", [2.0, 1.5, 1.0, 0.5], float, many=True, metavar="G", above=0)
+    return run_study("capacity_aware", __doc__, make, arguments, [batch, ranks, gammas], stem="capacity")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_moe_ext.atomic_file import write_text
 from reproduction.paper import beside_paper, paper_figures
 from reproduction.plots import panels, save
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.tables import Finding, findings_section, grouped, markdown, table, unique, write_csv
 
 COLOURS = {"drop": "tab:red", "reroute": "tab:green", "expand": "tab:blue"}
 WHY = (
@@ -58,7 +57,7 @@ class Study:
 
     def __init__(self, rows: Sequence[Row]):
         self.base, *self.rows = rows
-        self.gammas = list(dict.fromkeys(row.gamma for row in self.rows))
+        self.gammas = unique(self.rows, "gamma")
         self.rules = list(dict.fromkeys((row.overflow, row.metric) for row in self.rows))
         self.measure = "perplexity" if self.base.bleu is None else "BLEU / chrF"
         self._at = {(row.overflow, row.metric, row.gamma): row for row in self.rows}
@@ -74,29 +73,23 @@ class Study:
 
     def time_table(self, ranks: int) -> str:
         """As the paper's Table 2: what the layer saves, by `score`."""
-        head = ("gamma", "overflow", "dropped fraction", "dropped", "rerouted", "largest expert", "busiest rank",
-                "modelled speedup", "measured ms", "measured speedup")
         rows = [self.base, *(row for gamma in self.gammas for row in self.rows
                              if row.gamma == gamma and row.metric == "score")]
-        body = [
-            (
-                "none" if row.gamma is None else f"{row.gamma:g}",
-                "" if row.gamma is None else row.overflow,
-                *(f"{share:.1%}" for share in (row.dropped_fraction, row.dropped, row.rerouted)),
-                f"{row.largest_expert:.2f}",
-                f"{row.largest_rank:.2f}",
-                f"{self.base.largest_rank / row.largest_rank:.2f}",
-                f"{row.layer_ms:.2f}",
-                f"{self.base.layer_ms / row.layer_ms:.2f}",
-            )
-            for row in rows
-        ]
         caption = (
             f"{ranks} ranks. Largest expert, busiest rank: its load in a pass over the mean load without a capacity, "
             "mean over passes and layers. Modelled speedup: of the busiest rank. Measured: a MoE layer's call by "
             f"{ranks} processes over gloo on this machine, until the last has ended, teacher-forced.\n\n"
         )
-        return caption + markdown(head, body)
+        return caption + table(
+            rows, ("gamma", lambda row: "none" if row.gamma is None else f"{row.gamma:g}"),
+            ("overflow", lambda row: "" if row.gamma is None else row.overflow),
+            ("dropped fraction", "{.dropped_fraction:.1%}"), ("dropped", "{.dropped:.1%}"),
+            ("rerouted", "{.rerouted:.1%}"), ("largest expert", "{.largest_expert:.2f}"),
+            ("busiest rank", "{.largest_rank:.2f}"),
+            ("modelled speedup", lambda row: f"{self.base.largest_rank / row.largest_rank:.2f}"),
+            ("measured ms", "{.layer_ms:.2f}"),
+            ("measured speedup", lambda row: f"{self.base.layer_ms / row.layer_ms:.2f}"),
+        )
 
     def findings(self) -> list[Finding]:
         """Whether the paper's order of rules holds here."""
@@ -151,9 +144,9 @@ class Study:
 
 
 def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
-    """Write capacity.csv, capacity.md and capacity.png; returns the Markdown."""
+    """Write capacity.csv and capacity.png; returns the Markdown."""
     write_csv(folder / "capacity.csv", rows)
-    studies = [Study([row for row in rows if row.model == name]) for name in dict.fromkeys(row.model for row in rows)]
+    studies = [Study(of_model) for of_model in grouped(rows, "model").values()]
     parts = []
     for study in studies:
         parts += [
@@ -164,10 +157,8 @@ def write_figures(folder: Path, rows: Sequence[Row], ranks: int) -> str:
         ]
     parts += ["## Beside the paper", beside(studies), WHY]
     parts.append(findings_section([finding for study in studies for finding in study.findings()]))
-    text = "\n\n".join(parts) + "\n"
-    write_text(folder / "capacity.md", text)
     plot(folder / "capacity.png", studies)
-    return text
+    return "\n\n".join(parts) + "\n"
 
 
 def beside(studies: Sequence[Study]) -> str:

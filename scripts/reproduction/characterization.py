@@ -13,19 +13,18 @@ Source: "Toward Efficient Inference for Mixture of Experts", characterisation.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from reproduction.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of, waste_sentence
+from reproduction.ladder import PAPER_KEYS, Ladder, one_of, waste_sentence
 from reproduction.paper import beside_paper, paper_value
 from reproduction.passes import DENSE, DYNAMIC, GATINGS, PARTS, SPARSE, STATIC, Pass
-from reproduction.plots import COLOURS, MARKERS, panels, save
+from reproduction.plots import BATCH, COLOURS, look, over_batches, panels, save
 from reproduction.runs import Run, run
 from reproduction.stacks import DECODER, LM
-from reproduction.study import Study, run_study, study_parser
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.study import BATCHES, FRACTION, Option, Study, run_study
+from reproduction.tables import Finding, findings_section, grouped, markdown, table, unique, write_csv
 
 RANKS = 2
 ALL_PARTS = (*PARTS, "rest")
@@ -46,7 +45,7 @@ def mask_bytes(passes: Sequence[Pass], batch: int) -> int:
 def latency_table(passes: Sequence[Pass]) -> str:
     head = ("stack", "batch", "tokens", "gating", "ms", "times dense", *ALL_PARTS)
     body = []
-    for (_, stack), of_stack in by_stack(passes).items():
+    for (_, stack), of_stack in grouped(passes, "model", "stack").items():
         for each in of_stack:
             dense = one_of(of_stack, gating=DENSE, batch=each.batch)
             parts = (f"{taken:.2f}" if taken else None for taken in parts_of(each).values())
@@ -69,10 +68,7 @@ def memory_table(passes: Sequence[Pass]) -> str:
 
 
 def _one_stack_per_model(passes: Sequence[Pass]) -> list[list[Pass]]:
-    found: dict[str, list[Pass]] = {}
-    for (model, _), of_stack in by_stack(passes).items():
-        found.setdefault(model, of_stack)
-    return list(found.values())
+    return [list(grouped(of_model, "stack").values())[0] for of_model in grouped(passes, "model").values()]
 
 
 def exchange_rows(runs: dict[tuple[str, str], Run]) -> list[dict]:
@@ -96,16 +92,15 @@ def exchange_rows(runs: dict[tuple[str, str], Run]) -> list[dict]:
 
 
 def exchange_table(rows: Sequence[dict]) -> str:
-    head = ("stack", "gating", *ALL_PARTS, "bytes sent per token")
-    body = [(row["stack"], row["gating"], *(f"{row[part]:.1%}" for part in ALL_PARTS), f"{row['bytes_per_token']:,.0f}")
-            for row in rows]
-    return markdown(head, body)
+    parts = ((part, f"{{[{part}]:.1%}}") for part in ALL_PARTS)
+    sent = ("bytes sent per token", "{[bytes_per_token]:,.0f}")
+    return table(rows, ("stack", "{[stack]}"), ("gating", "{[gating]}"), *parts, sent)
 
 
 def beside(passes: Sequence[Pass], bases: dict[str, int]) -> list[tuple[str, str]]:
     """(key of the paper's figure, ours) at the paper's batch."""
     found = []
-    for (model, stack), of_stack in by_stack(passes).items():
+    for (model, stack), of_stack in grouped(passes, "model", "stack").items():
         dense, static = (one_of(of_stack, gating=gating, batch=bases[model]) for gating in (DENSE, STATIC))
         key = f"characterisation.{PAPER_KEYS[stack]}"
         found += [(f"{key}.{gating}-ms", f"{each.milliseconds:.1f} ms") for gating, each in
@@ -121,7 +116,7 @@ def beside(passes: Sequence[Pass], bases: dict[str, int]) -> list[tuple[str, str
 
 def findings(passes: Sequence[Pass], bases: dict[str, int]) -> list[Finding]:
     found = []
-    for (model, stack), of_stack in by_stack(passes).items():
+    for (model, stack), of_stack in grouped(passes, "model", "stack").items():
         dense, static, dynamic = (
             one_of(of_stack, gating=gating, batch=bases[model]) for gating in (DENSE, STATIC, DYNAMIC)
         )
@@ -166,7 +161,7 @@ def _padded(each: Pass) -> float:
 
 def draw_latency(file, passes: Sequence[Pass], bases: dict[str, int]) -> None:
     """Per stack: bars by part at the paper's batch, and lines over the batches."""
-    stacks = by_stack(passes)
+    stacks = grouped(passes, "model", "stack")
     figure, axes = panels(2, len(stacks), width=4.4, height=3.6)
     for (bars, lines), ((model, stack), of_stack) in zip(axes.T, stacks.items(), strict=True):
         at_base = [one_of(of_stack, gating=gating, batch=bases[model]) for gating in GATINGS]
@@ -181,12 +176,8 @@ def draw_latency(file, passes: Sequence[Pass], bases: dict[str, int]) -> None:
         bars.legend(fontsize=8)
         for number, gating in enumerate(GATINGS):
             points = [(each.batch, each.milliseconds) for each in of_stack if each.gating == gating]
-            lines.plot(*zip(*points, strict=True), color=COLOURS[number], marker=MARKERS[number], label=gating)
-        lines.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)", ylabel="ms a pass")
-        ticks = sorted({each.batch for each in of_stack})
-        lines.set_xticks(ticks, labels=map(str, ticks))
-        lines.xaxis.set_ticks([], minor=True)
-        lines.legend(fontsize=8)
+            lines.plot(*zip(*points, strict=True), label=gating, **look(number))
+        over_batches(lines, unique(of_stack, "batch"), ylabel="ms a pass")
     save(figure, file)
 
 
@@ -212,7 +203,7 @@ def draw_memory(file, passes: Sequence[Pass]) -> None:
             panel.annotate(gating, (places[-1], sum(column[-1] for column in (parameters, activations, mask))),
                            rotation=90, ha="center", va="bottom", fontsize=8, xytext=(0, 3), textcoords="offset points")
         title = of_stack[0].model.replace("_", " ")
-        panel.set(title=title, xlabel="batch (sentences; LM: blocks)", ylabel="MB at the peak")
+        panel.set(title=title, xlabel=BATCH, ylabel="MB at the peak")
         panel.set_xticks(range(len(batches)), labels=map(str, batches))
         panel.margins(y=0.2)
         panel.legend(fontsize=8, loc="upper left")
@@ -274,17 +265,5 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("characterization", __doc__)
-    add_fraction(parser)
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes (up to the paper's)")
-    parser.add_argument(
-        "--no-exchange", dest="exchange", action="store_false", help=f"leave the runs of {RANKS} processes out"
-    )
-    args = parser.parse_args(arguments)
-    if args.batches and min(args.batches) < 1:
-        parser.error(f"--batches must be at least 1, got {min(args.batches)}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    exchange = Option("exchange", f"leave the runs of {RANKS} processes out", kind=bool)
+    return run_study("characterization", __doc__, make, arguments, [FRACTION, BATCHES, exchange])

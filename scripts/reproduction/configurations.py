@@ -9,7 +9,6 @@ Source: "Toward Efficient Inference for Mixture of Experts", Table 1.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
 from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.serving.memory_plan import ModelSizes, read_sizes, shapes_of_architecture
-from reproduction.models import Model, find_models
+from reproduction.models import Model
 from reproduction.paper import format_number, paper_figures, paper_value
 from reproduction.plots import COLOURS, panels, save
-from reproduction.study import Study, run_study, study_parser
+from reproduction.study import Study, run_study
 from reproduction.tables import Finding, findings_section, markdown, write_csv
 
 ARCHITECTURES = {"lm": "moe_transformer_lm_52b", "lm-small": "moe_transformer_lm_15b", "mt": "moe_transformer_nllb_54b"}
@@ -176,11 +175,4 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("configurations", __doc__)
-    args = parser.parse_args(arguments)
-    has_own = args.checkpoint is not None or args.data is not None
-    return run_study(parser, arguments, make, models=has_own and bool(find_models(args, parser)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_study("configurations", __doc__, make, arguments, models=None)

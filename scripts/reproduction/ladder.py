@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,14 +17,6 @@ from reproduction.study import Study
 
 STEPS_DOWN = 3  # halvings of the paper's batch
 PAPER_KEYS = {LM: "lm", ENCODER: "mt-encoder", DECODER: "mt-decoder"}
-
-
-def add_fraction(parser: argparse.ArgumentParser) -> None:
-    """The option of static gating that all three scripts have."""
-    parser.add_argument(
-        "--capacity-fraction", type=float, default=1.0, metavar="F",
-        help="static gating's slots per expert over the batch's tokens (1: nothing drops)",
-    )
 
 
 class Ladder:
@@ -64,14 +55,6 @@ def waste_sentence(passes: Sequence[Pass]) -> str:
         "its mask and the product with it grow with the square of the batch's tokens, which a CPU core feels more than "
         f"a GPU does; and in models of at most {weights:,.0f} MB of weights what is outside the experts weighs more."
     )
-
-
-def by_stack(passes: Sequence[Pass]) -> dict[tuple[str, str], list[Pass]]:
-    """(model, stack) -> its passes."""
-    found: dict[tuple[str, str], list[Pass]] = {}
-    for each in passes:
-        found.setdefault((each.model, each.stack), []).append(each)
-    return found
 
 
 def one_of(passes: Sequence[Pass], **wanted: Any) -> Pass | None:

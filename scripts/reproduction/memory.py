@@ -10,18 +10,18 @@ Source: "Toward Efficient Inference for Mixture of Experts", memory.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from reproduction.ladder import Ladder, add_fraction, one_of, waste_sentence
+from reproduction import tables
+from reproduction.ladder import Ladder, one_of, waste_sentence
 from reproduction.paper import beside_paper
 from reproduction.passes import DYNAMIC, GATINGS, STATIC
-from reproduction.plots import COLOURS, MARKERS, panels, save
-from reproduction.study import Study, run_study, study_parser
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.plots import look, over_batches, panels, save
+from reproduction.study import BATCHES, FRACTION, Study, run_study
+from reproduction.tables import Finding, findings_section, grouped, write_csv
 
 SECTION = "section on memory"
 
@@ -49,15 +49,12 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    head = ("model", "batch", "weights, MB", "static activations, MB", "dynamic activations, MB", "saved",
-            "total, static / dynamic")
-    body = [
-        (row.model.replace("_", " "), row.batch,
-         *(f"{size / 1e6:.1f}" for size in (row.parameters, row.static, row.dynamic)), f"{row.saved:.1%}",
-         f"{row.total:.2f}")
-        for row in rows
-    ]
-    return markdown(head, body)
+    sizes = {"weights": "parameters", "static activations": "static", "dynamic activations": "dynamic"}
+    return tables.table(
+        rows, ("model", lambda row: row.model.replace("_", " ")), ("batch", "{.batch}"),
+        *((f"{head}, MB", lambda row, name=name: f"{getattr(row, name) / 1e6:.1f}") for head, name in sizes.items()),
+        ("saved", "{.saved:.1%}"), ("total, static / dynamic", "{.total:.2f}"),
+    )
 
 
 def beside(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -89,23 +86,17 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def draw(file, rows: Sequence[Row]) -> None:
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = grouped(rows, "model")
     figure, axes = panels(1, len(models), width=5.4, height=4.0)
-    for panel, model in zip(axes[0], models, strict=True):
-        of_model = [row for row in rows if row.model == model]
+    for panel, (model, of_model) in zip(axes[0], models.items(), strict=True):
         batches = [row.batch for row in of_model]
         for gating in (STATIC, DYNAMIC):
-            number = GATINGS.index(gating)  # one colour in all pictures
             sizes = [getattr(row, gating) / 1e6 for row in of_model]
-            how = {"color": COLOURS[number], "marker": MARKERS[number]}
+            how = look(GATINGS.index(gating))  # one colour in all pictures
             panel.plot(batches, sizes, label=f"{gating}: activations", **how)
             totals = [size + row.parameters / 1e6 for size, row in zip(sizes, of_model, strict=True)]
             panel.plot(batches, totals, linestyle=":", label=f"{gating}: with the weights", **how)
-        panel.set(title=model.replace("_", " "), xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)",
-                  ylabel="MB at the peak")
-        panel.set_xticks(batches, labels=map(str, batches))
-        panel.xaxis.set_ticks([], minor=True)
-        panel.legend(fontsize=8)
+        over_batches(panel, batches, title=model.replace("_", " "), ylabel="MB at the peak")
     save(figure, file)
 
 
@@ -137,14 +128,4 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("memory", __doc__)
-    add_fraction(parser)
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes (up to the paper's)")
-    args = parser.parse_args(arguments)
-    if args.batches and min(args.batches) < 1:
-        parser.error(f"--batches must be at least 1, got {min(args.batches)}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_study("memory", __doc__, make, arguments, [FRACTION, BATCHES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fairseq_moe_ext.atomic_file import new_file
@@ -12,13 +13,28 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HEAT = "viridis"
 
 
+BATCH = "batch (sentences; LM: blocks)"
+
+
+def look(number: int) -> dict[str, str]:
+    """Colour and marker of a picture's curve of this number."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def over_batches(panel, batches: Iterable[int], **how) -> None:
+    """A panel's finish: batches along x and both axes logarithmic; `how`: of Axes.set."""
+    ticks = sorted(set(batches))
+    panel.set(xscale="log", yscale="log", xlabel=BATCH, **how)
+    panel.set_xticks(ticks, labels=map(str, ticks), fontsize=8)
+    panel.xaxis.set_ticks([], minor=True)
+    panel.legend(fontsize=8)
+
+
 def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.8, **how):
     """(figure, its axes as an array (rows, columns)); inches of one panel; `how`: of Figure.subplots."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy: only where a picture is asked for
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # heavy: only where a picture is asked for
 
     figure = Figure(figsize=(width * columns + 0.4, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **how)
     for each in axes.flat:
         each.grid(alpha=0.3)

@@ -150,7 +150,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(page)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

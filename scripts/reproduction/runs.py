@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 from fairseq_cli import eval_lm, generate
 
 from fairseq_moe_ext.atomic_file import write_json
+from fairseq_moe_ext.command_line.compare import translation_quality
 from fairseq_moe_ext.trace import PhaseTrace, load_trace, save_trace
 from reproduction.models import ROOT, Model, arguments_of, configuration
 
@@ -135,16 +135,3 @@ def run_command(command: Sequence[str]) -> subprocess.CompletedProcess:
     if done.returncode != 0:
         raise RunError(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
     return done
-
-
-def translation_quality(lines: str) -> dict[str, float]:
-    """BLEU (13a) and chrF of fairseq-generate's lines."""
-    texts: dict[str, dict[str, str]] = {"T": {}, "H": {}}
-    for line in lines.splitlines():
-        kind, _, rest = line.partition("-")
-        if kind in texts:
-            number, *_, text = rest.split("\t")
-            texts[kind][number] = text
-    hypotheses, references = [texts["H"][number] for number in texts["T"]], [list(texts["T"].values())]
-    bleu = sacrebleu.corpus_bleu(hypotheses, references, force=True).score
-    return {"bleu": bleu, "chrf": sacrebleu.corpus_chrf(hypotheses, references).score}

@@ -11,7 +11,6 @@ Source of what is compared: "Toward Efficient Inference for Mixture of Experts",
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -25,10 +24,21 @@ from reproduction.scaling_rows import SHAPES, ScalingRow, scale_stack
 from reproduction.scaling_tables import draw_scaling, findings, scaling_table
 from reproduction.scaling_validation import ValidationRow, draw_validation, validate, validation_section
 from reproduction.stacks import stacks_of
-from reproduction.study import Study, run_study, study_parser
+from reproduction.study import Option, Study, run_study
 from reproduction.tables import findings_section, write_csv
 
-RANKS = (8, 16, 32, 64, 128, 256)
+LINKS = {
+    "nvlink": "of a GPU to those of its node",
+    "pcie": "of a GPU to the node's ports",
+    "network": "of a node to the others",
+}
+OPTIONS = (
+    Option("ranks", "8 16 32 64 128 256", [8, 16, 32, 64, 128, 256], many=True, metavar="R", least=1),
+    *(
+        Option(name, f"bandwidth {what}, one direction", None, float, metavar="GB/s", above=0, unit=" GB/s")
+        for name, what in LINKS.items()
+    ),
+)
 
 
 def wanted_systems(study: Study, here: Device) -> dict[str, System]:
@@ -36,7 +46,7 @@ def wanted_systems(study: Study, here: Device) -> dict[str, System]:
     found = dict(systems())
     paper, today = found["paper"], found["today"]
     found["threads"] = System("one thread of this machine a rank, 100 Gb/s a node", here, paper.network, ())
-    given = {name: getattr(study.args, name) for name in ("nvlink", "pcie", "network")}
+    given = {name: getattr(study.args, name) for name in LINKS}
     given = {name: value * 1e9 for name, value in given.items() if value is not None}
     if given:
         names = ", ".join(f"{name} {value / 1e9:g} GB/s" for name, value in given.items())
@@ -94,19 +104,4 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("scaling", __doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, metavar="R", help="8 16 32 64 128 256")
-    for name, what in (("nvlink", "of a GPU to those of its node"), ("pcie", "of a GPU to the node's ports"),
-                       ("network", "of a node to the others")):
-        parser.add_argument(f"--{name}", type=float, metavar="GB/s", help=f"bandwidth {what}, one direction")
-    args = parser.parse_args(arguments)
-    if min(args.ranks) < 1:
-        parser.error(f"--ranks must be at least 1, got {min(args.ranks)}")
-    for name in ("nvlink", "pcie", "network"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name} must be above 0 GB/s, got {getattr(args, name):g}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_study("scaling", __doc__, make, arguments, OPTIONS)

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import DataRow, TableFormat, tabulate
+
 from fairseq_moe_ext.atomic_file import new_file
+
+# as narrow as can be: a page's tables have lines of hundreds of characters
+_CELLS = DataRow("|", "|", "|")
+_NARROW = TableFormat(None, lambda widths, _: "|" + " --- |" * len(widths), None, None, _CELLS, _CELLS, 1, None)
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     """A table; None is an empty cell."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |" for cells in lines)
+    return tabulate(body, head, _NARROW, stralign=None, numalign=None, disable_numparse=True)
+
+
+def table(rows: Sequence[Any], *columns: tuple[str, str | Callable[[Any], Any]]) -> str:
+    """A table of (head, cell): the row put into a format string, as "{.ms:.1f}", or what a function makes of it."""
+    body = [[how(row) if callable(how) else how.format(row) for _, how in columns] for row in rows]
+    return markdown([head for head, _ in columns], body)
+
+
+def unique(rows: Sequence[Any], name: str) -> list:
+    """The values of one field, in the order of the rows."""
+    return list(dict.fromkeys(getattr(row, name) for row in rows))
+
+
+def grouped(rows: Sequence[Any], *names: str) -> dict:
+    """The value of a field, or of several a tuple, -> its rows."""
+    found: dict = {}
+    for row in rows:
+        key = tuple(getattr(row, name) for name in names)
+        found.setdefault(key if len(names) > 1 else key[0], []).append(row)
+    return found
 
 
 def write_csv(file: Path, rows: Sequence[Any]) -> None:

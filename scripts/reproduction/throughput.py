@@ -12,19 +12,19 @@ Source: "Toward Efficient Inference for Mixture of Experts", throughput.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from reproduction.ladder import PAPER_KEYS, Ladder, add_fraction, by_stack, one_of, waste_sentence
+from reproduction import tables
+from reproduction.ladder import PAPER_KEYS, Ladder, one_of, waste_sentence
 from reproduction.paper import beside_paper
 from reproduction.passes import DYNAMIC, GATINGS, SPARSE, STATIC, Pass
-from reproduction.plots import COLOURS, MARKERS, panels, save
+from reproduction.plots import look, over_batches, panels, save
 from reproduction.stacks import DECODER
-from reproduction.study import Study, run_study, study_parser
-from reproduction.tables import Finding, findings_section, markdown, write_csv
+from reproduction.study import FRACTION, Option, Study, run_study
+from reproduction.tables import Finding, findings_section, grouped, markdown, unique, write_csv
 
 SERVED = (STATIC, SPARSE, DYNAMIC)
 LARGEST = 64  # times the paper's batch
@@ -70,7 +70,7 @@ def climb(ladder: Ladder, megabytes: float | None, bar: tqdm) -> tuple[list[Pass
 def best_of(passes: Sequence[Pass], limit: int) -> list[Best]:
     """Per stack and gating; none where nothing is within the limit."""
     found = []
-    for (model, stack), of_stack in by_stack(passes).items():
+    for (model, stack), of_stack in grouped(passes, "model", "stack").items():
         for gating in SERVED:
             of_gating = [each for each in of_stack if each.gating == gating]
             fitting = [each for each in of_gating if each.peak_bytes <= limit]
@@ -96,7 +96,7 @@ def table(passes: Sequence[Pass], limits: dict[str, int]) -> str:
     head = ("stack", "batch", *(f"{gating}, tokens/s" for gating in SERVED), "dynamic / static",
             "dynamic / sparse static", *(f"{gating}, peak MB" for gating in SERVED))
     body = []
-    for (model, stack), of_stack in by_stack(passes).items():
+    for (model, stack), of_stack in grouped(passes, "model", "stack").items():
         for batch in sorted({each.batch for each in of_stack}):
             static, sparse, dynamic = at = [one_of(of_stack, gating=gating, batch=batch) for gating in SERVED]
             speeds = [each and each.tokens_per_second for each in at]
@@ -113,13 +113,12 @@ def _peak(each: Pass, limit: int) -> str:
 
 
 def best_table(best: Sequence[Best]) -> str:
-    head = ("stack", "gating", "largest batch", "most tokens/s", "at batch", "dynamic over it")
-    body = [
-        (each.stack, each.gating, f"{'at least ' if each.is_open else ''}{each.largest_batch}",
-         f"{each.tokens_per_second:,.0f}", each.at_batch, f"{ratio(best, (each.model, each.stack), each.gating):.2f}")
-        for each in best
-    ]
-    return markdown(head, body)
+    return tables.table(
+        best, ("stack", "{.stack}"), ("gating", "{.gating}"),
+        ("largest batch", lambda each: f"{'at least ' if each.is_open else ''}{each.largest_batch}"),
+        ("most tokens/s", "{.tokens_per_second:,.0f}"), ("at batch", "{.at_batch}"),
+        ("dynamic over it", lambda each: f"{ratio(best, (each.model, each.stack), each.gating):.2f}"),
+    )
 
 
 def beside(best: Sequence[Best]) -> list[tuple[str, str]]:
@@ -171,25 +170,19 @@ def findings(best: Sequence[Best]) -> list[Finding]:
 
 def draw(file, passes: Sequence[Pass], limits: dict[str, int]) -> None:
     """Per stack tokens/s, and below the peak of memory with the limit, over the batches."""
-    stacks = by_stack(passes)
+    stacks = grouped(passes, "model", "stack")
     figure, axes = panels(2, len(stacks), width=4.4, height=3.5)
     for (speeds, peaks), ((model, stack), of_stack) in zip(axes.T, stacks.items(), strict=True):
         for gating in SERVED:
-            number = GATINGS.index(gating)  # one colour in all pictures
             of_gating = [each for each in of_stack if each.gating == gating]
-            how = {"color": COLOURS[number], "marker": MARKERS[number], "label": gating}
+            how = {**look(GATINGS.index(gating)), "label": gating}  # one colour in all pictures
             batches = [each.batch for each in of_gating]
             speeds.plot(batches, [each.tokens_per_second for each in of_gating], **how)
             peaks.plot(batches, [each.peak_bytes / 1e6 for each in of_gating], **how)
         peaks.axhline(limits[model] / 1e6, color="black", linestyle=":", label="limit")
-        ticks = sorted({each.batch for each in of_stack})
-        for panel in (speeds, peaks):
-            panel.set(xscale="log", yscale="log", xlabel="batch (sentences; LM: blocks)")
-            panel.set_xticks(ticks, labels=[str(tick) for tick in ticks], fontsize=8)
-            panel.xaxis.set_ticks([], minor=True)
-            panel.legend(fontsize=8)
-        speeds.set(title=stack, ylabel="tokens/s")
-        peaks.set(ylabel="peak of a batch's tensors, MB")
+        ticks = unique(of_stack, "batch")
+        over_batches(speeds, ticks, title=stack, ylabel="tokens/s")
+        over_batches(peaks, ticks, ylabel="peak of a batch's tensors, MB")
     save(figure, file)
 
 
@@ -231,16 +224,6 @@ def make(study: Study) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study_parser("throughput", __doc__)
-    add_fraction(parser)
-    parser.add_argument(
-        "--memory-limit", type=float, metavar="MB", help="of a batch's tensors (static gating's at the paper's batch)"
-    )
-    limit = parser.parse_args(arguments).memory_limit
-    if limit is not None and not limit > 0:
-        parser.error(f"--memory-limit must be above 0, got {limit:g}")
-    return run_study(parser, arguments, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    limit = Option("memory-limit", "of a batch's tensors (static gating's at the paper's batch)", None, float,
+                   metavar="MB", above=0)
+    return run_study("throughput", __doc__, make, arguments, [FRACTION, limit])

@@ -11,7 +11,7 @@ from reproduction import capacity_figures as figures
 
 
 def reproduce(*arguments):
-    command = [sys.executable, "-m", "reproduction.capacity_aware", *arguments]
+    command = [sys.executable, "-m", "reproduction", "capacity_aware", *arguments]
     return processes.run(command, env=commands.reproduction_environment())
 
 
@@ -41,7 +41,6 @@ def test_tables_findings_and_plot(tmp_path):
     assert len(beside) == 1 and "| 60.8% | 23.0 / 50.0 |" in beside[0]
     assert "| olmoe: layer speedup, drop, gamma 1 | 1.46x | 4.00x |" in text  # the busiest rank: 2.0 before, 0.5 now
     assert "gamma 1.5" not in text
-    assert (tmp_path / "capacity.md").read_text() == text
     with open(tmp_path / "capacity.csv", newline="") as opened:
         table = list(csv.DictReader(opened))
     assert len(table) == 9 and table[0]["gamma"] == "" and table[1]["bleu"] == "28.0" and table[1]["perplexity"] == ""
@@ -62,6 +61,7 @@ def test_a_checkpoint_of_ones_own(shared_goldens, tmp_path):
     flags = (*arguments, "--gammas", "1.0", "--ranks", "2", "--flags=--tokens-per-sample 128")
     done = reproduce(*flags)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "capacity.md").read_text() in done.stdout
     with open(tmp_path / "capacity.csv", newline="") as opened:
         table = list(csv.DictReader(opened))
     assert [row["gamma"] for row in table] == ["", *["1.0"] * 12]
