@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 from fairseq_moe_ext.balancing.placement import contiguous  # noqa: E402
 from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
@@ -28,6 +28,7 @@ from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.copies import ExpertCopies  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
 from fairseq_moe_ext.ranks.exchange import Exchange  # noqa: E402
+from reproduction.tables import markdown  # noqa: E402
 
 
 def main() -> None:
@@ -63,9 +64,8 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
             taken = [1000 * call.seconds[part] for call in calls]
             rows.append((f"  of it {part}", statistics.median(taken), statistics.pstdev(taken), 0))
     if rank == 0:
-        print("| rank 0 of", args.ranks, "| ms | deviation | bytes sent |\n|---|---|---|---|")
-        for name, milliseconds, deviation, sent in rows:
-            print(f"| {name} | {milliseconds:.2f} | {deviation:.2f} | {f'{sent:,}' if sent else ''} |")
+        cells = [(name, f"{ms:.2f}", f"{spread:.2f}", f"{sent:,}" if sent else "") for name, ms, spread, sent in rows]
+        print(markdown((f"rank 0 of {args.ranks}", "ms", "deviation", "bytes sent"), cells))
     dist.destroy_process_group()
 
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 from made_models import SHAPES, scaled_vocabulary, write_checkpoint, write_data  # noqa: E402
@@ -41,6 +41,8 @@ from tqdm import tqdm  # noqa: E402
 from fairseq_moe_ext.atomic_file import write_json, write_text  # noqa: E402
 from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize  # noqa: E402
 from fairseq_moe_ext.checkpoints.errors import CheckpointError  # noqa: E402
+from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
+from reproduction.tables import markdown  # noqa: E402
 
 VARIANTS = {
     "static": ("--moe-gating", "static"),
@@ -151,12 +153,13 @@ def table(model: Model) -> str:
     for base in ("static", "dense"):
         head += [f"{side} / {base}" for side in sides if base in model.runs]
     head += ["decoder steps", "tokens in a step", "loop s", "command s", "peak memory", "experts active", "dropped"]
-    lines = [f"**{model.name}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    body = []
     for variant, runs in model.runs.items():
         cells = [variant, *(f"{medians[side][variant]:,.0f}" for side in sides)]
         for base in ("static", "dense"):
             if base in model.runs:
-                cells += [_ratio(medians[side][variant], medians[side][base], variant == base) for side in sides]
+                ratios = (medians[side][variant] / medians[side][base] for side in sides)
+                cells += ["" if variant == base else f"{ratio:.2f}" for ratio in ratios]
         last = runs[-1]
         bytes_key = "peak_device_bytes" if last["device"] != "cpu" else "peak_rss_bytes"
         active = last["active_experts_mean"]
@@ -168,12 +171,8 @@ def table(model: Model) -> str:
             "" if active is None else f"{active:.1f}",
             "" if active is None else f"{last['dropped']:.1%}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _ratio(value: float, base: float, same: bool) -> str:
-    return "" if same else f"{value / base:.2f}"
+        body.append(cells)
+    return f"**{model.name}**\n\n{markdown(head, body)}"
 
 
 def write_figures(models: list[Model], args: argparse.Namespace) -> str:
@@ -186,13 +185,6 @@ def write_figures(models: list[Model], args: argparse.Namespace) -> str:
     write_json(args.output / "benchmark_generate.json", figures)
     write_text(args.output / "benchmark_generate.md", text)
     return text
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:

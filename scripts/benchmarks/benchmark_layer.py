@@ -34,12 +34,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch comes in; 
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from device_timing import captured, default_dtype, measure, peak_bytes  # noqa: E402
+from device_timing import add_device, captured, check_device, default_dtype, measure, peak_bytes  # noqa: E402
+from tabulate import tabulate  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
+from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate  # noqa: E402
@@ -54,6 +56,7 @@ SHAPES = {
     "lm-52b": {"experts": 512, "model_dim": 1024, "hidden_dim": 4096, "capacity_fraction": 0.05},
     "nllb-54b": {"experts": 128, "model_dim": 2048, "hidden_dim": 8192, "capacity_fraction": 1.0},
 }
+NUMBERS = (("tflop_per_second", ".3f"), ("gb_per_second", ".1f"), ("share_of_floor", ".0%"))
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
@@ -217,10 +220,10 @@ def capacities(args: argparse.Namespace, dynamic: MOELayer, tokens: int) -> dict
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, help="a published layer: experts, dims, capacity fraction")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="T, one or more")
-    parser.add_argument("--experts", type=int, default=64, help="E")
-    parser.add_argument("--model-dim", type=int, default=256, help="D")
-    parser.add_argument("--hidden-dim", type=int, default=1024, help="F")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024], help="T, one or more")
+    parser.add_argument("--experts", type=positive, default=64, help="E")
+    parser.add_argument("--model-dim", type=positive, default=256, help="D")
+    parser.add_argument("--hidden-dim", type=positive, default=1024, help="F")
     parser.add_argument("--top-k", type=int, default=2, choices=(1, 2), help="K")
     parser.add_argument("--capacity-fraction", type=float, default=1.0, help="static gating's slots per expert / T")
     parser.add_argument("--capacity-factor", type=float, metavar="G", help="time overflow rules at this gamma")
@@ -229,28 +232,19 @@ def parse_arguments() -> argparse.Namespace:
         "--kernel", nargs="+", default=["auto"], choices=KERNELS, help="of the dynamic layer; more are timed beside it"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="time the dynamic layer as a CUDA graph as well")
-    parser.add_argument("--dtype", default="float32", choices=TOLERANCE)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=positive, default=1)
+    add_device(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="measure every number of tokens at least so long")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     shape, _ = parser.parse_known_args()
     if shape.shape is not None:
         parser.set_defaults(**SHAPES[shape.shape])
     args = parser.parse_args()
-    for name in ("tokens", "experts", "model_dim", "hidden_dim", "threads"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.capacity_factor is not None and not args.capacity_factor > 0:
         parser.error(f"--capacity-factor must be above 0, got {args.capacity_factor}")
     if args.cuda_graph and args.device == "cpu":
         parser.error("--cuda-graph needs --device cuda, got cpu")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
-    if args.output is not None:
-        refuse_unwritable(parser, "--output", args.output)
+    check_device(args, parser)
     return args
 
 
@@ -279,18 +273,16 @@ def report(
         if floor:
             result["share_of_floor"] = floor / median[name]
         results.append(result)
-    print(
-        f"{'':<14}{'median ms':>12}{'spread ms':>12}{'x floor':>10}{'x dynamic':>11}{'TFLOP/s':>10}{'GB/s':>10}"
-        f"{'of floor':>10}{'peak MB':>10}"
-    )
+    head = ("", "median ms", "spread ms", "x floor", "x dynamic", "TFLOP/s", "GB/s", "of floor", "peak MB")
+    body = []
     for result in results:
-        name, value = result["implementation"], result["median_ms"]
-        print(
-            f"{name:<14}{value:>12.2f}{result['spread_ms']:>12.2f}{f'{value / floor:.2f}' if floor else '':>10}"
-            f"{value / median['dynamic']:>11.4f}{_number(result, 'tflop_per_second', '.3f'):>10}"
-            f"{_number(result, 'gb_per_second', '.1f'):>10}{_number(result, 'share_of_floor', '.0%'):>10}"
-            f"{result['peak_bytes'] / 1e6:>10.1f}"
-        )
+        value = result["median_ms"]
+        body.append((
+            result["implementation"], f"{value:.2f}", f"{result['spread_ms']:.2f}",
+            f"{value / floor:.2f}" if floor else "", f"{value / median['dynamic']:.4f}",
+            *(_number(result, *each) for each in NUMBERS), f"{result['peak_bytes'] / 1e6:.1f}",
+        ))
+    print(tabulate(body, head, "plain", disable_numparse=True, colalign=["left"] + ["right"] * (len(head) - 1)))
     if floor:
         print(f"floor (dense {'+' if args.device == 'cpu' else 'or'} weights): {floor:.2f} ms")
     print(f"{len(times['dynamic'])} rounds, {args.threads} thread(s)", flush=True)

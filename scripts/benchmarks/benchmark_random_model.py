@@ -27,17 +27,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from device_timing import default_dtype  # noqa: E402
+from device_timing import add_device, check_device, default_dtype  # noqa: E402
 from fairseq.data import Dictionary  # noqa: E402
 from fairseq.models import ARCH_CONFIG_REGISTRY  # noqa: E402
 from fairseq.search import Sampling  # noqa: E402
+from made_models import dictionary  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
+from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.decoding.generator import MoESequenceGenerator  # noqa: E402
 from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.gating.layer import GATINGS  # noqa: E402
@@ -47,7 +49,6 @@ from fairseq_moe_ext.reporting.report import Report  # noqa: E402
 
 ARCHITECTURE = "moe_transformer_nllb_54b"
 SIDES = ("encoder", "decoder")
-DTYPES = ("float32", "float16", "bfloat16")
 STORED_EXPERTS = 16  # that the store holds for all layers together
 RESERVED = 0.15  # of the buffer's memory, for activations and a decoder's caches
 GB = 1e9
@@ -62,9 +63,7 @@ class FewExperts(HostStore):
 
 def build_model(args: argparse.Namespace) -> MoETransformerModel:
     """The architecture with random weights on the device, in the dtype, ready to serve."""
-    words = Dictionary()
-    for number in range(args.vocabulary - len(words)):
-        words.add_symbol(f"w{number}")
+    words = dictionary(args.vocabulary)
     fields = Namespace(dropout=0.0, attention_dropout=0.0, moe_expert_count=args.experts)
     for side in SIDES:
         setattr(fields, f"{side}_layers", args.layers)
@@ -92,6 +91,8 @@ def buffer_experts(model: MoETransformerModel, args: argparse.Namespace) -> int:
     stored = min(STORED_EXPERTS, args.experts)
     parts = [[parameter[number].cpu() for parameter in some.parameters()] for number in range(stored)]
     store = FewExperts(parts, dtype)
+    dim, inner = args.model_dim, args.hidden_dim
+    shapes = (("fc1.weight", (inner, dim)), ("fc1.bias", (inner,)), ("fc2.weight", (dim, inner)), ("fc2.bias", (dim,)))
     for layer in layers:
         layer.experts = BufferedExperts(
             args.experts,
@@ -104,18 +105,9 @@ def buffer_experts(model: MoETransformerModel, args: argparse.Namespace) -> int:
         )
         layer.experts.eval().to(device, dtype)
         with torch.device("meta"):
-            layer.experts.load_state_dict(
-                {
-                    f"{number}.{name}": torch.empty(shape)
-                    for number in range(args.experts)
-                    for name, shape in (
-                        ("fc1.weight", (args.hidden_dim, args.model_dim)),
-                        ("fc1.bias", (args.hidden_dim,)),
-                        ("fc2.weight", (args.model_dim, args.hidden_dim)),
-                        ("fc2.bias", (args.model_dim,)),
-                    )
-                }
-            )
+            layer.experts.load_state_dict({
+                f"{number}.{name}": torch.empty(shape) for number in range(args.experts) for name, shape in shapes
+            })
     expert_bytes = some.expert_bytes
     del some
     model.observer.model_ready(model)  # lets go of the experts that were resident
@@ -208,35 +200,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24, help="of the encoder, and of the decoder; every 4th is MoE")
     parser.add_argument("--model-dim", type=int, default=2048, help="D")
-    parser.add_argument("--hidden-dim", type=int, default=8192, help="F")
+    parser.add_argument("--hidden-dim", type=positive, default=8192, help="F")
     parser.add_argument("--experts", type=int, default=128, help="E")
     parser.add_argument("--vocabulary", type=int, default=256206, help="words")
-    parser.add_argument("--source-length", type=int, default=32, help="tokens of a sentence")
+    parser.add_argument("--source-length", type=positive, default=32, help="tokens of a sentence")
     parser.add_argument("--steps", type=int, default=16, help="tokens of a hypothesis")
     parser.add_argument("--beam", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16, help="sentences of the first batch")
-    parser.add_argument("--max-batch", type=int, default=4096, help="sentences of the largest batch that is tried")
+    parser.add_argument("--batch", type=positive, default=16, help="sentences of the first batch")
+    parser.add_argument("--max-batch", type=positive, default=4096, help="sentences of the largest batch that is tried")
     parser.add_argument("--gating", nargs="+", default=GATINGS, choices=GATINGS)
     parser.add_argument("--experts-in", nargs="+", default=("memory", "buffer"), choices=("memory", "buffer"))
     parser.add_argument("--buffer-memory", type=float, default=24.0, help="GB of the device in use with a buffer")
     parser.add_argument("--buffer-size", type=int, help="experts in a buffer; default: what fits in --buffer-memory")
     parser.add_argument("--kernel", default="auto", choices=KERNELS, help="of resident experts under dynamic gating")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--seconds", type=float, default=40.0, help="no larger batch is begun after so long")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     args = parser.parse_args()
-    for name in ("layers", "model_dim", "hidden_dim", "experts", "source_length", "batch", "max_batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name, least in (("layers", 4), ("experts", 2), ("steps", 2), ("vocabulary", 16), ("model_dim", 4)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
-    if args.output is not None:
-        refuse_unwritable(parser, "--output", args.output)
+    check_device(args, parser)
     return args
 
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 from made_models import SHAPES, SOURCE_LENGTHS, scaled_vocabulary, write_checkpoint, write_data  # noqa: E402
 
 from fairseq_moe_ext.atomic_file import write_json, write_text  # noqa: E402
+from reproduction.tables import markdown  # noqa: E402
 
 MEASURES = ("seconds", "CPU seconds", "decoder steps")
 
@@ -91,14 +92,13 @@ def measured(server: Server, at_a_time: int) -> dict[str, float]:
 
 def table(rounds: dict[str, list[dict]]) -> str:
     """Medians, and what is in turn as a multiple of at once."""
-    lines = ["| sentences | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     medians = {
         name: [statistics.median(each[what] for each in found) for what in MEASURES] for name, found in rounds.items()
     }
-    for name, row in medians.items():
-        lines.append(f"| {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.0f} |")
+    body = [(name, f"{row[0]:.2f}", f"{row[1]:.2f}", f"{row[2]:.0f}") for name, row in medians.items()]
     ratios = [one / other for one, other in zip(medians["in turn"], medians["at once"], strict=True)]
-    return "\n".join([*lines, "| in turn / at once | " + " | ".join(f"{each:.1f}" for each in ratios) + " |"]) + "\n"
+    body.append(("in turn / at once", *(f"{each:.1f}" for each in ratios)))
+    return markdown(("sentences", *MEASURES), body) + "\n"
 
 
 def main() -> None:

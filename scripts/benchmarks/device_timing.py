@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -11,11 +12,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
+from fairseq_moe_ext.atomic_file import refuse_unwritable  # noqa: E402
 from reproduction import memory_peak  # noqa: E402
 
 BURST = 0.2  # seconds
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_device(parser: argparse.ArgumentParser, device: str = "cpu", dtype: str = "float32") -> None:
+    """--device, --dtype and --output, which `check_device` checks."""
+    parser.add_argument("--dtype", default=dtype, choices=DTYPES)
+    parser.add_argument("--device", default=device, help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
+
+
+def check_device(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
+    if args.output is not None:
+        refuse_unwritable(parser, "--output", args.output)
 
 
 @contextmanager

@@ -50,12 +50,17 @@ def scaled_vocabulary(shape: Shape, model_dim: int, layers: int) -> int:
     return max(shape.vocabulary * model_dim * layers // (shape.model_dim * shape.layers), 64)
 
 
-def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int], seed: int = 1) -> Path:
-    """Splits of so many sentences (a language model's are blocks) of random words, in fairseq's binary format."""
-    folder.mkdir(parents=True)
+def dictionary(vocabulary: int) -> Dictionary:
     words = Dictionary()
     for number in range(vocabulary - len(words)):
         words.add_symbol(f"w{number}")
+    return words
+
+
+def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int], seed: int = 1) -> Path:
+    """Splits of so many sentences (a language model's are blocks) of random words, in fairseq's binary format."""
+    folder.mkdir(parents=True)
+    words = dictionary(vocabulary)
     generator = torch.Generator().manual_seed(seed)
     low, high = SOURCE_LENGTHS if shape.translates else (BLOCK, BLOCK)
     for split, number in rows.items():

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from benchmark_layer import SHAPES, TOLERANCE  # noqa: E402
-from device_timing import measure  # noqa: E402
+from benchmark_layer import SHAPES  # noqa: E402
+from device_timing import add_device, check_device, measure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
-from fairseq_moe_ext.atomic_file import refuse_unwritable, write_json  # noqa: E402
+from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.experts.device_experts import plan_grouped  # noqa: E402
 from fairseq_moe_ext.experts.resident import packed_shapes  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
@@ -78,19 +78,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model-dim", type=int, help="D")
     parser.add_argument("--hidden-dim", type=int, help="F")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 8192], help="T, one or more")
-    parser.add_argument("--dtype", default="float16", choices=TOLERANCE)
-    parser.add_argument("--device", default="cuda", help="cpu or cuda")
+    add_device(parser, "cuda", "float16")
     parser.add_argument("--seconds", type=float, default=0.05, help="measure each at least so long")
     parser.add_argument("--most", type=int, default=1000, help="try no more tiles than so many")
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     args = parser.parse_args()
-    if args.output is not None:
-        refuse_unwritable(parser, "--output", args.output)
+    check_device(args, parser)
     for name in ("experts", "model_dim", "hidden_dim"):
         if getattr(args, name) is None:
             setattr(args, name, SHAPES[args.shape][name])
-    if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device must be cpu where PyTorch finds no GPU, got {args.device}")
     return args
 
 

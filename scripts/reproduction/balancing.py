@@ -22,7 +22,7 @@ from reproduction.models import Model, arguments_of
 from reproduction.paper import paper_value
 from reproduction.plots import COLOURS, panels, save
 from reproduction.runs import Run, identity_of, remembered, run
-from reproduction.stacks import DECODER, ENCODER, LM, stacks_of
+from reproduction.stacks import DECODER, ENCODER, LM, papers_method, stacks_of
 from reproduction.study import BATCH_SIZE, Option, Study, run_study
 from reproduction.tables import Finding, findings_section, unique, write_csv
 
@@ -71,11 +71,6 @@ def fit(model: Model, found: Run, ranks: int, batch: int, time_limit: float) -> 
                 model.name, stack.title, stack.kind, ranks, batch, batches, method, *loads[0], *loads[1], bound
             )))
     return rows
-
-
-def papers_method(kind: str) -> str:
-    """Greedy; for the MT decoder anti-correlation."""
-    return "anti-correlation" if kind == DECODER else "greedy"
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

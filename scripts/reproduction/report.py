@@ -71,16 +71,24 @@ def agreement(text: str) -> str:
     return f"{told}; not so: {names}." if names else f"{told}."
 
 
-def machine() -> str:
-    """The hardware and versions in words."""
+def _cpu_info(name: str) -> list[str]:
+    """The values of this name in /proc/cpuinfo, one per core."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
+
+
+def cpu_name() -> str:
+    return next(iter(_cpu_info("model name")), platform.processor())
+
+
+def machine() -> str:
+    """The hardware and versions in words."""
+    flags = next(iter(_cpu_info("flags")), "").split()
     instructions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{names[0] if names else platform.processor()} ({', '.join(instructions) or platform.machine()}), "
+        f"{cpu_name()} ({', '.join(instructions) or platform.machine()}), "
         f"{os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used; one thread per process; Python "
         f"{platform.python_version()}, PyTorch {version('torch')}"
     )

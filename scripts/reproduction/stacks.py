@@ -12,6 +12,9 @@ import numpy as np
 
 from fairseq_moe_ext.balancing.fit import phases_of_layers
 from fairseq_moe_ext.balancing.load import layer_load
+from fairseq_moe_ext.balancing.placement import LayerPlacement
+from fairseq_moe_ext.balancing.rules import rules_for
+from fairseq_moe_ext.balancing.solvers import anti_correlation, greedy
 from fairseq_moe_ext.trace import PhaseTrace
 from reproduction.models import QUICKSTART_NAMES, Model
 
@@ -53,3 +56,14 @@ def stacks_of(model: Model, trace: Mapping[str, PhaseTrace]) -> list[Stack]:
         ]
         stacks.append(Stack(model.name, kind, phase, *loads))
     return stacks
+
+
+def papers_method(kind: str) -> str:
+    """The method that places a stack's experts: greedy; for the MT decoder anti-correlation."""
+    return "anti-correlation" if kind == DECODER else "greedy"
+
+
+def balanced(loads: np.ndarray, ranks: int, kind: str) -> LayerPlacement:
+    """Per expert its rank, by the paper's method on loads (B, E)."""
+    rules = rules_for(np.ones(loads.shape[1], dtype=np.int64), ranks)
+    return rules.layer((anti_correlation if kind == DECODER else greedy)(loads, rules))

@@ -7,16 +7,9 @@ import pytest
 
 from fairseq_moe_ext.buffering.simulation import MIN
 from fairseq_moe_ext.trace import PhaseTrace
-from reproduction import buffer_findings, buffer_plots
-from reproduction.buffer_served import ServedRow, served_table
-from reproduction.buffer_simulated import (
-    RULES,
-    SimulatedRow,
-    misses_table,
-    ranks_table,
-    simulate_one_rank,
-    simulate_ranks,
-)
+from reproduction import buffering
+from reproduction.buffer_rows import RULES, ServedRow, SimulatedRow, simulate_one_rank, simulate_ranks
+from reproduction.buffering import misses_table, ranks_table, served_table
 from reproduction.models import Model
 
 NAME = "decoder.layers.1.moe_layer"
@@ -58,7 +51,7 @@ def findings_of(lifo, fifo, balanced, least):
              for size, count in enumerate(counts, 1)]
     shared = [simulated(1, "lifo", lifo[0], ranks=2), simulated(1, MIN, least, ranks=2),
               simulated(1, "lifo", balanced, "balanced", 2), simulated(1, MIN, least, "balanced", 2)]
-    return {each.says.split(" (")[0]: each.holds for each in buffer_findings.findings(alone, shared, [])}
+    return {each.says.split(" (")[0]: each.holds for each in buffering.findings(alone, shared, [])}
 
 
 def test_findings_follow_their_rules():
@@ -75,10 +68,10 @@ def test_served_rows_and_pictures(recorded, tmp_path):
                     batch_ms=25.0, copy_share=0.5)
     text = served_table([whole, small])
     assert "| m | 8 | 1 of 4 | 25% | 70% | 7 of 9 | 7 | 25.0 | 2.50 | 50% | bleu 30.00 |" in text
-    (saves,) = buffer_findings.findings([], [], [whole, small])
+    (saves,) = buffering.findings([], [], [whole, small])
     assert saves.holds is False and "30.0% with 1 of 4" in saves.here  # the paper's is 32.2%
     model, trace = recorded
-    buffer_plots.draw_misses(tmp_path / "a.png", [SimulatedRow(**row) for row in simulate_one_rank(model, trace, 2, 4)])
-    buffer_plots.draw_ranks(tmp_path / "b.png", [SimulatedRow(**row) for row in simulate_ranks(model, trace, 2, 2)])
-    buffer_plots.draw_served(tmp_path / "c.png", [whole, small])
+    buffering.draw_misses(tmp_path / "a.png", [SimulatedRow(**row) for row in simulate_one_rank(model, trace, 2, 4)])
+    buffering.draw_ranks(tmp_path / "b.png", [SimulatedRow(**row) for row in simulate_ranks(model, trace, 2, 2)])
+    buffering.draw_served(tmp_path / "c.png", [whole, small])
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png", "c.png"))

@@ -7,11 +7,18 @@ import pytest
 
 from reproduction.cluster import Device, Network, System, systems
 from reproduction.layer_costs import LayerCosts
-from reproduction.rank_times import LayerRequest, RankTimes, time_ranks
-from reproduction.scaling_rows import SHAPES, TOKENS, scale_stack
-from reproduction.scaling_tables import draw_scaling, findings, scaling_table
-from reproduction.scaling_validation import ValidationRow, calibrate, draw_validation, validation_section
+from reproduction.scaling import draw_scaling, findings, scaling_table
+from reproduction.scaling_validation import (
+    LayerRequest,
+    RankTimes,
+    ValidationRow,
+    calibrate,
+    draw_validation,
+    time_ranks,
+    validation_section,
+)
 from reproduction.stacks import LM, Stack
+from reproduction.step_model import SHAPES, TOKENS, scale_stack
 
 HERE = Device("here", flops=5e10, memory=1e10, element=4)
 COSTS = LayerCosts(HERE, 1024, 4096, (1, 256), (4e-3, 9e-2), 1e-6, 1e-6, 1e-10, 1e-9)

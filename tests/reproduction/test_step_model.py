@@ -7,8 +7,7 @@ import torch
 from fairseq_moe_ext.ranks.exchange import Exchange
 from reproduction.cluster import Device, Network, systems
 from reproduction.layer_costs import LayerCosts, Shape
-from reproduction.rank_times import LayerRequest, routed_layer, tokens_for
-from reproduction.scaling_validation import whole_rows
+from reproduction.scaling_validation import LayerRequest, routed_layer, tokens_for, whole_rows
 from reproduction.step_model import dynamic_layer, rows_sent, static_layer, stretch
 
 HERE = Device("here", flops=100.0, memory=10.0, element=4)

@@ -11,6 +11,8 @@ from pathlib import Path
 from peers.environments import TRANSFORMERS_MIXTRAL, TRANSFORMERS_NLLB
 
 from fairseq_moe_ext.atomic_file import write_json, write_text
+from reproduction import tables
+from reproduction.report import cpu_name
 
 OURS = ("our_layer.py", "ours, dynamic")
 FLOOR = ("dense", "weights")
@@ -39,13 +41,10 @@ def ratio(seconds: list[float], base: list[float]) -> float:
 
 
 def machine(threads: int) -> dict:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {name: version(name) for name in ("torch", "fairscale", "fairseq-fixed")}
     versions |= {"transformers (Mixtral)": TRANSFORMERS_MIXTRAL, "transformers (NLLB-MoE)": TRANSFORMERS_NLLB}
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -67,22 +66,21 @@ def markdown(content: dict) -> str:
         f"{here['cpu']}, {here['threads']} of {here['cores']} cores, float32; Python {here['python']}, "
         + ", ".join(f"{name} {number}" for name, number in here["versions"].items()),
         "",
-        "| T | E | D | F | implementation | ms | times ours | its own floor, ms | times its own floor | calls |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    table = []
     for result in content["layers"]:
         size = result["size"]
-        head = f"| {size['tokens']:,} | {size['experts']} | {size['model_dim']} "
         for row in result["rows"]:
             hidden_dim = row.get("hidden_dim", size["hidden_dim"])
-            start = f"{head}| {hidden_dim:,} | {row['implementation']} |"
+            dims = (f"{size['tokens']:,}", size["experts"], size["model_dim"], f"{hidden_dim:,}")
+            start = (*dims, row["implementation"])
             if "left_out" in row:
-                lines.append(f"{start} left out: {row['left_out']} | | | | |")
+                table.append((*start, f"left out: {row['left_out']}", *[None] * 4))
             else:
-                lines.append(
-                    f"{start} {row['ms']:.1f} | {row['times_ours']:.2f} | {row['floor_ms']:.1f} "
-                    f"| {row['times_floor']:.2f} | {row['calls']} |"
-                )
+                numbers = ("{ms:.1f}", "{times_ours:.2f}", "{floor_ms:.1f}", "{times_floor:.2f}", "{calls}")
+                table.append((*start, *(number.format(**row) for number in numbers)))
+    head = (*"TEDF", "implementation", "ms", "times ours", "its own floor, ms", "times its own floor", "calls")
+    lines.append(tables.markdown(head, table))
     if content.get("translation"):
         lines += ["", *_translation(content["translation"])]
     return "\n".join(lines) + "\n"
@@ -96,15 +94,8 @@ def _translation(found: dict) -> list[str]:
         "the end each; {same_token_ids} of {sentences} best hypotheses have the same token ids, {different_hypotheses} "
         "differ from each other."
     )
-    lines = [
-        words.format(**found),
-        "",
-        "| translation | seconds | tokens/s | times ours | calls |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['implementation']} | {row['seconds']:.2f} | {row['tokens_per_second']:.0f} "
-            f"| {row['times_ours']:.2f} | {row['calls']} |"
-        )
-    return lines
+    found_table = tables.table(
+        found["rows"], ("translation", "{[implementation]}"), ("seconds", "{[seconds]:.2f}"),
+        ("tokens/s", "{[tokens_per_second]:.0f}"), ("times ours", "{[times_ours]:.2f}"), ("calls", "{[calls]}"),
+    )
+    return [words.format(**found), "", found_table]

@@ -1,4 +1,4 @@
-"""Misses of a buffer by size, order and policy on a recorded routing: on one rank, and on several by placement.
+"""An expert buffer's rows: simulated on a recorded routing, by size, order, policy and placement; and served.
 
 Legend: R = ranks, E = experts.
 """
@@ -8,24 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
+from tqdm import tqdm
 
 from fairseq_moe_ext.balancing.fit import phases_of_layers
 from fairseq_moe_ext.balancing.load import layer_load
-from fairseq_moe_ext.balancing.placement import LayerPlacement, contiguous
-from fairseq_moe_ext.balancing.rules import rules_for
-from fairseq_moe_ext.balancing.solvers import anti_correlation, greedy
-from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
+from fairseq_moe_ext.balancing.placement import contiguous
+from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks
-from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, layers_of, simulate
+from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, layers_of, simulate
+from fairseq_moe_ext.serving.memory_plan import read_sizes
 from fairseq_moe_ext.trace import PhaseTrace, halve_trace
 from reproduction.models import Model
-from reproduction.stacks import DECODER, Stack, stacks_of
-from reproduction.tables import markdown
+from reproduction.runs import Run, run
+from reproduction.stacks import Stack, balanced, stacks_of
+from reproduction.study import Study
 
 PAPERS_ORDER = "ascending"
 PLACEMENTS = ("contiguous", "balanced")
 RULES = (*POLICIES, MIN)
+ELEMENT = 4  # bytes: served in float32
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def simulate_ranks(model: Model, trace: Mapping[str, PhaseTrace], batch: int, ra
     kinds = {name: stack.kind for stack in stacks for name in stack.steps}
     experts = {name: trace[phase].load.shape[2] for name, phase in phases.items()}
     even = {name: contiguous(experts[name], ranks) for name in phases}
-    fitted = {name: _place(layer_load(first[phase], name), ranks, kinds[name]) for name, phase in phases.items()}
+    fitted = {name: balanced(layer_load(first[phase], name), ranks, kinds[name]) for name, phase in phases.items()}
     rows = []
     for placement, places in zip(PLACEMENTS, (even, fitted), strict=True):
         seen = loads_of_ranks(second, places, ranks)
@@ -100,11 +101,6 @@ def simulate_ranks(model: Model, trace: Mapping[str, PhaseTrace], batch: int, ra
             of_ranks = {rank: [layer for layer in layers if layer.name in stack.steps] for rank, layers in seen.items()}
             rows += _rows(_base(model, stack, batch, ranks, placement, held), of_ranks, sizes_of(held))
     return rows
-
-
-def _place(loads: np.ndarray, ranks: int, kind: str) -> LayerPlacement:
-    rules = rules_for(np.ones(loads.shape[1], dtype=np.int64), ranks)
-    return rules.layer((anti_correlation if kind == DECODER else greedy)(loads, rules))
 
 
 def _base(model: Model, stack: Stack, batch: int, ranks: int, placement: str, experts: int) -> dict:
@@ -117,7 +113,7 @@ def _rows(base: dict, of_ranks: Mapping[int, Sequence[LayerLoads]], sizes: Itera
     for size in sizes:
         for order in ORDERS:
             for policy in RULES:
-                found = {rank: [_simulate(layer, size, order, policy) for layer in layers]
+                found = {rank: [simulate(layer, min(size, layer.num_experts), order, policy) for layer in layers]
                          for rank, layers in of_ranks.items()}
                 misses = [sum(each.misses for each in outcomes) for outcomes in found.values()]
                 accesses = sum(each.accesses for outcomes in found.values() for each in outcomes)
@@ -128,45 +124,72 @@ def _rows(base: dict, of_ranks: Mapping[int, Sequence[LayerLoads]], sizes: Itera
     return rows
 
 
-def _simulate(layer: LayerLoads, size: int, order: str, policy: str) -> Outcome:
-    return simulate(layer, min(size, layer.num_experts), order, policy)
+@dataclass(frozen=True)
+class ServedRow:
+    """A served run; size None: every expert resident. Bytes and misses of all layers together.
+
+    simulated_misses: what the recorded routing says, 0 where size is None. model_bytes: of all weights, experts in
+    their slots. batch_ms: the model's passes of a batch, mean. copy_share: of that, waited for copies.
+    """
+
+    model: str
+    batch: int
+    experts: int
+    size: int | None
+    misses: int
+    accesses: int
+    simulated_misses: int
+    slot_bytes: int
+    expert_bytes: int
+    model_bytes: int
+    batch_ms: float
+    copy_share: float
+    quality: str
 
 
-def misses_table(rows: Sequence[SimulatedRow]) -> str:
-    """Miss rates at a quarter and at half of the experts."""
-    at = {(row.stack, row.size, row.order, row.policy): row for row in rows}
-    body = []
-    for stack, experts in {row.stack: row.experts for row in rows}.items():
-        of_stack = [row for row in rows if row.stack == stack]
-        sizes = sorted({row.size for row in of_stack})
-        for share in (0.25, 0.5):
-            size = min(sizes, key=lambda each: abs(each - share * experts))
-            for order in reversed(ORDERS):
-                rates = [f"{at[stack, size, order, policy].miss_rate:.1%}" for policy in RULES]
-                body.append((stack, of_stack[0].batch, f"{size} of {experts}", order, *rates))
-    intro = (
-        "Misses over accesses, simulated on a recorded routing (a served run has the same, below); `ascending` is the "
-        "paper's order of computation, `resident-first` computes the experts first that are there. All policies let "
-        "idle experts go first. MIN is Belady's, which knows the future.\n\n"
+def serve_sizes(study: Study, model: Model, batch: int, shares: Sequence[float], bar: tqdm) -> list[ServedRow]:
+    """Every expert resident, then buffers of these shares of a layer's experts, in the default order and policy."""
+    dense, rows = read_sizes(str(model.checkpoint)).dense * ELEMENT, []
+    experts = layers_of(run(study.runs, model, study.args.subset, rows=batch).trace)[0].num_experts
+    for size in (None, *dict.fromkeys(max(1, round(share * experts)) for share in shares)):
+        bar.set_description(f"{model.name}, {'all' if size is None else size} experts resident")
+        # the scope says nothing without a buffer, but makes this run one of this series, measured beside the others
+        flags = ["--expert-buffer-scope", "all"]
+        if size is not None:
+            flags += ["--expert-buffer-size", size, "--expert-store", "disk"]
+        found = run(study.runs, model, study.args.subset, flags, batch)
+        rows.append(_row(model, batch, size, found, dense))
+        bar.update()
+    return rows
+
+
+def _row(model: Model, batch: int, size: int | None, found: Run, dense: int) -> ServedRow:
+    report, layers = found.report, layers_of(found.trace)
+    simulated = 0
+    if size is not None:
+        simulated = sum(simulate(layer, size, DEFAULT_ORDER, DEFAULT_POLICY).misses for layer in layers)
+    seconds = sum(report.get(side, {}).get("seconds", 0.0) for side in ("encoder", "decoder"))
+    copies = sum(layer["seconds"].get("copy", 0.0) for layer in report["layers"])
+    batches = 1 + max(int(part.batch.max()) for part in found.trace.values())
+    misses = sum(layer["misses"] for layer in report["layers"])
+    memory = report["memory"]
+    return ServedRow(
+        model=model.title,
+        batch=batch,
+        experts=layers[0].num_experts,
+        size=size,
+        misses=misses,
+        accesses=misses + sum(layer["hits"] for layer in report["layers"]),
+        simulated_misses=simulated,
+        slot_bytes=memory["expert_bytes_resident"],
+        expert_bytes=memory["expert_bytes_total"],
+        model_bytes=dense + memory["expert_bytes_resident"],
+        batch_ms=1000 * seconds / batches,
+        copy_share=copies / seconds if seconds else 0.0,
+        quality=", ".join(f"{name} {value:.2f}" for name, value in found.quality.items()),
     )
-    return intro + markdown(("stack", "batch", "buffer", "order", *RULES), body)
 
 
-def ranks_table(rows: Sequence[SimulatedRow]) -> str:
-    """Contiguous beside balanced, the paper's order, at half of a rank's experts."""
-    body = []
-    for stack in dict.fromkeys(row.stack for row in rows):
-        for policy in RULES:
-            cells = []
-            for placement in PLACEMENTS:
-                of_kind = [row for row in rows if (row.stack, row.placement, row.order, row.policy)
-                           == (stack, placement, PAPERS_ORDER, policy)]
-                row = min(of_kind, key=lambda each: abs(each.size - each.experts / 2))
-                cells += [f"{row.size} of {row.experts}", f"{row.misses:,}", f"{row.worst_misses:,}"]
-            body.append((stack, policy, *cells))
-    head = ("stack", "policy", "buffer, contiguous", "misses", "worst rank", "buffer, balanced", "misses", "worst rank")
-    intro = (
-        "Misses of all ranks, and of the one that misses most, in the second half of the batches, in the paper's "
-        "order; balanced placement (greedy, for the MT decoder anti-correlation) is fitted on the first half.\n\n"
-    )
-    return intro + markdown(head, body)
+def whole_rows(rows: Sequence[ServedRow]) -> dict[str, ServedRow]:
+    """Per model the run with every expert resident."""
+    return {row.model: row for row in rows if row.size is None}
