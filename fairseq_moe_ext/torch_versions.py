@@ -14,6 +14,7 @@ _META_HAS_OFFSETS = torch.__version__ >= "2.11"
 
 
 def has_grouped_mm() -> bool:
+    """Whether this PyTorch has `torch.nn.functional.grouped_mm`."""
     return hasattr(F, "grouped_mm")  # PyTorch 2.8 has none
 
 

@@ -132,6 +132,7 @@ def _fields(task: Any) -> dict[str, Any]:
 
 
 def is_multilingual(fields: dict[str, Any]) -> bool:
+    """Whether a task of these fields has several languages."""
     return any(fields.get(name) for name in ("langs", "lang_pairs", "lang_dict"))
 
 

@@ -27,6 +27,7 @@ from fairseq_moe_ext.trace import load_trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe balance` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("balance", __doc__)
     parser.add_argument("trace", metavar="TRACE", type=Path)
     parser.add_argument("--world-size", type=int, required=True, metavar="R", help="ranks that will serve")

@@ -54,6 +54,7 @@ def quality(folder: Path, gating: str) -> str:
 
 
 def row(folder: Path, gating: str) -> tuple[str, ...]:
+    """The table's row of `<gating>.json` in the folder."""
     file = folder / f"{gating}.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -74,6 +75,7 @@ def row(folder: Path, gating: str) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe compare` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("compare", __doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path)
     args = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from fairseq_moe_ext.command_line.parsing import command_parser, failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe convert` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("convert", __doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("summary", help="layers, experts, dims, bytes, dtype, vocabulary; reads no weights")

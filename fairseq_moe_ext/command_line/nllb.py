@@ -24,6 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe nllb` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("nllb", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="the model's folder; with --to-hf a checkpoint as for --path")
     parser.add_argument("--output", required=True, metavar="TARGET", help="X.pt to write; with --to-hf a new folder")

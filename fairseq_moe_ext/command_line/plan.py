@@ -18,6 +18,7 @@ from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, tabl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe plan` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--device-memory", type=byte_size, required=True, metavar="SIZE", help="of one GPU")

@@ -110,6 +110,7 @@ def on_ranks(args: argparse.Namespace, layers: Sequence[LayerLoads]) -> list[Lay
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """`fairseq-moe simulate` with these arguments (default: the process's own); returns the exit code."""
     parser = command_parser("simulate", __doc__)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for buffer.csv and buffer.png")

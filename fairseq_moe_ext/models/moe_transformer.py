@@ -43,6 +43,7 @@ class MoETransformerModel(ServedModel, TransformerModel):
 
 @register_model_architecture("moe_transformer", "moe_transformer")
 def moe_transformer(args):
+    """Fill in fairseq's base architecture."""
     base_architecture(args)
 
 

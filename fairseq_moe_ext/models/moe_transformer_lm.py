@@ -88,9 +88,11 @@ def _published(args, layers: int, model_dim: int, heads: int) -> None:
 
 @register_model_architecture("moe_transformer_lm", "moe_transformer_lm_15b")
 def moe_transformer_lm_15b(args):
+    """Fill in the published 15B model: Table 1's LM-Small."""
     _published(args, layers=12, model_dim=768, heads=12)
 
 
 @register_model_architecture("moe_transformer_lm", "moe_transformer_lm_52b")
 def moe_transformer_lm_52b(args):
+    """Fill in the published 52B model: Table 1's LM."""
     _published(args, layers=24, model_dim=1024, heads=16)

@@ -138,6 +138,7 @@ def match_tensors(named: Iterator[NamedTensor], found: Mapping[str, Any], folder
 
 
 def task_flags(vocabulary: FairseqVocabulary) -> str:
+    """The options of fairseq's task that this vocabulary is served with."""
     return f"--encoder-langtok src --decoder-langtok {vocabulary.options}".strip()
 
 

@@ -53,6 +53,7 @@ class FairseqVocabulary:
 
 
 def language_token(code: str) -> str:
+    """How fairseq's dictionary names a language: `__deu_Latn__`."""
     return f"__{code}__"
 
 

@@ -24,6 +24,7 @@ def start_ranks(ranks: int, command: str, arguments: list[str]) -> NoReturn:
 
 
 def main() -> None:
+    """Run `RANKS MODULE ARGUMENTS` of the command line: the module, once per rank, by torchrun."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
