@@ -13,6 +13,7 @@ from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.layer import LayerCall
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import start_group
 
 Placement = Sequence[Sequence[int]]  # per expert the ranks that hold it
 
@@ -65,7 +66,7 @@ def split_layer(layer: MOELayer, placement: Placement, rank: int, world_size: in
 
 def serve(rank: int, world_size: int, job: Job) -> Served:
     """This rank's calls of `job`, then answers until all are done."""
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     layers = job.build()
     for layer, placement in zip(layers, job.placements, strict=True):
         split_layer(layer, placement, rank, world_size, exchange)

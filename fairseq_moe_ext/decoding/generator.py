@@ -225,7 +225,8 @@ class ServedEpoch:
 class ServedBatches:
     """Yields fairseq's batches in their order; the observer hears of each that is computed here, and of the end.
 
-    Under several ranks rank 0 yields all batches, another rank its own, and the process of another rank ends with them.
+    Under several ranks of a command rank 0 yields all batches, another rank its own, and its process ends with them;
+    every rank of a program yields its own.
     of_all: `batches` are those of all ranks, not this rank's alone. last: no data set comes after this one. total:
     how many all ranks have of this data set.
     """
@@ -272,12 +273,14 @@ class ServedBatches:
             batch[TURN] = turn = self._ranks.turn(position, self._of_all)
             if turn.is_ours:
                 self._observer.begin_batch(turn.number)
-            if turn.is_ours or self._ranks.rank == 0:
+            if turn.is_ours or self._ranks.shows_all:
                 yield self._watched(batch)
         self._ranks.drain(self._total, self._last)
-        if self._last:
-            self._observer.finish()
-            self._ranks.leave()
+        if not self._last:
+            return
+        self._observer.finish()
+        self._ranks.leave()
+        if not self._observer.goes_on:
             self._check()
 
     def _watched(self, batch: dict) -> dict:

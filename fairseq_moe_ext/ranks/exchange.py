@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairseq_moe_ext.experts.resident import without_gradients
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.dispatch import run_by_expert
-from fairseq_moe_ext.ranks.faults import ExchangeError, interruption, leave_word, naming_the_fault
+from fairseq_moe_ext.ranks.faults import ExchangeError, interruption
+from fairseq_moe_ext.ranks.process_group import RankGroup
 
 IDLE = -1  # stands for a layer's number where a rank is in none
 
@@ -68,10 +68,11 @@ class Exchange:
     tells with its next round, in which all ranks break off. interrupted: (rank, signal) in the ranks' last round.
     """
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, group: RankGroup):
+        self.group = group
+        self.rank, self.world_size = group.rank, group.world_size
         self.finished = 0
-        self.heard_finished = [0] * world_size
+        self.heard_finished = [0] * group.world_size
         self.rounds = self.idle_rounds = 0
         self.rows_computed: list[int] = []
         self.fault: str | None = None
@@ -108,22 +109,26 @@ class Exchange:
             yield
         except ExchangeError as error:
             self.fault = error.fault or str(error)
+            self.abandon()
             raise
         except BaseException as error:
-            if self._round is not None:
-                self._round.abandon()
+            self.abandon()
             if self.interrupted is not None:  # on all ranks alike; what they have sent may still be received
                 self.fault = f"rank {self.interrupted[0]} of {self.world_size} was interrupted"
                 raise
             self.tell(error)
-            # closes the connections, once messages that are under way have arrived: whoever waits for this rank learns
-            dist.destroy_process_group()
+            self.group.end()
             raise
+
+    def abandon(self) -> None:
+        """Hold nothing of the group any more, which would keep its connections open."""
+        if self._round is not None:
+            self._round.abandon()
 
     def tell(self, error: BaseException) -> None:
         """Leave word for the other ranks of why this one breaks off."""
         self.fault = f"rank {self.rank} of {self.world_size} failed: {type(error).__name__}: {error}"
-        leave_word(self.rank, self.fault)
+        self.group.leave_word(self.fault)
 
     @property
     def has_layers(self) -> bool:
@@ -224,8 +229,8 @@ class Round:
         if counts is not None:
             self._sent[:, HEADER:][tuple(place.to(exchange.device))] = counts.to(exchange.device)
         self._received = torch.empty_like(self._sent)
-        with naming_the_fault(self._exchange.world_size):
-            self._work = dist.all_to_all_single(self._received, self._sent, async_op=True)
+        with exchange.group.naming_the_fault():
+            self._work = exchange.group.all_to_all(self._received, self._sent)
 
     @property
     def largest_capacity(self) -> int:
@@ -234,7 +239,7 @@ class Round:
     def receive_sizes(self) -> None:
         """Wait for every rank's message. Where one was interrupted, all ranks break off here, between two messages."""
         start = time.perf_counter()
-        with naming_the_fault(self._exchange.world_size):
+        with self._exchange.group.naming_the_fault():
             self._work.wait()
             received = self._received.tolist()
         self.messages = [
@@ -270,8 +275,8 @@ class Round:
         return returned
 
     def _all_to_all(self, received: Tensor, sent: Tensor, received_bytes: list[int], sent_bytes: list[int]) -> None:
-        with naming_the_fault(self._exchange.world_size):
-            self._work = dist.all_to_all_single(received, sent, received_bytes, sent_bytes, async_op=True)
+        with self._exchange.group.naming_the_fault():
+            self._work = self._exchange.group.all_to_all(received, sent, received_bytes, sent_bytes)
             self._work.wait()
 
     def abandon(self) -> None:

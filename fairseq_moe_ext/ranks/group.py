@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,11 @@ import torch.distributed as dist
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.faults import ExchangeError
 from fairseq_moe_ext.ranks.messages import Outbox, pack, receive, unpack
+from fairseq_moe_ext.ranks.process_group import RankGroup, start_group
 
 logger = logging.getLogger("fairseq_moe_ext")
 
 TURN = "moe_turn"  # the key under which a batch carries its Turn
-PATIENCE = timedelta(minutes=30)  # a rank may load or compute so long before the others give it up
-MOURNING = 8.0  # seconds in which a living rank answers that it lives
 DEFERENCE = 2.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
 
 
@@ -40,6 +39,19 @@ def world_size() -> int:
 def local_ranks() -> int:
     """How many of them share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which one of how many a process is."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of_command(cls) -> Rank:
+        """As torchrun's environment has it."""
+        return cls(int(os.environ.get("RANK", "0")), world_size())
 
 
 @functools.cache  # fairseq may ask for its parser twice
@@ -64,33 +76,25 @@ def served_ranks() -> Ranks | None:
     """This process's ranks, which start with the first call; None where one process serves."""
     if world_size() == 1 or dist.is_initialized():  # a group that is there already is a training's
         return None
-    cuda = torch.cuda.is_available()
-    store, rank, size = next(dist.rendezvous("env://"))
-    store.set_timeout(PATIENCE)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-    )
-    return Ranks(rank, size, dist.PrefixStore("served", store))
+    return Ranks(start_group(torch.cuda.is_available()))
 
 
 class Ranks:
-    """One rank among R; `store` tells which ranks live."""
+    """One rank among R that serve one of fairseq's commands."""
 
-    def __init__(self, rank: int, size: int, store: dist.Store):
-        self.rank, self.world_size = rank, size
-        self.exchange = Exchange(rank, size)
-        self._store = store
-        self._outbox = Outbox(size)
-        self.received = [0] * size  # batches of each rank, whose results are here
+    def __init__(self, group: RankGroup):
+        self.rank, self.world_size = group.rank, group.world_size
+        self.local_ranks = local_ranks()
+        self.shows_all = self.rank == 0  # results of other ranks' batches, too
+        self.exchange = Exchange(group)
+        self._group = group
+        self._outbox = Outbox(group)
+        self.received = [0] * self.world_size  # batches of each rank, whose results are here
         self._before = 0  # batches of the data sets before this one
         self._drained = False
         self.last_words: Callable[[], None] = lambda: None  # of an interrupted rank 0 that cannot reach the others
         self._hook, sys.excepthook = sys.excepthook, self._tell_of
-        logger.info("%d ranks serve, %s between them", size, dist.get_backend())
+        logger.info("%d ranks serve, %s between them", self.world_size, group.backends)
 
     @property
     def part(self) -> int:
@@ -130,13 +134,12 @@ class Ranks:
         """After all broke off: this rank's figures have arrived."""
         with suppress(ExchangeError):
             self._outbox.wait()
-        with suppress(RuntimeError, AssertionError):  # a group that broke
-            dist.destroy_process_group()
+        self._group.end()
 
     def leave(self) -> None:
         """End this rank's process, if it is not rank 0's, which has its figures to print."""
         self._outbox.wait()
-        dist.destroy_process_group()
+        self._group.end()
         if self.rank > 0:
             sys.stdout.flush()
             sys.exit(0)
@@ -149,7 +152,7 @@ class Ranks:
 
     def receive(self, rank: int) -> bytearray:
         """What `rank` sends next."""
-        return receive(rank, self.world_size)
+        return receive(self._group, rank)
 
     def wait_for(self, owner: int, batches: int) -> None:
         """Compute for the others until rank `owner` has finished so many batches."""
@@ -173,25 +176,12 @@ class Ranks:
             time.sleep(2 * DEFERENCE)  # the rank that failed tells more of it
             reason = error.fault
         else:
-            lost = self._vanished()
+            lost = self._group.vanished()
             reason = f"rank {', '.join(map(str, lost))} of {self.world_size} vanished" if lost else str(error)
         print(f"rank {self.rank} of {self.world_size} ends: {reason}", file=sys.stderr, flush=True)
         if self.exchange.interrupt and self.rank == 0:
             self.last_words()
         os._exit(1)  # the group's threads would wait for ranks that are gone
-
-    def _vanished(self) -> list[int]:
-        """The ranks that do not answer; they may have ended because of an error that they told of."""
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
-            self._store.set(f"alive/{self.rank}", b"1")
-            deadline = time.monotonic() + MOURNING
-            while others and time.monotonic() < deadline:
-                others = [rank for rank in others if not self._store.check([f"alive/{rank}"])]
-                time.sleep(0.1)
-        except RuntimeError:  # the store went with rank 0, or with the launcher
-            return [0] if self.rank > 0 else []
-        return others
 
 
 class Turn:

@@ -10,10 +10,10 @@ from collections import deque
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Work
 
-from fairseq_moe_ext.ranks.faults import naming_the_fault
+from fairseq_moe_ext.ranks.process_group import RankGroup
 
 CHUNK = 4 << 20  # bytes that travel at a time
 _ALIGNMENT = 8  # of every tensor's bytes
@@ -30,17 +30,17 @@ _DTYPES = {
 class Outbox:
     """A rank's end: messages leave while it goes on; each is kept until rank 0 has it."""
 
-    def __init__(self, world_size: int):
-        self._world_size = world_size
-        self._under_way: deque[tuple[int | None, list[dist.Work], list[Tensor]]] = deque()
+    def __init__(self, group: RankGroup):
+        self._group = group
+        self._under_way: deque[tuple[int | None, list[Work], list[Tensor]]] = deque()
 
     def send(self, content: bytes, number: int | None = None) -> None:
         """Begin to send; number: by which `let_go` knows it. ExchangeError where rank 0 cannot be reached."""
         parts = [torch.tensor([len(content)])]
         if content:
             parts += torch.frombuffer(bytearray(content), dtype=torch.uint8).split(CHUNK)
-        with naming_the_fault(self._world_size):
-            works = [dist.isend(part, dst=0) for part in parts]
+        with self._group.naming_the_fault():
+            works = [self._group.send(part, 0) for part in parts]
         self._under_way.append((number, works, parts))
 
     def let_go(self, before: int) -> None:
@@ -53,22 +53,26 @@ class Outbox:
         while self._under_way:
             self._wait_for_first()
 
+    def clear(self) -> None:
+        """Forget what rank 0 does not receive any more."""
+        self._under_way.clear()
+
     def _wait_for_first(self) -> None:
         _, works, _ = self._under_way.popleft()
-        with naming_the_fault(self._world_size):
+        with self._group.naming_the_fault():
             for work in works:
                 work.wait()
 
 
-def receive(rank: int, world_size: int) -> bytearray:
+def receive(group: RankGroup, rank: int) -> bytearray:
     """The next message of `rank`; ExchangeError where it ends before."""
     size = torch.empty(1, dtype=torch.int64)
-    with naming_the_fault(world_size):
-        dist.recv(size, src=rank)
+    with group.naming_the_fault():
+        group.receive(size, rank)
         content = bytearray(int(size))
         if content:
             for chunk in torch.frombuffer(content, dtype=torch.uint8).split(CHUNK):
-                dist.recv(chunk, src=rank)
+                group.receive(chunk, rank)
     return content
 
 

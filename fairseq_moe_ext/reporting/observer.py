@@ -133,11 +133,15 @@ class Observer:
         numbers: the sentences'; None: they go on counting.
         """
         self._is_on_gpu()
-        if self._ranks is None or self._ranks.rank == 0:
+        if self._gives_out_results:
             if numbers is None:
                 numbers = range(self._results.served, self._results.served + len(hypotheses))
             self.report.non_finite.results += self._results.add(hypotheses, numbers)
             self._tell_of_non_finite()
+
+    @property
+    def _gives_out_results(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
 
     def check_results(self) -> None:
         """Raise NotFiniteError where results that were given out are no numbers; for when all is written."""

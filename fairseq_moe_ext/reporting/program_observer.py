@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from fairseq_moe_ext.models.batch_seeds import BatchSeeds
+from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.exit_code import ExitCode
-from fairseq_moe_ext.reporting.finite import Results
+from fairseq_moe_ext.reporting.finite import NonFinite, Results
 from fairseq_moe_ext.reporting.observer import Observer
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -20,13 +24,24 @@ _DRAWING = threading.Lock()  # PyTorch's own random numbers are one stream for t
 
 
 class ProgramObserver(Observer):
-    """Writes report and trace when it is told to, and checks the results of every call by themselves."""
+    """Writes report and trace when it is told to, and checks the results of every call by themselves.
 
-    def __init__(self, gating: str, report_path: str | None = None, trace_path: str | None = None):
-        super().__init__(gating, report_path, trace_path, exit_code=_LoggedFailures())
+    Under several ranks each watches its own batches, and hears at the end of a call of the others'.
+    """
+
+    def __init__(
+        self,
+        gating: str,
+        report_path: str | None = None,
+        trace_path: str | None = None,
+        ranks: ProgramRanks | None = None,
+    ):
+        super().__init__(gating, report_path, trace_path, ranks, exit_code=_LoggedFailures())
         self.seeds = CallSeeds()
+        self.writes = report_path is not None or trace_path is not None
         self._at_exit = True  # the end of a call's batches is not the end of what is served
-        self._writes = report_path is not None or trace_path is not None
+        self._before = self._begun = 0  # batches of earlier calls, of all ranks; of this call
+        self._others = NonFinite()  # what other ranks have met
 
     @contextmanager
     def call(self, draws: bool, seed: int | None, device: torch.device) -> Iterator[None]:
@@ -36,6 +51,7 @@ class ProgramObserver(Observer):
         other models that draw, too, wait. NotFiniteError where a result is no number.
         """
         self._results = Results()
+        self._before, self._begun = self._before + self._begun, 0
         self.seeds.restart(draws)
         if draws:
             with _DRAWING, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -46,29 +62,66 @@ class ProgramObserver(Observer):
             yield
         self.check_results()
 
+    def begin_batch(self, number: int | None = None) -> None:
+        """Batch `number` of this call begins, of all ranks'; None: the next one."""
+        number = self._begun if number is None else number
+        self._begun += 1
+        self._batch = self._before + number
+        self.seeds.begin(number)
+
+    def told(self) -> dict[str, Any]:
+        """What other ranks must know of this one's part of a call, as plain data."""
+        non_finite = asdict(self.report.non_finite)
+        return {"results": asdict(self._results), "batches": self._begun, "non_finite": non_finite}
+
+    def hear(self, told: Sequence[dict[str, Any]]) -> None:
+        """What all ranks have told of the call: its results are known as a whole."""
+        results = [Results(**each["results"]) for each in told]
+        self._results = Results(sum(each.served for each in results), [n for each in results for n in each.broken])
+        self._begun = sum(each["batches"] for each in told)
+        self._others = NonFinite()
+        for rank, each in enumerate(told):
+            if self._ranks is not None and rank != self._ranks.rank:
+                self._others.add(NonFinite(**each["non_finite"]))
+        if self._others.first_layer is None:
+            self._tell_of_non_finite(of_all=True)
+
     def as_dict(self) -> dict:
-        """The report of what was served so far, as `--moe-report` writes it."""
-        self.report.close()
-        return self.report.as_dict()
+        """The report of what was served so far, of all ranks, as `--moe-report` writes it."""
+        if self._ranks is None:
+            self.report.close()
+            return self.report.as_dict()
+        self.report.close(self._ranks.exchange)
+        figures = self._ranks.gather(self.report.figures())
+        report = copy.deepcopy(self.report)
+        for each in figures[1:] if self._ranks.rank == 0 else ():
+            report.add_rank(each)
+        return self._ranks.gather(report.as_dict() if self._ranks.rank == 0 else None)[0]
 
     def write(self) -> None:
-        """Report and trace to the files that were asked for."""
-        if self._writes:
-            self._finish()
+        """Report and trace to the files that were asked for; under several ranks all do it at once."""
+        self._finish()
+
+    @property
+    def _gives_out_results(self) -> bool:
+        return True
+
+    def _not_finite(self) -> str:
+        found = copy.copy(self.report.non_finite)
+        found.add(self._others)
+        return found.describe(self.report.dtype, bool(self.report.layers))
 
 
 class CallSeeds(BatchSeeds):
     """Seeds by the number of a batch within its call; PyTorch's own numbers only where the call draws them."""
 
     _draws = False
-    _next = 0
 
     def restart(self, draws: bool) -> None:
         """Another call begins."""
-        self._first, self._draws, self._next = None, draws, 0
+        self._first, self._draws = None, draws
 
     def begin(self, batch: int) -> None:
-        batch, self._next = self._next, self._next + 1
         if self._draws:
             super().begin(batch)
         else:

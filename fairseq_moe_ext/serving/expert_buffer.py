@@ -23,7 +23,6 @@ from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, L
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer
-from fairseq_moe_ext.ranks.group import local_ranks
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
 from fairseq_moe_ext.trace import load_trace
 
@@ -56,11 +55,13 @@ class BufferSettings:
 class ExpertBuffer:
     """Gives one model's layers their buffered experts, and starts them.
 
-    checkpoint: set before the weights come; names the disk store's files, together with the values' fingerprint.
+    local_ranks: so many share this machine's memory. checkpoint: set before the weights come; names the disk store's
+    files, together with the values' fingerprint.
     """
 
-    def __init__(self, settings: BufferSettings):
+    def __init__(self, settings: BufferSettings, local_ranks: int = 1):
         self._settings = settings
+        self._local_ranks = local_ranks
         self._layers: dict[str, BufferedExperts] = {}
         self._rankings: dict[str, list[int]] = {}
         self._started: tuple[torch.device, torch.dtype] | None = None  # where the model was at the start
@@ -177,7 +178,7 @@ class ExpertBuffer:
         """N of every layer."""
         if self._settings.size != AUTO:
             return dict.fromkeys(self._layers, self._settings.size)
-        free = free_bytes(device) // (1 if device.type == "cuda" else local_ranks())
+        free = free_bytes(device) // (1 if device.type == "cuda" else self._local_ranks)
         a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
         fitting = int(AUTO_SHARE * free / a_place_each) - STAGING_SLOTS
         sizes = {name: max(1, min(fitting, len(layer.held))) for name, layer in self._layers.items()}
@@ -195,7 +196,7 @@ class ExpertBuffer:
             return dict.fromkeys(self._layers)
         room = self._settings.host_memory
         if room is None:
-            room = int(AUTO_SHARE * free_host_bytes()) // local_ranks()
+            room = int(AUTO_SHARE * free_host_bytes()) // self._local_ranks
         total = sum(layer.total_bytes for layer in self._layers.values())
         return {
             name: max(1, min(room * len(layer.held) // total, len(layer.held))) for name, layer in self._layers.items()

@@ -38,7 +38,7 @@ FLAGS = (
     *("expert_buffer_size", "expert_buffer_scope", "expert_eviction", "expert_order", "expert_store"),
     *("expert_store_dir", "expert_host_memory", "expert_profile", "moe_capacity_factor", "moe_overflow"),
     *("moe_drop_metric", "moe_capacity_scope", "moe_capacity_phases", "moe_renormalize_after_drop"),
-    *("moe_virtual_ranks", "moe_reroute_prefer"),
+    *("moe_virtual_ranks", "moe_reroute_prefer", "expert_placement"),
 )
 # task -> its own options, beside those above
 TASKS = {

@@ -15,9 +15,10 @@ from fairseq import utils
 from omegaconf import DictConfig
 
 from fairseq_moe_ext.checkpoints.errors import one_line
+from fairseq_moe_ext.ranks.program import OneProcess, ProgramRanks, ranks_of_program
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
-from fairseq_moe_ext.serving.load_models import LoadedModels, check_alone, load_models
+from fairseq_moe_ext.serving.load_models import LoadedModels, load_models
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 
@@ -34,13 +35,36 @@ def load(
     fairseq's commands and of this plugin by name, `expert_buffer_size="20G"` for `--expert-buffer-size 20G`; what the
     checkpoint says of its task (languages, language tokens) need not be said again.
 
+    Among several ranks, those of torchrun or of the program's own torch.distributed, all of them call this with the
+    same arguments and then make the same calls; each holds its share of the experts.
+
     OptionError where an option is unknown, has no effect here or is not what it must be; CheckpointError where a file
-    cannot be served; ValueError where a flag does not fit the model. All are of one sentence.
+    cannot be served; ValueError where a flag does not fit the model; ExchangeError where another rank failed. All are
+    of one sentence.
     """
     register()
-    paths = _paths(path)
-    check_alone(paths[0])
-    loaded = load_models(paths, data, options, _overrides(options), ProgramObserver)
+    ranks = ranks_of_program(bool(options.get("cpu")))
+    try:
+        with ranks.call("load", {"path": path, "data": data, **options}) as call:
+            with call.preparing():
+                paths = _paths(path)
+            with call.preparing():
+                return Served(_parts(paths, data, options, ranks))
+    except BaseException:
+        ranks.end()
+        raise
+
+
+def register() -> None:
+    """Make this plugin's tasks and models known to fairseq, as `--user-dir` does; a second call changes nothing."""
+    fairseqs_tasks.import_tasks(str(_PACKAGE / "tasks"), "fairseq_moe_ext.tasks")
+    fairseqs_models.import_models(str(_PACKAGE / "models"), "fairseq_moe_ext.models")
+
+
+def _parts(
+    paths: list[str], data: str | os.PathLike | None, options: Mapping[str, Any], ranks: ProgramRanks | OneProcess
+) -> ServedParts:
+    loaded = load_models(paths, data, options, _overrides(options), ProgramObserver, ranks=ranks.members)
     if options.get("tokens_per_sample") is not None and loaded.args.moe_gating != "static":
         raise OptionError(
             "tokens_per_sample must go with moe_gating='static', under which a text is padded to it, got "
@@ -50,17 +74,8 @@ def load(
     for model in loaded.models:
         _put_into_service(model, cfg)
     codec = _codec(loaded)
-    return Served(
-        ServedParts(
-            paths, loaded.models, loaded.task, loaded.task.observer, codec, loaded.keywords, loaded.data, loaded.options
-        )
-    )
-
-
-def register() -> None:
-    """Make this plugin's tasks and models known to fairseq, as `--user-dir` does; a second call changes nothing."""
-    fairseqs_tasks.import_tasks(str(_PACKAGE / "tasks"), "fairseq_moe_ext.tasks")
-    fairseqs_models.import_models(str(_PACKAGE / "models"), "fairseq_moe_ext.models")
+    task, keywords = loaded.task, loaded.keywords
+    return ServedParts(paths, loaded.models, task, task.observer, codec, keywords, loaded.data, loaded.options, ranks)
 
 
 def _paths(path: Any) -> list[str]:

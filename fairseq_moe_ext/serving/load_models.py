@@ -15,7 +15,8 @@ from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
 from fairseq_moe_ext.ranks.group import world_size
-from fairseq_moe_ext.reporting.observer import Observer
+from fairseq_moe_ext.ranks.program import ProgramRanks
+from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
@@ -54,11 +55,11 @@ class LoadedModels:
 
 
 def check_alone(path: str) -> None:
-    """ValueError in one of several ranks, which fairseq's commands keep in step."""
+    """ValueError in one of several ranks, which nothing keeps in step where fairseq's own functions serve."""
     if world_size() > 1:
         raise ValueError(
-            f"{path} must be loaded from Python by one process, got {world_size()} ranks: fairseq's commands serve "
-            "with several"
+            f"{path} must be loaded by fairseq's functions in one process, got {world_size()} ranks: fairseq's "
+            "commands and fairseq_moe_ext.load serve with several"
         )
 
 
@@ -67,15 +68,17 @@ def load_models(
     data: str | os.PathLike | None,
     options: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    observer: type[Observer] | None = None,
+    observer: type[ProgramObserver] | None = None,
     of_parser: bool = False,
+    ranks: ProgramRanks | None = None,
 ) -> LoadedModels:
     """The models of the checkpoints at `paths`, which make an ensemble, under `overrides` (`--model-overrides`).
 
     data: where the dictionaries are; None: beside the first checkpoint. options: as KeywordOptions takes them, above
     what the checkpoint says of its task. observer: of what is served; None: one that ends with the process.
     of_parser: options may be any that fairseq's parser has, which its own callers look at, and others; the checkpoint
-    also says how it read its data, and of a multilingual one all language pairs may be read.
+    also says how it read its data, and of a multilingual one all language pairs may be read. ranks: among which this
+    one serves.
     OptionError, CheckpointError, ValueError.
     """
     state = served_state(paths[0], overrides)
@@ -85,21 +88,21 @@ def load_models(
     options = {**_of_checkpoint(state, with_data=of_parser), **options}
     data = os.fspath(Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options, every=of_parser)
-    task = _set_up(args, one_pair=not of_parser)
+    task = _set_up(args, not of_parser, ranks)
     if observer is not None:
-        task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace)
+        task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace, ranks)
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
     return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model, state["criterion"])
 
 
-def _set_up(args: Namespace, one_pair: bool) -> Any:
+def _set_up(args: Namespace, one_pair: bool, ranks: ProgramRanks | None) -> Any:
     multilingual = args.task == "moe_translation_multi_simple_epoch"
     for name in ("source_lang", "target_lang") if multilingual and one_pair else ():
         if getattr(args, name) is None:
             raise OptionError(f"{name} must be given for a multilingual model, got none")
     try:
-        return fairseqs.setup_task(task_configuration(args))
+        return fairseqs.setup_task(task_configuration(args), ranks=ranks)
     except FileNotFoundError as error:
         missing = error.filename or str(error).partition(": ")[0]
         raise OptionError(

@@ -8,7 +8,7 @@ import weakref
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +20,14 @@ from omegaconf import DictConfig
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.checkpoints.errors import ClosedError
+from fairseq_moe_ext.ranks.program import Call, OneCall, OneProcess, ProgramRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
+
+Found = dict[int, list[Hypothesis]]  # a sentence's number -> what came of it
 
 BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is given
 
@@ -44,6 +47,7 @@ class ServedParts:
     keywords: KeywordOptions
     data: str
     options: Mapping[str, Any]
+    ranks: ProgramRanks | OneProcess
     generators: dict[tuple, tuple[Any, DictConfig]] = field(default_factory=dict)
     engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)  # that are open, or were
 
@@ -73,8 +77,9 @@ class ServedParts:
         return self.task.build_generator(self.models, Namespace(**generation))
 
     def batches(self, dataset: FairseqDataset, cfg: DictConfig) -> Iterator[dict]:
-        """fairseq's, where the model is."""
-        batches = self.task.get_batch_iterator(
+        """fairseq's, where the model is; of several ranks this one's. ValueError at once where a sentence is too long.
+        """
+        epoch = self.task.get_batch_iterator(
             dataset=dataset,
             max_tokens=cfg.dataset.max_tokens,
             max_sentences=cfg.dataset.batch_size,
@@ -83,9 +88,14 @@ class ServedParts:
             ),
             ignore_invalid_inputs=cfg.dataset.skip_invalid_size_inputs_valid_test,
             disable_iterator_cache=True,
-        ).next_epoch_itr(shuffle=False)
-        for batch in batches:
-            yield utils.move_to_cuda(batch, self.device) if self.device.type == "cuda" else batch
+        )
+        return self._batches_of(epoch)
+
+    def _batches_of(self, epoch: Any) -> Iterator[dict]:
+        """The iterator is made with the first of them: it draws a random number, which is the call's."""
+        for batch in epoch.next_epoch_itr(shuffle=False):
+            if batch:  # those of one rank are filled up with empty ones
+                yield utils.move_to_cuda(batch, self.device) if self.device.type == "cuda" else batch
 
     def codec_of(self, task: Any, source: str, target: str) -> TextCodec:
         """For `task`, which is this one for other languages."""
@@ -94,11 +104,14 @@ class ServedParts:
         languages = {"source_lang": source, "target_lang": target}
         return TextCodec(task, self.keywords.parse(self.data, {**self.options, **languages}))
 
-    def end(self) -> None:
-        """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights."""
+    def end(self, in_step: bool = False) -> None:
+        """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights.
+
+        in_step: all ranks do it now.
+        """
         for engine in tuple(self.engines):
             engine.close()
-        self.observer.write()
+        self.ranks.end(self.observer.write if self.observer.writes else None, in_step)
         self._stop_copies()
         on_gpu = bool(self.models) and self.device.type == "cuda"
         self.models.clear()
@@ -134,8 +147,6 @@ class Served:
         None stands for a sentence that `skip_invalid_size_inputs_valid_test` left out. OptionError, ClosedError,
         NotFiniteError where a result is no number.
         """
-        if options.get("nbest", 1) != 1:
-            raise OptionError(f"nbest must be 1 for translate(), got {options['nbest']}: generate() gives several")
         return [found[0].text if found else None for found in self._generate(sentences, options, best_alone=True)]
 
     def generate(self, sentences: Sequence[str], **options: Any) -> list[list[Hypothesis]]:
@@ -150,22 +161,28 @@ class Served:
         options: of the batches (keyword_options.py, BATCHES). Of a translation's scores the language token's is one;
         otherwise as `translate`.
         """
-        _check_call(sentences, options, BATCHES)
-        with self._open() as parts:
-            _check_targets(parts.task, sentences, targets)
-            _, cfg = parts.generator(options)
-            scorer = parts.scorer(cfg)
-            results: list[Hypothesis | None] = [None] * len(sentences)
+        with self._call("score", {"sentences": sentences, "targets": targets, **options}) as (parts, call):
+            with call.preparing():
+                _check_call(sentences, options, BATCHES)
+                _check_targets(parts.task, sentences, targets)
+                _, cfg = parts.generator(options)
+                scorer = parts.scorer(cfg)
+                batches = parts.batches(_scored(parts, sentences, targets), cfg) if sentences else ()
+            found: Found = {}
             with parts.observer.call(False, None, parts.device):
-                for batch in parts.batches(_scored(parts, sentences, targets), cfg) if sentences else ():
-                    found = scorer.generate(parts.models, batch)
-                    for number, (hypothesis, *_) in zip(batch["id"].tolist(), found, strict=True):
-                        results[number] = parts.codec.hypothesis(hypothesis, scorer)
-            return results
+                for batch in batches:
+                    for number, (hypothesis, *_) in zip(
+                        batch["id"].tolist(), scorer.generate(parts.models, batch), strict=True
+                    ):
+                        found[number] = [parts.codec.hypothesis(hypothesis, scorer)]
+                found = _shared(found, call, parts.observer)
+            return [found[number][0] if number in found else None for number in range(len(sentences))]
 
     def report(self) -> dict:
         """What was served so far: the content of `--moe-report`."""
-        with self._open() as parts:
+        with self._call("report", {}) as (parts, call):
+            with call.preparing():
+                pass
             return parts.observer.as_dict()
 
     def engine(self, *, max_waiting: int = 1024, max_beam: int | None = None, **options: Any) -> Engine:
@@ -177,6 +194,7 @@ class Served:
         """
         _check_call((), options, (*(name for name in SEARCH if name != "seed"), "batch_size", "max_tokens"))
         with self._open() as parts:
+            parts.ranks.check_alone("engine()")
             _, cfg = parts.generator(options)
             engine = Engine(parts, cfg, self._lock, max_waiting, max_beam, keep=self)
             parts.engines.add(engine)
@@ -186,7 +204,10 @@ class Served:
         """Give back memory, threads and files, and write what was asked for; once more does nothing."""
         with self._lock:
             self._parts = None
-            self._end()
+            found = self._end.detach()
+            if found is not None:
+                _, end, *_ = found
+                end(in_step=True)
 
     def __enter__(self) -> Served:
         return self
@@ -205,29 +226,52 @@ class Served:
                 raise ClosedError(f"a served model must be open, got a call of {self._name} after its close()")
             yield self._parts
 
+    @contextmanager
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[tuple[ServedParts, OneCall | Call]]:
+        """The parts and the call, which all ranks make."""
+        with self._open() as parts, parts.ranks.call(name, arguments) as call:
+            yield parts, call
+
     def _generate(
         self, sentences: Sequence[str], options: Mapping[str, Any], best_alone: bool = False
     ) -> list[list[Hypothesis]]:
-        _check_call(sentences, options, (*SEARCH, "constraints", *BATCHES))
-        with self._open() as parts:
-            if not sentences:
-                return []
-            generator, cfg = parts.generator(options)
-            nbest = 1 if best_alone else cfg.generation.nbest
-            if cfg.generation.sampling and not best_alone and nbest != cfg.generation.beam:
-                raise OptionError(f"nbest must be equal to beam, {cfg.generation.beam}, with sampling, got {nbest}")
-            results: list[list[Hypothesis]] = [[] for _ in sentences]
-            generation = cfg.generation
-            draws = generation.sampling or generation.retain_dropout
-            seed = None if generation.no_seed_provided else cfg.common.seed
-            with parts.observer.call(draws, seed, parts.device):
-                for numbers, batch in _batches(parts, [text.strip() for text in sentences], cfg):
-                    found = parts.task.inference_step(
-                        generator, parts.models, batch, constraints=batch.pop("constraints", None)
+        name = "translate" if best_alone else "generate"
+        with self._call(name, {"sentences": sentences, **options}) as (parts, call):
+            with call.preparing():
+                _check_call(sentences, options, (*SEARCH, "constraints", *BATCHES))
+                if best_alone and options.get("nbest", 1) != 1:
+                    raise OptionError(
+                        f"nbest must be 1 for translate(), got {options['nbest']}: generate() gives several"
                     )
-                    for number, hypotheses in zip(numbers, found, strict=True):
-                        results[number] = [parts.codec.hypothesis(each, generator) for each in hypotheses[:nbest]]
-            return results
+                generator, cfg = parts.generator(options)
+                generation = cfg.generation
+                nbest = 1 if best_alone else generation.nbest
+                if generation.sampling and not best_alone and nbest != generation.beam:
+                    raise OptionError(f"nbest must be equal to beam, {generation.beam}, with sampling, got {nbest}")
+                batches = _batches(parts, [text.strip() for text in sentences], cfg) if sentences else ()
+            draws = generation.sampling or generation.retain_dropout
+            seed = call.seed if generation.no_seed_provided else cfg.common.seed
+            found: Found = {}
+            with parts.observer.call(draws, seed, parts.device):
+                for numbers, batch in batches:
+                    constraints = batch.pop("constraints", None)
+                    hypotheses = parts.task.inference_step(generator, parts.models, batch, constraints=constraints)
+                    for number, of_sentence in zip(numbers, hypotheses, strict=True):
+                        found[number] = [parts.codec.hypothesis(each, generator) for each in of_sentence[:nbest]]
+                found = _shared(found, call, parts.observer)
+            return [found.get(number, []) for number in range(len(sentences))]
+
+
+def _shared(found: Found, call: Call | OneCall, observer: ProgramObserver) -> Found:
+    """What came of all ranks' batches, of which the observer hears."""
+    mine = [[number, list(map(astuple, hypotheses))] for number, hypotheses in found.items()]
+    everything = call.share([mine, observer.told()])
+    observer.hear([told for _, told in everything])
+    return {
+        number: [Hypothesis.of_plain(each) for each in hypotheses]
+        for part, _ in everything
+        for number, hypotheses in part
+    }
 
 
 def _check_call(sentences: Any, options: Iterable[str], known: Sequence[str]) -> None:
@@ -274,10 +318,14 @@ def _batches(parts: ServedParts, lines: list[str], cfg: DictConfig) -> Iterator[
         constraints = pack_constraints([[_constraint(parts, text) for text in texts] for _, *texts in split])
     tokens, lengths = parts.task.get_interactive_tokens_and_lengths(lines, parts.codec.encode)
     dataset = parts.task.build_dataset_for_inference(tokens, lengths, constraints=constraints)
-    for batch in parts.batches(dataset, cfg):
-        sample = {name: batch[name] for name in ("id", "constraints") if batch.get(name) is not None}
-        sample["net_input"] = {name: batch["net_input"][name] for name in ("src_tokens", "src_lengths")}
-        yield batch["id"].tolist(), sample
+    return map(_to_search, parts.batches(dataset, cfg))
+
+
+def _to_search(batch: dict) -> tuple[list[int], dict]:
+    """(the sentences' numbers, what fairseq's search takes of them)."""
+    sample = {name: batch[name] for name in ("id", "constraints") if batch.get(name) is not None}
+    sample["net_input"] = {name: batch["net_input"][name] for name in ("src_tokens", "src_lengths")}
+    return batch["id"].tolist(), sample
 
 
 def _constraint(parts: ServedParts, text: str) -> torch.Tensor:

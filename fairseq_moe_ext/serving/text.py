@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,12 @@ class Hypothesis:
     score: float
     positional_scores: tuple[float, ...]
     alignment: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_plain(cls, fields: Sequence[Any]) -> Hypothesis:
+        """Of what `dataclasses.astuple` and JSON made of one."""
+        text, words, score, positional_scores, alignment = fields
+        return cls(text, words, score, tuple(positional_scores), tuple(map(tuple, alignment)))
 
 
 class TextCodec:

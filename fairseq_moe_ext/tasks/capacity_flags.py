@@ -9,7 +9,6 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, DROP_METRICS, OVERFLOWS, CapacityRules
 from fairseq_moe_ext.gating.layer import CAPACITY_PHASES
-from fairseq_moe_ext.ranks.group import world_size
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -48,8 +47,8 @@ class CapacityFlags(FairseqDataclass):
     )
 
 
-def check_capacity_flags(flags: Any) -> None:
-    """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
+def check_capacity_flags(flags: Any, ranks: int = 1) -> None:
+    """Raise ValueError naming flag, rule and value; `flags` is a task's arguments, of which so many ranks serve."""
     for name, known in (
         ("moe_overflow", OVERFLOWS),
         ("moe_drop_metric", DROP_METRICS),
@@ -80,8 +79,8 @@ def check_capacity_flags(flags: Any) -> None:
     if virtual is not None:
         if virtual < 1:
             raise ValueError(f"--moe-virtual-ranks must be at least 1, got {virtual}")
-        if world_size() > 1:
-            raise ValueError(f"--moe-virtual-ranks must be of one process, got {virtual} with {world_size()} ranks")
+        if ranks > 1:
+            raise ValueError(f"--moe-virtual-ranks must be of one process, got {virtual} with {ranks} ranks")
     if getattr(flags, "moe_reroute_prefer", None) is not None:
         if str(flags.moe_overflow) == "drop":
             raise ValueError("--moe-reroute-prefer needs --moe-overflow reroute or expand, got drop")

@@ -16,7 +16,7 @@ from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.experts.device_experts import KERNELS
 from fairseq_moe_ext.gating.layer import GATINGS
 from fairseq_moe_ext.kernels.grouped_linear import check_kernel
-from fairseq_moe_ext.ranks.group import world_size
+from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
 from fairseq_moe_ext.torch_versions import has_grouped_mm
@@ -74,8 +74,12 @@ class FairseqsFlags(FairseqDataclass):
     memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
 
 
-def check_flags(flags: Any) -> None:
-    """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
+def check_flags(flags: Any, rank: Rank | None = None) -> None:
+    """Raise ValueError naming flag, rule and value; `flags` is a task's arguments.
+
+    rank: of those that serve; None: of a command, as torchrun's environment has it.
+    """
+    rank = Rank.of_command() if rank is None else rank
     gating = str(getattr(flags, "moe_gating", "dynamic"))
     if gating not in GATINGS:
         raise ValueError(f"--moe-gating must be one of {', '.join(GATINGS)}, got {gating!r}")
@@ -95,22 +99,22 @@ def check_flags(flags: Any) -> None:
     check_kernel()
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
-        _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or world_size())
+        _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or rank.world_size)
     report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
     same = report is not None and trace is not None and os.path.realpath(report) == os.path.realpath(trace)
     if same and not Path(report).is_char_device():
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
     for flag in ("moe_report", "moe_trace"):
         path = getattr(flags, flag, None)
-        if path is not None and os.environ.get("RANK", "0") == "0":  # rank 0 writes for all
+        if path is not None and rank.rank == 0:  # rank 0 writes for all
             _check_writable(f"--{flag.replace('_', '-')}", Path(path))
     check_buffer_flags(flags)
-    check_capacity_flags(flags)
+    check_capacity_flags(flags, rank.world_size)
     if getattr(flags, "continuous_batching", False):
-        _check_continuous_batching(flags)
+        _check_continuous_batching(flags, rank.world_size)
 
 
-def _check_continuous_batching(flags: Any) -> None:
+def _check_continuous_batching(flags: Any, ranks: int) -> None:
     """A sentence's result must not depend on who is decoded beside it."""
     rule = "--continuous-batching needs results that do not depend on a sentence's batch"
     fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
@@ -120,8 +124,8 @@ def _check_continuous_batching(flags: Any) -> None:
     factor = getattr(flags, "moe_capacity_factor", None)
     if factor is not None and str(flags.moe_capacity_phases) != "prefill":
         raise ValueError(f"{rule}: --moe-capacity-factor {factor} must have --moe-capacity-phases prefill, got all")
-    if world_size() > 1:
-        raise ValueError(f"--continuous-batching is for one process, got {world_size()} ranks")
+    if ranks > 1:
+        raise ValueError(f"--continuous-batching is for one process, got {ranks} ranks")
 
 
 def _check_placement(path: str, ranks: int) -> None:

@@ -39,7 +39,8 @@ from fairseq_moe_ext.decoding.generator import (
 from fairseq_moe_ext.decoding.left_out import keep_fitting
 from fairseq_moe_ext.decoding.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
-from fairseq_moe_ext.ranks.group import TURN, Ranks, served_ranks, world_size
+from fairseq_moe_ext.ranks.group import TURN, Rank, Ranks, served_ranks, world_size
+from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving import fairseq_hooks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
@@ -69,7 +70,7 @@ class ServingTask:
 
     serves_experts = True  # for serving/fairseq_hooks.py, which cannot know this class
     observer: Observer | None = None
-    ranks: Ranks | None = None
+    ranks: Ranks | ProgramRanks | None = None
     batches_in_order = False  # whether a batch depends on the one before it
     _epoch: ServedEpoch | None = None  # the batches that are served
     _data_sets = 0  # how many were begun
@@ -95,10 +96,12 @@ class ServingTask:
         return load_dictionary(Path(filename))
 
     @classmethod
-    def setup_task(cls, args, **kwargs):
+    def setup_task(cls, args, ranks: Ranks | ProgramRanks | None = None, **kwargs):
+        """ranks: those that serve, where they are known already."""
         check_fairseq()
-        check_flags(args)
+        check_flags(args, None if ranks is None else Rank(ranks.rank, ranks.world_size))
         task = super().setup_task(args, **kwargs)
+        task.ranks = ranks
         fairseq_hooks.remember(task)
         return task
 
@@ -170,13 +173,15 @@ class ServingTask:
         """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the flags say."""
         flags = self._flags()
         settings, capacity = buffer_settings(flags), capacity_settings(flags)
-        num_ranks = 1 if self.ranks is None else self.ranks.world_size
+        num_ranks, local_ranks = 1, 1
+        if self.ranks is not None:
+            num_ranks, local_ranks = self.ranks.world_size, self.ranks.local_ranks
         virtual = capacity is not None and self.ranks is None
         if virtual:
             num_ranks = capacity.virtual_ranks
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         places = place_experts(model, placement, num_ranks, virtual)
-        model.expert_buffer = None if settings is None else ExpertBuffer(settings)
+        model.expert_buffer = None if settings is None else ExpertBuffer(settings, local_ranks)
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
             limit_experts(model, capacity, places, num_ranks)
@@ -310,7 +315,7 @@ class ServingTask:
             kwargs["num_shards"] = getattr(self._flags(), "num_shards", 1)
             kwargs["shard_id"] = getattr(self._flags(), "shard_id", 0)
         keep_every_sentence(dataset)
-        of_all = self.ranks is None or self.ranks.rank == 0 or self.batches_in_order  # rank 0 prints them all
+        of_all = self.ranks is None or self.ranks.shows_all or self.batches_in_order
         if not of_all:
             shards, shard = kwargs.get("num_shards", 1), kwargs.get("shard_id", 0)
             kwargs["num_shards"] = shards * self.ranks.world_size

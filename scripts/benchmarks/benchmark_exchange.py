@@ -28,6 +28,7 @@ from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.copies import ExpertCopies  # noqa: E402
 from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
 from fairseq_moe_ext.ranks.exchange import Exchange  # noqa: E402
+from fairseq_moe_ext.ranks.process_group import start_group  # noqa: E402
 from reproduction.tables import markdown  # noqa: E402
 
 
@@ -48,7 +49,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=args.ranks)
-    exchange = Exchange(rank, args.ranks)
+    exchange = Exchange(start_group())
     layers = {gating: shared_layer(gating, exchange, args) for gating in ("dynamic", "static")}
     tokens = torch.randn(1, args.tokens, args.model_dim, generator=torch.Generator().manual_seed(rank))
     rows = [("round without tokens", *timed(lambda: exchange.idle_round(alive=True), 10 * args.rounds), 0)]

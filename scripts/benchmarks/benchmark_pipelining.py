@@ -21,6 +21,7 @@ from benchmark_exchange import shared_layer
 from torch import Tensor
 
 from fairseq_moe_ext.ranks.exchange import IDLE, Exchange, Round, _Arrivals
+from fairseq_moe_ext.ranks.process_group import start_group
 
 # tokens of a rank, experts, model dim, hidden dim
 SHAPES = ((1024, 64, 256, 1024), (64, 64, 256, 1024), (1024, 32, 512, 2048), (4096, 16, 256, 512))
@@ -52,7 +53,7 @@ def pipelined(self: Round, sent: Tensor, sent_bytes: list[int]) -> Tensor:
 def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=args.ranks)
-    layer = shared_layer("dynamic", Exchange(rank, args.ranks), args)
+    layer = shared_layer("dynamic", Exchange(start_group()), args)
     tokens = torch.randn(1, args.tokens, args.model_dim, generator=torch.Generator().manual_seed(rank))
     ways = {"served": Round.exchange, "pipelined": pipelined}
     taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -71,6 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cfg = configuration(request["arguments"], request["translates"])
     model, task = load(cfg)
+    dist.init_process_group("gloo")  # for what is measured, beside the ranks' own
     rank, ranks = dist.get_rank(), dist.get_world_size()
     inputs = layer_inputs(model, task, cfg, rank, ranks)
     settings = [Setting(*parts) for parts in request["settings"]]

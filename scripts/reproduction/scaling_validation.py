@@ -27,6 +27,7 @@ from fairseq_moe_ext.gating import MOELayer, Top2Gate
 from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.layer import StaticOptions
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import start_group
 from reproduction.cluster import Network
 from reproduction.layer_costs import K, LayerCosts, Shape, measure_costs, measure_device
 from reproduction.plots import COLOURS, MARKERS, panels, save
@@ -187,7 +188,7 @@ def routed_layer(request: LayerRequest, exchange: Exchange) -> MOELayer:
 
 
 def _layers(rank: int, ranks: int, requests: Sequence[LayerRequest]) -> list[float]:
-    exchange, found = Exchange(rank, ranks), []
+    exchange, found = Exchange(start_group()), []
     for request in requests:
         layer = routed_layer(request, exchange)
         experts = len(request.placement)

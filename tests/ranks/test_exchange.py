@@ -9,6 +9,7 @@ from rank_layers import Call, Job, alone, contiguous, replicated, serve, shuffle
 from fairseq_moe_ext.gating import Routing
 from fairseq_moe_ext.gating.dispatch import dispatch, plan_dispatch
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import start_group
 
 STATIC = {"capacity_fraction": 0.3, "count_padding": False}
 PLACEMENTS = {"contiguous": contiguous, "shuffled": shuffled, "replicated": replicated}
@@ -244,7 +245,7 @@ def scaled_identity(layer, rank: int) -> None:
 def travel(rank, world_size, placement, expert_ids_of_ranks, kept_of_ranks):
     """Send rows that say where they are from; what came back, the plan and the bytes."""
     layer = Case(model_dim=4, hidden_dim=4, num_experts=len(placement)).layer()
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     split_layer(layer, placement, rank, world_size, exchange)
     scaled_identity(layer, rank)
     expert_ids, kept = expert_ids_of_ranks[rank], kept_of_ranks[rank]
@@ -281,7 +282,7 @@ def test_every_assignment_ran_in_a_copy_of_its_expert_and_came_back_to_its_token
 def scaled_layer(rank, world_size, case, gating, placement):
     """The layer's output on positive tokens, by scaled identity experts."""
     layer = case.layer(gating, **({"capacity_fraction": 1.0} if gating == "static" else {}))
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     split_layer(layer, placement, rank, world_size, exchange)
     scaled_identity(layer, 0)
     x = case.with_(seed=rank, rows=1 + rank).batch()[0].abs()

@@ -12,6 +12,7 @@ from rank_layers import contiguous, split_layer
 
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.faults import ExchangeError
+from fairseq_moe_ext.ranks.process_group import start_group
 
 CASE = Case(num_experts=6, rows=4)
 SECONDS = 20  # for all ranks to end, on a machine that does much else
@@ -65,7 +66,7 @@ def fail(rank, world_size, file, gating, place, failing, calling):
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     layer = CASE.layer(gating, **({"capacity_fraction": 1.0} if gating == "static" else {}))
     split_layer(layer, contiguous(6, world_size), rank, world_size, exchange)
     x, _ = CASE.with_(seed=rank).batch()

@@ -10,6 +10,7 @@ from rank_layers import contiguous, replicated, shuffled, split_layer
 from ties import Hypothesis, assert_same_hypotheses, of_tokens
 
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import start_group
 
 RANKS = 3
 PLACEMENTS = {"contiguous": contiguous, "shuffled": shuffled, "replicated": replicated}
@@ -51,7 +52,7 @@ def search(model, dictionary, batches, beam: int) -> list[list[Hypothesis]]:
 def translate(rank, world_size, goldens, flags, where, beam, sentences_of_ranks):
     """This rank's translations, and the idle rounds until all were done."""
     model, dictionary = load(goldens, flags)
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     for layer in model.moe_layers().values():
         split_layer(layer, PLACEMENTS[where](8, world_size), rank, world_size, exchange)
     found = search(model, dictionary, batches_of(rank, sentences_of_ranks[rank]), beam)

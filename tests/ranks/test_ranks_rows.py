@@ -9,6 +9,7 @@ from rank_layers import contiguous, split_layer
 
 from fairseq_moe_ext.kernels.grouped_linear import load_kernel
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import start_group
 
 WITH_KERNEL = pytest.mark.skipif(load_kernel() is None, reason="PyTorch's product rounds by the number of rows")
 STATIC = {"capacity_fraction": 0.3, "count_padding": False}
@@ -37,7 +38,7 @@ def output_on(layer, case: Case, value: float = 0.0):
 def on_two_ranks(rank, world_size, name, gating, rows_of_ranks, value):
     """The output of this rank's batch, by a layer whose experts lie on both ranks, with `value` in padding."""
     layer = layer_of(name, gating)
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     split_layer(layer, contiguous(5, world_size), rank, world_size, exchange)
     output = output_on(layer, case_of(rank, rows_of_ranks[rank]), value)
     exchange.idle_round(alive=False)
@@ -62,7 +63,7 @@ def test_what_stands_in_padding_comes_nowhere(two_ranks, gating):
 
 def gradient_through(rank, world_size):
     layer = layer_of("relu")
-    exchange = Exchange(rank, world_size)
+    exchange = Exchange(start_group())
     split_layer(layer, contiguous(5, world_size), rank, world_size, exchange)
     output = layer(case_of(rank, 3).batch()[0].requires_grad_())
     exchange.idle_round(alive=False)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.process_group import RankGroup
 from reproduction.cluster import Device, Network, systems
 from reproduction.layer_costs import LayerCosts, Shape
 from reproduction.scaling_validation import LayerRequest, routed_layer, tokens_for, whole_rows
@@ -98,7 +100,7 @@ def test_tokens_go_where_they_shall(share):
     rows = whole_rows(np.array(share), tokens=24)
     assert sum(rows) == 48 and max(rows) <= 24
     request = LayerRequest("dynamic", 8, 16, 1.0, [0, 0, 0, 0], [[rows]], 1)
-    layer = routed_layer(request, Exchange(0, 1))
+    layer = routed_layer(request, Exchange(RankGroup(dist.HashStore(), 0, 1)))
     calls = []
     layer.observer = calls.append
     with torch.inference_mode():

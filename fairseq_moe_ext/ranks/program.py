@@ -1,0 +1,298 @@
+"""Several ranks whose own programs serve one model: every call is made by all of them, and all get its results.
+
+A call's batches are dealt out as the commands deal them: batch i belongs to rank i % R. Nothing of it changes the
+program: no signal handler, no hook, no end of a process, no default group. After an error that leaves the ranks out of
+step the model can only be closed.
+Legend: R = ranks (the world size).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fairseq_moe_ext.ranks.exchange import Exchange
+from fairseq_moe_ext.ranks.faults import ExchangeError
+from fairseq_moe_ext.ranks.group import world_size
+from fairseq_moe_ext.ranks.messages import Outbox, receive
+from fairseq_moe_ext.ranks.process_group import RankGroup, start_group
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+
+def ranks_of_program(cpu: bool) -> ProgramRanks | OneProcess:
+    """This process's ranks: those of torch.distributed's default group, else torchrun's; all of them call this.
+
+    cpu: whether they compute on CPUs, whatever is there.
+    """
+    alone = dist.get_world_size() == 1 if dist.is_initialized() else world_size() == 1
+    if alone:
+        return OneProcess()
+    return ProgramRanks(start_group(torch.cuda.is_available() and not cpu), cpu)
+
+
+class OneProcess:
+    """One process serves: its calls are its own."""
+
+    members = None
+
+    def check_alone(self, name: str) -> None:
+        """Only several ranks refuse."""
+
+    @contextmanager
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[OneCall]:
+        yield OneCall()
+
+    def end(self, write: Callable[[], None] | None = None, in_step: bool = False) -> None:
+        if write is not None:
+            write()
+
+
+class OneCall:
+    """A call of one process."""
+
+    seed = None
+
+    def preparing(self) -> nullcontext:
+        return nullcontext()
+
+    def share(self, found: Any) -> list[Any]:
+        return [found]
+
+
+class ProgramRanks:
+    """One rank among R, whose programs serve a model together."""
+
+    shows_all = False  # its own batches alone come to a rank
+
+    def __init__(self, group: RankGroup, cpu: bool):
+        self.rank, self.world_size = group.rank, group.world_size
+        self.exchange = Exchange(group)
+        self._group, self._outbox = group, Outbox(group)
+        try:
+            hosts = group.gather(socket.gethostname().encode())
+            self.local_ranks = hosts.count(hosts[self.rank])
+            _check_devices(group.gather(_device(cpu).encode()))
+        except BaseException:
+            group.end()
+            raise
+
+    @property
+    def members(self) -> ProgramRanks:
+        """What the task of the model is told."""
+        return self
+
+    def check_alone(self, name: str) -> None:
+        raise ValueError(f"{name} must be called where one process serves, got {self.world_size} ranks")
+
+    @contextmanager
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Call]:
+        """Around one call, which all ranks make; an error that leaves them out of step ends the group.
+
+        ExchangeError where another rank failed or cannot be reached, also in an earlier call.
+        """
+        if self.exchange.fault is not None:
+            raise ExchangeError(f"the model can only be closed: {self.exchange.fault}", self.exchange.fault)
+        call = Call(self, name, arguments)
+        try:
+            yield call
+        except ExchangeError as error:
+            if call.in_step:
+                raise
+            raise self._out_of_reach(name, error) from error
+        except BaseException as error:
+            if not call.in_step:
+                self._break_off(error)
+            raise
+
+    def turn(self, position: int, of_all: bool) -> OwnTurn:
+        """The turn of the batch at `position` among all batches, or among this rank's own."""
+        number = position if of_all else position * self.world_size + self.rank
+        return OwnTurn(number, number % self.world_size == self.rank)
+
+    def drain(self, batches: int = 0, last: bool = True) -> None:
+        """Compute for the others until every rank is done with its own batches; every call begins anew."""
+        while self.exchange.idle_round(alive=False):
+            pass
+
+    @property
+    def part(self) -> int:
+        """Which of R parts of a call's batches is this rank's: those at part, part + R, ..."""
+        return self.rank
+
+    def leave(self) -> None:
+        """The program goes on."""
+
+    def gather(self, content: Any) -> list[Any]:
+        """Every rank's `content`, of plain data, by rank."""
+        return [json.loads(each) for each in self._group.gather(json.dumps(content).encode())]
+
+    def send(self, content: bytes) -> None:
+        """Send to rank 0, which receives in this order."""
+        self._outbox.send(content)
+
+    def receive(self, rank: int) -> bytearray:
+        """What `rank` sends next."""
+        return receive(self._group, rank)
+
+    def end(self, write: Callable[[], None] | None = None, in_step: bool = False) -> None:
+        """Give the group back; write: what all ranks do together before, where there is something to be written.
+
+        in_step: all ranks do it now; else nothing is written.
+        """
+        try:
+            if write is not None:
+                self._write(write, in_step)
+        finally:
+            if self.exchange.fault is None:
+                self.exchange.fault = f"rank {self.rank} of {self.world_size} has closed the model"
+                self._group.leave_word(self.exchange.fault)
+            self._group.end()
+
+    def _write(self, write: Callable[[], None], in_step: bool) -> None:
+        try:
+            if not in_step:
+                raise ExchangeError("close() must be called on every rank, and was not")
+            with self.call("close", {}) as call:
+                with call.preparing():
+                    pass
+                write()
+                self._outbox.wait()
+        except (ExchangeError, ValueError) as error:
+            logger.error("report and trace of all ranks are not written: %s", error)
+
+    def _break_off(self, error: BaseException) -> None:
+        """This rank cannot go on: the others learn why."""
+        if self.exchange.fault is None:
+            self.exchange.tell(error)
+        self._end_group()
+
+    def _out_of_reach(self, name: str, error: ExchangeError) -> ExchangeError:
+        """Another rank failed or has gone: by its own word, or found by its connection."""
+        reason = error.fault
+        if reason is None:
+            lost = self._group.cut_off() or self._group.vanished()
+            named = ", ".join(map(str, lost))
+            reason = f"rank {named} of {self.world_size} vanished" if lost else str(error)
+            reason = self._group.word_left() or reason  # which may have come later than the end of the connection
+        self.exchange.fault = reason
+        self._group.leave_word(reason)
+        self._end_group()
+        return ExchangeError(f"{name}() broke off: {reason}", reason)
+
+    def _end_group(self) -> None:
+        self.exchange.abandon()
+        self._outbox.clear()
+        self._group.end()
+
+
+class Call:
+    """One call of all ranks. in_step: whether an error that is raised now leaves the ranks where they can go on."""
+
+    def __init__(self, ranks: ProgramRanks, name: str, arguments: Mapping[str, Any]):
+        self.in_step = False
+        self.seed: int | None = None  # of what is drawn without a seed: rank 0's
+        self._ranks, self._name, self._arguments = ranks, name, arguments
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around what every rank does by itself before they compute together; at its end they agree.
+
+        ValueError where the call is another one on another rank; ExchangeError where this failed on another rank.
+        """
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        arguments = {name: _described(value) for name, value in self._arguments.items()}
+        told = self._ranks.gather([self._name, arguments, said, torch.initial_seed()])
+        self.in_step = True
+        errors = [each[2] for each in told]
+        if None in errors:  # else each has its own to tell
+            _check_same(told)
+        if error is not None:
+            raise error
+        failed = next((rank for rank, each in enumerate(errors) if each is not None), None)
+        if failed is not None:
+            fault = f"rank {failed} of {self._ranks.world_size} failed: {errors[failed]}"
+            raise ExchangeError(f"{self._name}() broke off: {fault}", fault)
+        self.seed = told[0][3]
+        self.in_step = False
+
+    def share(self, found: Any) -> list[Any]:
+        """What came of each rank's batches, plain data, by rank; with it the call is over."""
+        everything = self._ranks.gather(found)
+        self.in_step = True
+        return everything
+
+
+class OwnTurn:
+    """One batch, whose owner computes it and keeps the result until all share theirs."""
+
+    def __init__(self, number: int, is_ours: bool):
+        self.number, self.is_ours = number, is_ours
+
+    def result(self, compute, nbest: int | None = None) -> list[list[dict]]:
+        return compute()
+
+
+def _device(cpu: bool) -> str:
+    """Where this rank computes, by a name that no other device has."""
+    if cpu or not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{properties.name} {properties.uuid}"
+
+
+def _check_devices(devices: list[bytes]) -> None:
+    on_gpu = [bool(device) for device in devices]
+    if any(on_gpu) != all(on_gpu):
+        raise ValueError(f"all ranks must compute on GPUs, or none (cpu=True), got rank {on_gpu.index(False)} without")
+    if all(on_gpu) and len(set(devices)) < len(devices):
+        shared = next(device for device in devices if devices.count(device) > 1)
+        ranks = ", ".join(str(rank) for rank, device in enumerate(devices) if device == shared)
+        raise ValueError(
+            f"every rank must have a GPU of its own (torch.cuda.set_device), got {shared.decode()} for ranks {ranks}"
+        )
+
+
+def _described(value: Any) -> list[str]:
+    """[what is equal for equal values, what people are shown]."""
+    plain = list(value) if isinstance(value, tuple) else value
+    try:
+        text = json.dumps(plain, sort_keys=True, default=_plain)
+    except (TypeError, ValueError):
+        text = repr(plain)
+    shown = f"{len(plain)} texts" if isinstance(plain, list) and plain and isinstance(plain[0], str) else repr(plain)
+    return [hashlib.sha256(text.encode()).hexdigest(), shown if len(shown) <= 60 else f"{shown[:60]} ..."]
+
+
+def _plain(value: Any) -> str:
+    return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)
+
+
+def _check_same(told: list[list]) -> None:
+    """ValueError, on every rank alike, where they do not make the same call."""
+    (first, wanted, *_), *others = told
+    for rank, (name, arguments, *_) in enumerate(others, 1):
+        if name != first:
+            raise ValueError(f"all ranks must make the same call, got {first}() on rank 0 and {name}() on rank {rank}")
+        for argument in [*wanted, *arguments]:
+            values = [each.get(argument, ["", "none"]) for each in (wanted, arguments)]
+            if values[0][0] != values[1][0]:
+                other = " others" if values[0][1] == values[1][1] else ""
+                raise ValueError(
+                    f"{argument} must be the same on all ranks, got {values[0][1]} on rank 0 and "
+                    f"{values[1][1]}{other} on rank {rank}"
+                )

@@ -1,0 +1,381 @@
+"""`fairseq_moe_ext.load` on several ranks: each runs a program of its own, and all have the results of one process."""
+
+import atexit
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import commands
+import pytest
+import torch
+import torch.distributed as dist
+from python_served import PIECES, lines_of
+from rank_commands import MT_LAYERS, shuffled
+from rank_group import ranks
+from rank_programs import run_ranks
+
+import fairseq_moe_ext as moe
+from fairseq_moe_ext.balancing.placement import Placement, save_placement
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.ranks.process_group import GRACE
+from fairseq_moe_ext.trace import load_trace
+
+MULTILINGUAL = {"source_lang": "en", "target_lang": "fr", "model_overrides": commands.NLLB_OVERRIDES, **PIECES}
+MODELS = {
+    "lm_top2_ws2": ("test", {"cpu": True}),
+    "mt_plain": ("test.en-de.en", PIECES),
+    "mt_nllb_ws2": ("test.en-fr.en", MULTILINGUAL),
+}
+SEARCHES = {  # three batches: two for rank 0, one for rank 1
+    "lm_top2_ws2": {"beam": 2, "max_len_a": 0, "max_len_b": 20, "batch_size": 3},
+    "mt_plain": {"beam": 4, "nbest": 2, "batch_size": 3},
+    "mt_nllb_ws2": {"beam": 2, "batch_size": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Programs that have a default group of their own."""
+    with ranks(2) as group:
+        yield group
+
+
+def load(folder: Path, **options):
+    return moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **options)
+
+
+def answers(served, name: str) -> list:
+    """What a program may ask of a served model: hypotheses of a search, of scoring, and the best texts."""
+    lines = [" ".join(line.split()[:12]) for line in lines_of(served, MODELS[name][0])[:8]]
+    found = served.generate(lines, **SEARCHES[name])
+    targets = None if name.startswith("lm") else [sentence[0].words for sentence in found]
+    scored = [[each] for each in served.score(lines, targets, batch_size=3)]
+    return found + scored
+
+
+def serve(rank, world_size, folder, name, options):
+    with load(folder, **options) as served:
+        return answers(served, name), served.translate([]), served.report()
+
+
+def assert_same(found: list, wanted: list) -> None:
+    """Texts equal, scores up to what experts on other ranks round otherwise."""
+    for sentence, expected in zip(found, wanted, strict=True):
+        assert [each.words for each in sentence] == [each.words for each in expected]
+        for each, one in zip(sentence, expected, strict=True):
+            assert (each.text, each.alignment) == (one.text, one.alignment)
+            assert each.score == pytest.approx(one.score, abs=1e-4)
+            assert each.positional_scores == pytest.approx(one.positional_scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rank_has_the_results_of_one_process(shared_goldens, two, name):
+    folder, options = shared_goldens / name, MODELS[name][1]
+    (found, empty, report), second = two(serve, folder, name, options)
+    assert second == (found, empty, report) and empty == []
+    with load(folder, **options) as served:
+        assert_same(found, answers(served, name))
+        one = served.report()
+    assert report["world_size"] == len(report["ranks"]) == 2
+    assert all(each["tokens"] > 0 and each["bytes_exchanged"] > 0 for each in report["ranks"])
+    for totals in {"encoder", "decoder", "generation"} & set(one):
+        for figure in {"tokens", "steps", "sentences", "hypothesis_tokens"} & set(one[totals]):
+            assert report[totals][figure] == one[totals][figure]
+    assert report["memory"]["expert_bytes_total"] == one["memory"]["expert_bytes_total"]
+    assert [each["expert_bytes"] for each in report["ranks"]] == [one["memory"]["expert_bytes_total"] // 2] * 2
+
+
+def replicated(layers: tuple[str, ...]) -> Placement:
+    """Expert 0 on both ranks, the others here and there."""
+    return Placement(2, {name: ((0, 1), *places[1:]) for name, places in shuffled(layers, 2).items()})
+
+
+WAYS = [
+    {"expert_placement": "placement.json"},
+    {"expert_placement": "placement.json", "expert_buffer_size": 1},
+    {"moe_gating": "static", "moe_eval_capacity_token_fraction": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=["replicas", "replicas in buffers", "static"])
+def test_flags_of_ranks_are_obeyed(shared_goldens, two, tmp_path, options):
+    folder, options = shared_goldens / "mt_plain", dict(options)
+    if "expert_placement" in options:
+        options["expert_placement"] = str(tmp_path / "placement.json")
+        save_placement(tmp_path / "placement.json", replicated(MT_LAYERS))
+    (found, _, report), _ = two(serve, folder, "mt_plain", {**PIECES, **options})
+    with load(folder, **PIECES) as served:
+        assert_same(found, answers(served, "mt_plain"))
+    held = sum(each["expert_bytes"] for each in report["ranks"])
+    total = report["memory"]["expert_bytes_total"]
+    assert held == total * (9 / 8 if "expert_placement" in options else 1)
+    assert all((each["misses"] > 0) == ("expert_buffer_size" in options) for each in report["ranks"])
+
+
+def score(rank, world_size, folder, options, batch_size):
+    with load(folder, **options) as served:
+        return [[each] for each in served.score(lines_of(served, "test")[:6], batch_size=batch_size)]
+
+
+def test_a_capacity_is_counted_for_each_rank(shared_goldens, two):
+    """Batches of 3 on two ranks are the halves of one of 6 in a process that counts as two."""
+    folder, options = shared_goldens / "lm_top2_ws2", {"cpu": True, "moe_capacity_factor": 0.5}
+    options |= {"moe_capacity_scope": "rank", "moe_overflow": "reroute"}
+    found, second = two(score, folder, options, 3)
+    assert found == second
+    assert_same(found, score(0, 1, folder, {**options, "moe_virtual_ranks": 2}, 6))
+
+
+def draw(rank, world_size, folder):
+    torch.manual_seed(rank)  # a program's own numbers
+    with load(folder, **PIECES) as served:
+        lines = lines_of(served)[:8]
+        drawn = [served.translate(lines, sampling=True, beam=2, batch_size=3, **seed) for seed in ({"seed": 5}, {})]
+    return drawn, int(torch.randint(1 << 30, ()))
+
+
+def test_random_numbers_are_drawn_as_one_process_draws_them(shared_goldens, two):
+    results = two(draw, shared_goldens / "mt_plain")
+    (drawn, number), (second, other) = results
+    with torch.random.fork_rng():
+        assert draw(0, 1, shared_goldens / "mt_plain") == (drawn, number)
+    assert second == drawn and other != number
+
+
+def write(rank, world_size, folder, files):
+    with load(folder, **PIECES, moe_report=str(files / "report.json"), moe_trace=str(files / "trace.npz")) as served:
+        lines = lines_of(served)[:8]
+        for size in (3, 8):
+            served.translate(lines, beam=2, batch_size=size)
+    return (files / "report.json").exists()
+
+
+def test_rank_0_writes_report_and_trace_of_all(shared_goldens, two, tmp_path):
+    (tmp_path / "one").mkdir()
+    assert two(write, shared_goldens / "mt_plain", tmp_path)[0]
+    assert write(0, 1, shared_goldens / "mt_plain", tmp_path / "one")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["world_size"] == 2 and report["generation"]["sentences"] == 16
+    found, wanted = load_trace(tmp_path / "trace.npz"), load_trace(tmp_path / "one" / "trace.npz")
+    for phase, recorded in wanted.items():
+        assert found[phase].load.tolist() == recorded.load.tolist()
+        assert found[phase].batch.tolist() == recorded.batch.tolist()
+
+
+# --- what becomes of the group
+
+
+def state_of_process() -> tuple:
+    handlers = tuple(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
+    return sys.excepthook, sys.stdout, handlers, atexit._ncallbacks(), dist.group.WORLD
+
+
+def several(rank, world_size, goldens):
+    """Two models at once, and one of them again afterwards; what is left of it in the process."""
+    with load(goldens / "mt_plain", **PIECES):
+        pass  # fairseq's own imports leave what they leave
+    before, threads = state_of_process(), len(os.listdir("/proc/self/task"))
+    first, second = load(goldens / "mt_plain", **PIECES), load(goldens / "lm_top2_ws2", cpu=True)
+    lines, texts = lines_of(first)[:5], lines_of(second, "test")[:3]
+    found = [first.translate(lines, batch_size=2), second.score(texts), first.translate(lines, batch_size=2)]
+    first.close()
+    found.append(second.score(texts))
+    second.close()
+    with load(goldens / "mt_plain", **PIECES) as third:
+        found.append(third.translate(lines, batch_size=2))
+    numbers = torch.tensor([rank + 1])
+    dist.all_reduce(numbers)  # in the program's own group
+    assert state_of_process() == before and int(numbers) == 3
+    return found, len(os.listdir("/proc/self/task")) - threads
+
+
+def test_models_at_once_and_in_turn_leave_the_programs_own_group_alone(shared_goldens, two):
+    for (a, b, a_again, b_again, a_later), threads in two(several, shared_goldens):
+        assert a == a_again == a_later and b == b_again and threads <= 0
+
+
+def forget(rank, world_size, folder):
+    """A model that a program does not close is given back as well, without the other ranks."""
+    served = load(folder, **PIECES)
+    lines = lines_of(served)[:2]
+    threads = len(os.listdir("/proc/self/task"))
+    dist.barrier()
+    if rank == 1:
+        del served
+        return len(os.listdir("/proc/self/task")) < threads
+    return error_of(lambda: served.translate(lines))
+
+
+def test_a_rank_that_has_left_is_named(shared_goldens, two):
+    (kind, said), gone = two(forget, shared_goldens / "mt_plain")
+    assert gone
+    assert (kind, said) == ("ExchangeError", "translate() broke off: rank 1 of 2 has closed the model")
+
+
+# --- errors
+
+
+def error_of(call) -> tuple[str, str] | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def differ(rank, world_size, folder):
+    """Calls that are not the same ones; the model goes on afterwards."""
+    name = ("mt_plain", "mt_nllb_ws2")[rank]
+    said = [error_of(lambda: moe.load(folder / f"{name}.pt", cpu=True))]
+    with load(folder, **PIECES) as served:
+        lines = lines_of(served)[:3]
+        calls = [
+            lambda: served.translate(lines, beam=2 + rank),
+            lambda: served.translate([*lines[:2], lines[2 * rank]]),
+            lambda: served.score(lines, lines) if rank else served.generate(lines),
+            lambda: served.generate(lines, **({"nbest": 2} if rank else {})),
+            lambda: served.translate(lines, **({"beam": 0} if rank else {})),
+            lambda: served.translate(lines, beam=0),
+            lambda: served.engine(),
+        ]
+        said += map(error_of, calls)
+        assert len(served.translate(lines)) == 3
+    return said
+
+
+def test_calls_that_differ_are_one_error_on_all_ranks(shared_goldens, two):
+    folder = shared_goldens / "mt_plain"
+    first, second = two(differ, folder)
+    path, *of_model = first
+    assert first[:-3] == second[:-3] and all(kind == "OptionError" for kind, _ in first)
+    assert path[1].startswith("path must be the same on all ranks, got PosixPath(")
+    assert [said for _, said in of_model] == [
+        "beam must be the same on all ranks, got 2 on rank 0 and 3 on rank 1",
+        "sentences must be the same on all ranks, got 3 texts on rank 0 and 3 texts others on rank 1",
+        "all ranks must make the same call, got generate() on rank 0 and score() on rank 1",
+        "nbest must be the same on all ranks, got none on rank 0 and 2 on rank 1",
+        "beam must be the same on all ranks, got none on rank 0 and 0 on rank 1",
+        "beam must be at least 1, got 0",
+        "engine() must be called where one process serves, got 2 ranks",
+    ]
+    assert second[-3:] == first[-3:]
+
+
+def miss_data(rank, world_size, folder, elsewhere):
+    os.chdir(folder if rank == 0 else elsewhere)
+    return error_of(lambda: moe.load(str(folder / "checkpoint_last.pt"), data="data-bin", **PIECES))
+
+
+def test_a_rank_that_cannot_load_ends_the_loading_of_all(shared_goldens, two, tmp_path):
+    first, second = two(miss_data, shared_goldens / "mt_plain", tmp_path)
+    missing = "data must be a folder with the model's dictionaries, got data-bin"
+    assert second[0] == "OptionError" and second[1].startswith(missing)
+    assert first == ("ExchangeError", f"load() broke off: rank 1 of 2 failed: OptionError: {second[1]}")
+
+
+def fail(rank, world_size, folder, failing):
+    """An error in one rank's experts; then further calls, the end, and another model."""
+    served = load(folder, **PIECES)
+    lines = lines_of(served)[:6]
+    forward = ResidentExperts.forward
+
+    def broken(*_):
+        raise MemoryError("no room for the experts")
+
+    if rank == failing:
+        ResidentExperts.forward = broken
+    try:
+        said = [error_of(lambda: served.translate(lines, batch_size=2)) for _ in range(2)]
+    finally:
+        ResidentExperts.forward = forward
+    served.close()
+    with load(folder, **PIECES) as again:
+        return said, again.translate(lines)
+
+
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_an_error_on_one_rank_is_one_on_all_and_the_model_can_only_be_closed(shared_goldens, two, failing):
+    results = two(fail, shared_goldens / "mt_plain", failing)
+    cause = f"rank {failing} of 2 failed: MemoryError: no room for the experts"
+    for rank, ((first, then), translated) in enumerate(results):
+        own = ("MemoryError", "no room for the experts")
+        assert first == (own if rank == failing else ("ExchangeError", f"translate() broke off: {cause}"))
+        assert then == ("ExchangeError", f"the model can only be closed: {cause}")
+        assert translated == results[0][1] and len(translated) == 6
+
+
+def call_from_a_thread(rank, world_size, folder):
+    """Threads of one rank that share the model do so as before."""
+    with load(folder, **PIECES) as served:
+        lines = lines_of(served)[:4]
+        found: list = []
+        thread = threading.Thread(target=lambda: found.append(served.translate(lines)))
+        thread.start()
+        thread.join()
+        return found[0] == served.translate(lines)
+
+
+@pytest.mark.slow
+def test_any_thread_may_make_the_call(shared_goldens, two):
+    assert two(call_from_a_thread, shared_goldens / "mt_plain") == [True, True]
+
+
+# --- programs that torchrun or a user starts
+
+PROGRAM = """
+import os, signal, sys, time
+import torch.distributed as dist
+import fairseq_moe_ext as moe
+from fairseq_moe_ext.experts.resident import ResidentExperts
+
+path, data = sys.argv[1:]
+rank = int(os.environ["RANK"])
+served = moe.load(path, data=data, cpu=True, post_process="sentencepiece")
+print(served.translate(["▁A ▁man ▁in ▁an ▁orange ▁hat .", "▁Two ▁dogs ▁run ."], beam=4, batch_size=1))
+if os.environ.get("KILLED") == str(rank):
+    ResidentExperts.forward = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+start = time.monotonic()
+try:
+    if "KILLED" in os.environ:
+        served.translate(["▁Two ▁dogs ▁run ."] * 6, batch_size=1)
+except Exception as error:
+    print(type(error).__name__, error)
+print(time.monotonic() - start, dist.is_initialized())
+served.close()
+"""
+
+
+def test_a_rank_that_is_killed_ends_the_others_calls_and_no_program(shared_goldens):
+    folder = shared_goldens / "mt_plain"
+    program = ("-c", PROGRAM, folder / "checkpoint_last.pt", folder / "data-bin")
+    ended = run_ranks(program, 3, KILLED="1")
+    assert [each.returncode for each in ended] == [0, -signal.SIGKILL, 0]
+    for each in (ended[0], ended[2]):
+        translated, error, (seconds, initialized) = *each.stdout.splitlines()[:2], each.stdout.split()[-2:]
+        assert translated == ended[1].stdout.splitlines()[0]
+        assert error == "ExchangeError translate() broke off: rank 1 of 3 vanished"
+        assert float(seconds) < GRACE + 2 and initialized == "False"
+        assert "Traceback" not in each.stderr
+
+
+@pytest.mark.slow
+def test_results_are_those_of_the_command_on_as_many_ranks(shared_goldens):
+    folder = shared_goldens / "mt_plain"
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", *commands.MT, "--batch-size", "16")
+    done = commands.run("generate", *arguments, ranks=2)
+    wanted = commands.Generation(done.stdout.splitlines())
+    with ranks(2) as group:
+        first, second = group(translate_all, folder)
+    assert first == second
+    found = dict(enumerate(first))
+    assert {number: words for number, (_, words) in wanted.of_kind("H")} == {
+        number: each.words for number, each in found.items()
+    }
+
+
+def translate_all(rank, world_size, folder):
+    with load(folder, **PIECES) as served:
+        return [sentence[0] for sentence in served.generate(lines_of(served), beam=4, batch_size=16)]
