@@ -1,8 +1,12 @@
-"""docs/python.md: its examples run, one after the other in one program."""
+"""docs/python.md: its examples run, one after the other in one program; the one of several ranks by its command."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
@@ -19,12 +23,31 @@ FILES = {  # name in the examples -> recorded model and file
 }
 
 
-@pytest.mark.slow
-def test_the_examples_run(shared_goldens, tmp_path, monkeypatch, capsys):
+RANKS = "\n## Several ranks\n"
+
+
+@pytest.fixture
+def folder(shared_goldens, tmp_path):
     for name, place in FILES.items():
         (tmp_path / name).symlink_to(shared_goldens.joinpath(*place))
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return tmp_path
+
+
+def page() -> tuple[str, str]:
+    """(all but the section of several ranks, that section)."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(RANKS)
+    section, heading, after = rest.partition("\n## ")
+    return before + heading + after, section
+
+
+def examples_of(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_examples_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    examples = examples_of(page()[0], "python")
     assert len(examples) == 6
     names: dict = {}
     printed = []
@@ -39,3 +62,15 @@ def test_the_examples_run(shared_goldens, tmp_path, monkeypatch, capsys):
     assert len(several) == 3 and float(several[2].split()[0]) < 0
     assert len(multilingual) == 1 and len(language_model) == 2 and float(language_model[0].split()[0]) > 1
     assert len(hub) == 1
+
+
+@pytest.mark.slow
+def test_the_example_of_several_ranks_runs(folder):
+    (program,), (command,) = (examples_of(page()[1], language) for language in ("python", "sh"))
+    (folder / "translate.py").write_text(program, encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = commands.environment(PATH=path, PYTHONPATH=str(commands.REPOSITORY))
+    done = subprocess.run(["sh", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert first == second and first.startswith("['") and first.endswith("of 2 ranks")

@@ -41,7 +41,7 @@ class ProgramObserver(Observer):
         self.writes = report_path is not None or trace_path is not None
         self._at_exit = True  # the end of a call's batches is not the end of what is served
         self._before = self._begun = 0  # batches of earlier calls, of all ranks; of this call
-        self._others = NonFinite()  # what other ranks have met
+        self._of_all = NonFinite()  # what all ranks had met by the end of the last call
 
     @contextmanager
     def call(self, draws: bool, seed: int | None, device: torch.device) -> Iterator[None]:
@@ -71,6 +71,7 @@ class ProgramObserver(Observer):
 
     def told(self) -> dict[str, Any]:
         """What other ranks must know of this one's part of a call, as plain data."""
+        self._tell_of_non_finite(of_all=True)  # a result's passes are those of the rank that has it
         non_finite = asdict(self.report.non_finite)
         return {"results": asdict(self._results), "batches": self._begun, "non_finite": non_finite}
 
@@ -79,12 +80,9 @@ class ProgramObserver(Observer):
         results = [Results(**each["results"]) for each in told]
         self._results = Results(sum(each.served for each in results), [n for each in results for n in each.broken])
         self._begun = sum(each["batches"] for each in told)
-        self._others = NonFinite()
-        for rank, each in enumerate(told):
-            if self._ranks is not None and rank != self._ranks.rank:
-                self._others.add(NonFinite(**each["non_finite"]))
-        if self._others.first_layer is None:
-            self._tell_of_non_finite(of_all=True)
+        self._of_all = NonFinite()
+        for each in told:
+            self._of_all.add(NonFinite(**each["non_finite"]))
 
     def as_dict(self) -> dict:
         """The report of what was served so far, of all ranks, as `--moe-report` writes it."""
@@ -107,8 +105,7 @@ class ProgramObserver(Observer):
         return True
 
     def _not_finite(self) -> str:
-        found = copy.copy(self.report.non_finite)
-        found.add(self._others)
+        found = self._of_all or self.report.non_finite
         return found.describe(self.report.dtype, bool(self.report.layers))
 
 

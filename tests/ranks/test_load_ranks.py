@@ -306,6 +306,29 @@ def test_an_error_on_one_rank_is_one_on_all_and_the_model_can_only_be_closed(sha
         assert translated == results[0][1] and len(translated) == 6
 
 
+def break_experts(rank, world_size, folder):
+    """Experts of one rank give no numbers; without them the model is as before."""
+    with load(folder, **PIECES) as served:
+        lines = lines_of(served)[:6]
+        parameters = [p for layer in served._parts.models[0].moe_layers().values() for p in layer.experts.parameters()]
+        before = [parameter.clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter in parameters if rank == 1 else ():
+                parameter.fill_(float("nan"))
+            said = error_of(lambda: served.translate(lines, batch_size=2))
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.copy_(values)
+        return said, served.translate(lines, batch_size=2)
+
+
+def test_results_that_are_no_numbers_are_an_error_on_all_ranks(shared_goldens, two):
+    (said, translated), second = two(break_experts, shared_goldens / "mt_plain")
+    assert second == (said, translated) and len(translated) == 6
+    assert said[0] == "NotFiniteError"
+    assert said[1].startswith("6 of 6 results are not numbers (sentence 0, 1, 2, 3, 4, ...): values in float32 are not")
+    assert "first in encoder.layers.1" in said[1]
+
+
 def call_from_a_thread(rank, world_size, folder):
     """Threads of one rank that share the model do so as before."""
     with load(folder, **PIECES) as served:
