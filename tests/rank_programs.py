@@ -1,7 +1,9 @@
-"""Programs that are started as ranks by hand, each a process of its own, and what they said."""
+"""Programs that serve from several ranks: started by hand, each a process of its own; what they said and found."""
 
 from __future__ import annotations
 
+import atexit
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import commands
 import processes
+import pytest
+import torch.distributed as dist
 
 
 def run_ranks(program: Iterable[object], ranks: int, **environment: str) -> list[subprocess.CompletedProcess]:
@@ -25,3 +29,28 @@ def run_ranks(program: Iterable[object], ranks: int, **environment: str) -> list
             for rank in range(ranks)
         ]
         return [each.result() for each in started]
+
+
+def assert_same(found: list, wanted: list) -> None:
+    """Texts equal, scores up to what experts on other ranks round otherwise."""
+    for sentence, expected in zip(found, wanted, strict=True):
+        assert [each.words for each in sentence] == [each.words for each in expected]
+        for each, one in zip(sentence, expected, strict=True):
+            assert (each.text, each.alignment) == (one.text, one.alignment)
+            assert each.score == pytest.approx(one.score, abs=1e-4)
+            assert each.positional_scores == pytest.approx(one.positional_scores, abs=1e-4)
+
+
+def state_of_process() -> tuple:
+    """What a program has of its own, which serving leaves alone."""
+    handlers = tuple(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
+    return sys.excepthook, sys.stdout, handlers, atexit._ncallbacks(), dist.group.WORLD
+
+
+def error_of(call) -> tuple[str, str] | None:
+    """(kind, text) of what `call` raises."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None

@@ -44,6 +44,7 @@ class OneProcess:
     """One process serves: its calls are its own."""
 
     members = None
+    world_size = 1
 
     def check_alone(self, name: str) -> None:
         """Only several ranks refuse."""

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from fairseq_moe_ext.checkpoints.errors import one_line
 from fairseq_moe_ext.ranks.program import OneProcess, ProgramRanks, ranks_of_program
+from fairseq_moe_ext.ranks.workers import StartedRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.load_models import LoadedModels, load_models
@@ -36,14 +37,23 @@ def load(
     checkpoint says of its task (languages, language tokens) need not be said again.
 
     Among several ranks, those of torchrun or of the program's own torch.distributed, all of them call this with the
-    same arguments and then make the same calls; each holds its share of the experts.
+    same arguments and then make the same calls; each holds its share of the experts. A process that is alone starts the
+    other ranks itself under `distributed_world_size`, and forwards its calls to them.
 
     OptionError where an option is unknown, has no effect here or is not what it must be; CheckpointError where a file
     cannot be served; ValueError where a flag does not fit the model; ExchangeError where another rank failed. All are
     of one sentence.
     """
     register()
-    ranks = ranks_of_program(bool(options.get("cpu")))
+    count = options.pop("distributed_world_size", None)
+    return served_by(_ranks(count, {"path": path, "data": data, **options}), path, data, **options)
+
+
+def served_by(
+    ranks: ProgramRanks | OneProcess, path: Any, data: str | os.PathLike | None = None, **options: Any
+) -> Served:
+    """What `load` gives, where it is known which ranks serve."""
+    register()
     try:
         with ranks.call("load", {"path": path, "data": data, **options}) as call:
             with call.preparing():
@@ -53,6 +63,20 @@ def load(
     except BaseException:
         ranks.end()
         raise
+
+
+def _ranks(count: Any, told: Mapping[str, Any]) -> ProgramRanks | OneProcess:
+    """Those that are there, or `count` ranks, of which this process starts all but itself."""
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise OptionError(f"distributed_world_size must be a number of ranks, got {count!r}")
+    cpu = bool(told.get("cpu"))
+    ranks = ranks_of_program(cpu)
+    if count is None or count == ranks.world_size:
+        return ranks
+    if ranks.world_size > 1:
+        ranks.end()
+        raise OptionError(f"distributed_world_size must be the number of the ranks, {ranks.world_size}, got {count}")
+    return StartedRanks(count, cpu, told)
 
 
 def register() -> None:

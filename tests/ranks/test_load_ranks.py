@@ -1,10 +1,8 @@
 """`fairseq_moe_ext.load` on several ranks: each runs a program of its own, and all have the results of one process."""
 
-import atexit
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from python_served import PIECES, lines_of
 from rank_commands import MT_LAYERS, shuffled
 from rank_group import ranks
-from rank_programs import run_ranks
+from rank_programs import assert_same, error_of, run_ranks, state_of_process
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.balancing.placement import Placement, save_placement
@@ -59,16 +57,6 @@ def answers(served, name: str) -> list:
 def serve(rank, world_size, folder, name, options):
     with load(folder, **options) as served:
         return answers(served, name), served.translate([]), served.report()
-
-
-def assert_same(found: list, wanted: list) -> None:
-    """Texts equal, scores up to what experts on other ranks round otherwise."""
-    for sentence, expected in zip(found, wanted, strict=True):
-        assert [each.words for each in sentence] == [each.words for each in expected]
-        for each, one in zip(sentence, expected, strict=True):
-            assert (each.text, each.alignment) == (one.text, one.alignment)
-            assert each.score == pytest.approx(one.score, abs=1e-4)
-            assert each.positional_scores == pytest.approx(one.positional_scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -168,11 +156,6 @@ def test_rank_0_writes_report_and_trace_of_all(shared_goldens, two, tmp_path):
 # --- what becomes of the group
 
 
-def state_of_process() -> tuple:
-    handlers = tuple(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
-    return sys.excepthook, sys.stdout, handlers, atexit._ncallbacks(), dist.group.WORLD
-
-
 def several(rank, world_size, goldens):
     """Two models at once, and one of them again afterwards; what is left of it in the process."""
     with load(goldens / "mt_plain", **PIECES):
@@ -216,14 +199,6 @@ def test_a_rank_that_has_left_is_named(shared_goldens, two):
 
 
 # --- errors
-
-
-def error_of(call) -> tuple[str, str] | None:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def differ(rank, world_size, folder):
