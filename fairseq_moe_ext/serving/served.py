@@ -77,8 +77,7 @@ class ServedParts:
         return self.task.build_generator(self.models, Namespace(**generation))
 
     def batches(self, dataset: FairseqDataset, cfg: DictConfig) -> Iterator[dict]:
-        """fairseq's, where the model is; of several ranks this one's. ValueError at once where a sentence is too long.
-        """
+        """fairseq's, where the model is; of several ranks this one's. ValueError where a sentence is too long."""
         epoch = self.task.get_batch_iterator(
             dataset=dataset,
             max_tokens=cfg.dataset.max_tokens,

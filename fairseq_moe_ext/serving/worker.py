@@ -20,6 +20,7 @@ CALLS = ("translate", "generate", "score", "report")
 
 
 def main() -> None:
+    """Join the ranks, load the model, and make the calls that come on standard input until it ends."""
     logging.disable(logging.WARNING)  # rank 0 says what there is to be said
     lines = sys.stdin.buffer
     order = Order(**json.loads(lines.readline()))
