@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 POLICIES = ("lifo", "fifo", "lru", "lfu")
 ORDERS = ("resident-first", "ascending")
-# The pair with the fewest misses over all sizes of the models that the README names.
+# The pair with the fewest misses over all sizes of the models that docs/buffering.md names.
 DEFAULT_POLICY = "lfu"
 DEFAULT_ORDER = "resident-first"
 # What a use counts for `lfu` falls by this factor with every batch, so that a new domain's experts find a place.

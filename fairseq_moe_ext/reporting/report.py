@@ -1,4 +1,4 @@
-"""The report of what was served (`--moe-report`), as JSON; its fields are listed in the README."""
+"""The report of what was served (`--moe-report`), as JSON; docs/report.md lists its fields."""
 
 from __future__ import annotations
 
