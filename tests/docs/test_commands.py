@@ -19,8 +19,8 @@ from option_runs import command_parser
 
 from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, LM, MT, MULTI, VALIDATE
 
-LANGUAGES = ("bash", "python", "json", "")  # "": output
-OTHER_TESTS = ("docs/python.md",)  # whose Python test_python_docs.py runs
+LANGUAGES = ("bash", "python", "json", "sh", "")  # "": output
+OTHER_TESTS = ("docs/python.md",)  # whose Python and sh test_python_docs.py runs
 REASONS = (  # what a block's `no-run: ` may begin with
     "needs a GPU",
     "needs several machines",
@@ -51,6 +51,7 @@ def all_blocks(*languages: str) -> list[Block]:
 def test_every_block_says_its_language_and_why_it_does_not_run():
     for block in all_blocks():
         assert block.language in LANGUAGES, f"{block}: {block.info!r}"
+        assert block.language != "sh" or page_name(block.page) in OTHER_TESTS, f"{block}: {block.info!r}"
         reason = block.why_not_run
         if block.language in ("bash", "python") and reason is not None:
             assert block.info.startswith(f"{block.language} no-run: "), f"{block}: {block.info!r}"
