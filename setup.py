@@ -69,6 +69,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff",
+            "mypy",
             "triton>=3.3; platform_system == 'Linux'",  # its interpreter; PyTorch for CUDA brings it by itself
         ],
     },

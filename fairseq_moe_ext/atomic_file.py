@@ -56,8 +56,8 @@ def new_file(path: PathLike, flag: str = "", text: bool = False) -> Iterator[IO]
         except OSError as error:
             raise _write_error(path, flag, error) from error
         try:
-            file = io.BufferedWriter(output)
-            file = io.TextIOWrapper(file, encoding="utf-8", newline="") if text else file
+            raw = io.BufferedWriter(output)
+            file: IO = io.TextIOWrapper(raw, encoding="utf-8", newline="") if text else raw
             yield file
             with output.failure_kept():
                 file.close()
@@ -133,6 +133,7 @@ class _Output(io.FileIO):
         self.failure: OSError | None = None
         self._temporary: str | None = None
         self._target, descriptor = _follow_links(path)
+        self._status: os.stat_result | None
         try:
             self._status = os.stat(self._target)
         except FileNotFoundError:

@@ -12,6 +12,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,8 +87,8 @@ class TraceRecorder:
 
     def add(self, name: str, load: list[int]) -> None:
         """`load`: E tokens per expert of the layer called `name` in the current step; a second call's are added."""
-        load = np.asarray(load, dtype=np.uint32)
-        self._current[name] = load + self._current[name] if name in self._current else load
+        added = np.asarray(load, dtype=np.uint32)
+        self._current[name] = added + self._current[name] if name in self._current else added
 
     def trace(self) -> dict[str, PhaseTrace]:
         """What was recorded, only phases that had steps; loads in the smallest unsigned type that holds them.
@@ -121,9 +122,10 @@ def pack_trace(phases: dict[str, PhaseTrace]) -> bytes:
 
 def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
     """The phases of `pack_trace`, which may be none; ValueError where an array is not what it must be."""
-    end = zipfile._EndRecData(io.BytesIO(content))  # as zipfile itself finds it, before it reads the list
-    if end is not None and end[zipfile._ECD_SIZE] > _LIST:
-        raise ValueError(f"its list of arrays must take at most {_LIST} bytes, got {end[zipfile._ECD_SIZE]}")
+    reader: Any = zipfile  # its own names, which the types do not know
+    end = reader._EndRecData(io.BytesIO(content))  # as zipfile itself finds it, before it reads the list
+    if end is not None and end[reader._ECD_SIZE] > _LIST:
+        raise ValueError(f"its list of arrays must take at most {_LIST} bytes, got {end[reader._ECD_SIZE]}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {entry.filename: entry for entry in archive.infolist()}
         if len(members) < len(archive.infolist()):
@@ -135,13 +137,13 @@ def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
         arrays = {name: _array(archive, members[name]) for name in wanted if name in members}
     phases = {}
     for phase in PHASES:
-        parts = [arrays.get(f"{phase}_{part}.npy") for part in ("names", "load", "batch")]
-        if parts[1] is None:
+        names, load, batch = (arrays.get(f"{phase}_{part}.npy") for part in ("names", "load", "batch"))
+        if load is None:
             continue
-        if any(part is None for part in parts) or parts[0].ndim != 1 or parts[0].dtype.kind != "U":
+        if names is None or batch is None or names.ndim != 1 or names.dtype.kind != "U":
             raise ValueError(f"{phase}_load must have names (layers,) and batches (steps,) beside it")
-        phases[phase] = PhaseTrace(tuple(parts[0].tolist()), *parts[1:])
-        _check_numbers(phase, *parts)
+        phases[phase] = PhaseTrace(tuple(names.tolist()), load, batch)
+        _check_numbers(phase, names, load, batch)
     return phases
 
 

@@ -15,4 +15,5 @@ unset PYTHONDONTWRITEBYTECODE # several hundred processes import the package: co
 # one thread per process: steadier and, at the tests' sizes, faster
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
+.venv/bin/mypy # what stands in pyproject.toml
 exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist worksteal "${marker[@]}" "$@"

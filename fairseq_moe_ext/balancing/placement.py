@@ -103,7 +103,7 @@ def load_placement(path: str | os.PathLike) -> Placement:
 def _parse(content: Any) -> Placement:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict) or not content["layers"]:
         raise ValueError('a placement must be a JSON object with "world_size" and "layers"')
-    world_size = content.get("world_size")
+    world_size: Any = content.get("world_size")
     if not _is_number(world_size) or world_size < 1:
         raise ValueError(f"world_size must be a whole number of at least 1, got {_shown(world_size)}")
     layers = {}

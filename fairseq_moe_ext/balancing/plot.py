@@ -39,7 +39,7 @@ def plot_fit(path: str | os.PathLike, layers: Sequence[LayerFit], method: str, w
 def _plot_ranks(axes, layer: LayerFit, method: str, world_size: int) -> None:
     shown = [(name, color) for name, color in (("contiguous", BEFORE), (method, AFTER)) if name in layer.methods]
     width, ranks = 0.8 / len(shown), np.arange(world_size)
-    peaks = "largest share in a batch"  # one entry of the legend for both
+    peaks: str | None = "largest share in a batch"  # one entry of the legend for both
     for number, (name, color) in enumerate(dict(shown).items()):
         percent = 100 * rank_shares(layer.held_out, layer.methods[name].layer, world_size)
         at = ranks + (number - (len(shown) - 1) / 2) * width

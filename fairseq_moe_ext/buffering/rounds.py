@@ -10,6 +10,7 @@ Legend: R = ranks, E = experts, H = experts that a rank holds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def _rounds(batches: Sequence[Sequence[Call]], world_size: int) -> Iterator[list
     finished, heard = [0] * world_size, [0] * world_size
     ranks = [_turns(rank, batches, finished, heard) for rank in range(world_size)]
     while True:
-        calls = [next(rank, _DONE) for rank in ranks]
+        calls: list[Any] = [next(rank, _DONE) for rank in ranks]
         if all(call is _DONE for call in calls):
             return
         heard[:] = finished

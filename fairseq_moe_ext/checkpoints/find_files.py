@@ -27,7 +27,9 @@ class CheckpointFiles:
 
     @property
     def first(self) -> Path:
-        return self.whole or self.shared
+        found = self.whole or self.shared
+        assert found is not None, "one of them is always there"
+        return found
 
 
 def find_checkpoint_files(path: str, flag: str = "--path") -> CheckpointFiles:
@@ -92,16 +94,16 @@ class _Folder:
             if not files:
                 there = next(iter({**shards, **ranks}.values())).name
                 raise CheckpointError(f"{self._given}: {there} is there but no {self._stem}{kind}.pt beside it")
-        shards = self._without_gap(shards, "shard", "-shared-shard{}")
-        ranks = self._without_gap(ranks, "rank", "-rank-{0}-shard{0}")
-        return CheckpointFiles(shared=shards[0], ranks=ranks, shards=shards)
+        in_order = self._without_gap(shards, "shard", "-shared-shard{}")
+        of_ranks = self._without_gap(ranks, "rank", "-rank-{0}-shard{0}")
+        return CheckpointFiles(shared=in_order[0], ranks=of_ranks, shards=in_order)
 
     def whole_shards(self) -> CheckpointFiles:
         shards = self.numbered(r"-shard(\d+)", "shard")
         if not shards:
             raise CheckpointError(f"{self._given}: no such file")
-        shards = self._without_gap(shards, "shard", "-shard{}")
-        return CheckpointFiles(whole=shards[0], shards=shards)
+        in_order = self._without_gap(shards, "shard", "-shard{}")
+        return CheckpointFiles(whole=in_order[0], shards=in_order)
 
     def numbered(self, pattern: str, kind: str) -> dict[int, Path]:
         """The files whose name is the stem and `pattern`, whose one group is their number."""

@@ -264,7 +264,7 @@ def _with(method: Callable, *given) -> Callable[[_Scan], None]:
     return lambda scan: method(scan, *given)
 
 
-_STEPS: dict[bytes, Callable[[_Scan], None]] = {
+_STEPS: dict[bytes, Callable[[_Scan], object]] = {
     pickle.PROTO: lambda scan: scan._read(1),
     pickle.MARK: _Scan.mark,
     pickle.GLOBAL: _Scan.global_name,
