@@ -66,7 +66,7 @@ def test_the_examples_run(folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_example_of_several_ranks_runs(folder):
-    (program,), (command,) = (examples_of(page()[1], language) for language in ("python", "sh"))
+    (program, _), (command,) = (examples_of(page()[1], language) for language in ("python", "sh"))
     (folder / "translate.py").write_text(program, encoding="utf-8")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = commands.environment(PATH=path, PYTHONPATH=str(commands.REPOSITORY))
@@ -74,3 +74,12 @@ def test_the_example_of_several_ranks_runs(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = done.stdout.splitlines()
     assert first == second and first.startswith("['") and first.endswith("of 2 ranks")
+
+
+@pytest.mark.slow
+def test_the_example_that_starts_ranks_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    _, example = examples_of(page()[1], "python")
+    exec(compile("import fairseq_moe_ext as moe\n" + example, str(PAGE), "exec"), {})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("['") and line.endswith("of 2 ranks")
