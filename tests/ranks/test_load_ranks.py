@@ -238,6 +238,17 @@ def test_calls_that_differ_are_one_error_on_all_ranks(shared_goldens, two):
     ]
 
 
+def name_ranks(rank, world_size, folder):
+    said = error_of(lambda: load(folder, **PIECES, distributed_world_size=3))
+    with load(folder, **PIECES, distributed_world_size=2) as served:
+        return said, served.report()["world_size"]
+
+
+def test_ranks_that_are_there_cannot_be_others(shared_goldens, two):
+    said = ("OptionError", "distributed_world_size must be the number of the ranks, 2, got 3")
+    assert two(name_ranks, shared_goldens / "mt_plain") == [(said, 2)] * 2
+
+
 def miss_data(rank, world_size, folder, elsewhere):
     os.chdir(folder if rank == 0 else elsewhere)
     return error_of(lambda: moe.load(str(folder / "checkpoint_last.pt"), data="data-bin", **PIECES))
