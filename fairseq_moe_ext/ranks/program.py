@@ -61,8 +61,6 @@ class OneProcess:
 class OneCall:
     """A call of one process."""
 
-    seed = None
-
     def preparing(self) -> nullcontext:
         return nullcontext()
 
@@ -201,7 +199,6 @@ class Call:
 
     def __init__(self, ranks: ProgramRanks, name: str, arguments: Mapping[str, Any]):
         self.in_step = False
-        self.seed: int | None = None  # of what is drawn without a seed: rank 0's
         self._ranks, self._name, self._arguments = ranks, name, arguments
 
     @contextmanager
@@ -217,9 +214,9 @@ class Call:
             error = found
         said = None if error is None else f"{type(error).__name__}: {error}"
         arguments = {name: _described(value) for name, value in self._arguments.items()}
-        told = self._ranks.gather([self._name, arguments, said, torch.initial_seed()])
+        told = self._ranks.gather([self._name, arguments, said])
         self.in_step = True
-        errors = [each[2] for each in told]
+        errors = [error for _, _, error in told]
         if None in errors:  # else each has its own to tell
             _check_same(told)
         if error is not None:
@@ -228,7 +225,6 @@ class Call:
         if failed is not None:
             fault = f"rank {failed} of {self._ranks.world_size} failed: {errors[failed]}"
             raise ExchangeError(f"{self._name}() broke off: {fault}", fault)
-        self.seed = told[0][3]
         self.in_step = False
 
     def share(self, found: Any) -> list[Any]:

@@ -249,7 +249,7 @@ class Served:
                     raise OptionError(f"nbest must be equal to beam, {generation.beam}, with sampling, got {nbest}")
                 batches = _batches(parts, [text.strip() for text in sentences], cfg) if sentences else ()
             draws = generation.sampling or generation.retain_dropout
-            seed = call.seed if generation.no_seed_provided else cfg.common.seed
+            seed = None if generation.no_seed_provided else cfg.common.seed
             found: Found = {}
             with parts.observer.call(draws, seed, parts.device):
                 for numbers, batch in batches:
