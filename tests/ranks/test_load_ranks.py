@@ -81,14 +81,15 @@ def replicated(layers: tuple[str, ...]) -> Placement:
     return Placement(2, {name: ((0, 1), *places[1:]) for name, places in shuffled(layers, 2).items()})
 
 
+STATIC = {"moe_gating": "static", "moe_eval_capacity_token_fraction": 1.0}
 WAYS = [
-    {"expert_placement": "placement.json"},
-    {"expert_placement": "placement.json", "expert_buffer_size": 1},
-    {"moe_gating": "static", "moe_eval_capacity_token_fraction": 1.0},
+    pytest.param({"expert_placement": "placement.json"}, id="replicas", marks=pytest.mark.slow),
+    pytest.param({"expert_placement": "placement.json", "expert_buffer_size": 1}, id="replicas in buffers"),
+    pytest.param(STATIC, id="static", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("options", WAYS, ids=["replicas", "replicas in buffers", "static"])
+@pytest.mark.parametrize("options", WAYS)
 def test_flags_of_ranks_are_obeyed(shared_goldens, two, tmp_path, options):
     folder, options = shared_goldens / "mt_plain", dict(options)
     if "expert_placement" in options:
@@ -108,6 +109,7 @@ def score(rank, world_size, folder, options, batch_size):
         return [[each] for each in served.score(lines_of(served, "test")[:6], batch_size=batch_size)]
 
 
+@pytest.mark.slow
 def test_a_capacity_is_counted_for_each_rank(shared_goldens, two):
     """Batches of 3 on two ranks are the halves of one of 6 in a process that counts as two."""
     folder, options = shared_goldens / "lm_top2_ws2", {"cpu": True, "moe_capacity_factor": 0.5}
