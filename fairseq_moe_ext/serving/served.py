@@ -2,129 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from typing import Any
 
 import torch
-from fairseq import utils
 from fairseq.data import FairseqDataset
-from fairseq.sequence_scorer import SequenceScorer
 from fairseq.token_generation_constraints import pack_constraints
 from omegaconf import DictConfig
 
-from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.checkpoints.errors import ClosedError
-from fairseq_moe_ext.ranks.program import Call, OneCall, OneProcess, ProgramRanks
+from fairseq_moe_ext.ranks.program import Call, OneCall
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
-from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, KeywordOptions, OptionError, configuration
+from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, OptionError
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
-from fairseq_moe_ext.serving.text import Hypothesis, TextCodec
+from fairseq_moe_ext.serving.served_parts import ServedParts
+from fairseq_moe_ext.serving.text import Hypothesis
 
 Found = dict[int, list[Hypothesis]]  # a sentence's number -> what came of it
-
-BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is given
-
-
-@dataclass
-class ServedParts:
-    """What a served model consists of; emptied by its end.
-
-    options: as `load` was given them, together with the checkpoint's.
-    """
-
-    paths: list[str]
-    models: list[torch.nn.Module]
-    task: Any
-    observer: ProgramObserver
-    codec: TextCodec
-    keywords: KeywordOptions
-    data: str
-    options: Mapping[str, Any]
-    ranks: ProgramRanks | OneProcess
-    generators: dict[tuple, tuple[Any, DictConfig]] = field(default_factory=dict)
-    engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)  # that are open, or were
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.models[0].parameters()).device
-
-    def generator(self, call: Mapping[str, Any]) -> tuple[Any, DictConfig]:
-        """fairseq's generator under a call's options, and the configuration that they give; kept for the next call."""
-        key = tuple(sorted((name, repr(value)) for name, value in call.items()))
-        if key not in self.generators:
-            cfg = configuration(self.keywords.parse(self.data, {**self.options, **call}))
-            if cfg.dataset.batch_size is None and cfg.dataset.max_tokens is None:
-                cfg.dataset.batch_size = BATCH_SIZE
-            self.generators.clear()  # one: others cost little to make again
-            self.generators[key] = self._generator(cfg.generation), cfg
-        return self.generators[key]
-
-    def scorer(self, cfg: DictConfig) -> Any:
-        """What scores instead of searching."""
-        if hasattr(self.task, "eval_lm_dataloader"):
-            return SequenceScorer(self.task.target_dictionary, cfg.eval_lm.softmax_batch)
-        return self._generator({**cfg.generation, "score_reference": True})
-
-    def _generator(self, generation: Mapping[str, Any]) -> Any:
-        # no DictConfig: the errors of fields that it lacks keep each other and every frame above, until they are found
-        return self.task.build_generator(self.models, Namespace(**generation))
-
-    def batches(self, dataset: FairseqDataset, cfg: DictConfig) -> Iterator[dict]:
-        """fairseq's, where the model is; of several ranks this one's. ValueError where a sentence is too long."""
-        epoch = self.task.get_batch_iterator(
-            dataset=dataset,
-            max_tokens=cfg.dataset.max_tokens,
-            max_sentences=cfg.dataset.batch_size,
-            max_positions=utils.resolve_max_positions(
-                self.task.max_positions(), *(model.max_positions() for model in self.models)
-            ),
-            ignore_invalid_inputs=cfg.dataset.skip_invalid_size_inputs_valid_test,
-            disable_iterator_cache=True,
-        )
-        return self._batches_of(epoch)
-
-    def _batches_of(self, epoch: Any) -> Iterator[dict]:
-        """The iterator is made with the first of them: it draws a random number, which is the call's."""
-        for batch in epoch.next_epoch_itr(shuffle=False):
-            if batch:  # those of one rank are filled up with empty ones
-                yield utils.move_to_cuda(batch, self.device) if self.device.type == "cuda" else batch
-
-    def codec_of(self, task: Any, source: str, target: str) -> TextCodec:
-        """For `task`, which is this one for other languages."""
-        if task is self.task or self.options.get("tokenizer") is None:
-            return self.codec.of(task)
-        languages = {"source_lang": source, "target_lang": target}
-        return TextCodec(task, self.keywords.parse(self.data, {**self.options, **languages}))
-
-    def end(self, in_step: bool = False) -> None:
-        """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights.
-
-        in_step: all ranks do it now.
-        """
-        for engine in tuple(self.engines):
-            engine.close()
-        self.ranks.end(self.observer.write if self.observer.writes else None, in_step)
-        self._stop_copies()
-        on_gpu = bool(self.models) and self.device.type == "cuda"
-        self.models.clear()
-        self.generators.clear()
-        self.task = self.codec = None
-        gc.collect()  # a model's parts refer to each other
-        if on_gpu:
-            torch.cuda.empty_cache()
-
-    def _stop_copies(self) -> None:
-        for model in self.models:
-            for layer in model.moe_layers().values() if hasattr(model, "moe_layers") else ():
-                if isinstance(layer.experts, BufferedExperts):
-                    layer.experts.stop()
 
 
 class Served:
@@ -142,7 +41,8 @@ class Served:
     def translate(self, sentences: Sequence[str], **options: Any) -> list[str | None]:
         """The best translation of every sentence, of a language model its most likely continuation.
 
-        options: of the search and its batches (keyword_options.py, SEARCH and BATCHES) above those given to `load`.
+        options: of the search and its batches (keyword_options.py, SEARCH and BATCHES) above those given to `load`;
+        for a translation model also `source_lang` and `target_lang`, of a multilingual one any that it has.
         None stands for a sentence that `skip_invalid_size_inputs_valid_test` left out. OptionError, ClosedError,
         NotFiniteError where a result is no number.
         """
@@ -157,12 +57,13 @@ class Served:
     ) -> list[Hypothesis | None]:
         """The model's log-probabilities of texts, of a translation model those of `targets` given `sentences`.
 
-        options: of the batches (keyword_options.py, BATCHES). Of a translation's scores the language token's is one;
-        otherwise as `translate`.
+        options: of the batches (keyword_options.py, BATCHES), and the languages. Of a translation's scores the language
+        token's is one; otherwise as `translate`.
         """
         with self._call("score", {"sentences": sentences, "targets": targets, **options}) as (parts, call):
             with call.preparing():
-                _check_call(sentences, options, BATCHES)
+                _check_call(sentences, options, (*BATCHES, *parts.languages))
+                parts, options = parts.of_call(options)
                 _check_targets(parts.task, sentences, targets)
                 _, cfg = parts.generator(options)
                 scorer = parts.scorer(cfg)
@@ -237,7 +138,8 @@ class Served:
         name = "translate" if best_alone else "generate"
         with self._call(name, {"sentences": sentences, **options}) as (parts, call):
             with call.preparing():
-                _check_call(sentences, options, (*SEARCH, "constraints", *BATCHES))
+                _check_call(sentences, options, (*SEARCH, "constraints", *BATCHES, *parts.languages))
+                parts, options = parts.of_call(options)
                 if best_alone and options.get("nbest", 1) != 1:
                     raise OptionError(
                         f"nbest must be 1 for translate(), got {options['nbest']}: generate() gives several"

@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from python_served import PIECES, dense_checkpoint, interactive, lines_of
 
 import fairseq_moe_ext as moe
-from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.errors import CheckpointError, ClosedError
 from fairseq_moe_ext.serving.keyword_options import (
     BATCHES,
     FLAGS,
@@ -23,7 +23,6 @@ from fairseq_moe_ext.serving.keyword_options import (
     KeywordOptions,
     OptionError,
 )
-from fairseq_moe_ext.serving.served import ClosedError
 from fairseq_moe_ext.tasks.flags import MoEFlags
 
 
@@ -85,6 +84,38 @@ def test_a_multilingual_model_takes_its_languages_from_the_checkpoint(shared_gol
     options = (*flags, "-t", "fr", "--batch-size", "32", "--model-overrides", str(commands.NLLB_OVERRIDES))
     assert_as_the_command(found, interactive(folder, lines, *options))
     assert len(scored) == 8
+
+
+def test_calls_of_a_multilingual_model_name_their_languages(shared_goldens):
+    """Each is what a model gives that was loaded for these languages, in any order; those of `load` stay the others'."""
+    folder = shared_goldens / "mt_nllb_ws2"
+    alone, lines = {}, {}
+    for source, target in (("en", "fr"), ("en", "de"), ("fr", "en")):
+        languages = {**MULTILINGUAL, "source_lang": source, "target_lang": target}
+        with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **languages) as served:
+            lines[source] = lines_of(served, "test.en-fr." + source)[:4]
+            found = served.generate(lines[source], beam=2)
+            alone[source, target] = found, served.score(lines[source], [each[0].words for each in found])
+    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **MULTILINGUAL) as served:
+        for source, target in (("en", "de"), ("fr", "en"), ("en", "fr"), ("en", "de")):
+            asked = {"source_lang": source, "target_lang": target}
+            found, scored = alone[source, target]
+            assert served.generate(lines[source], beam=2, **asked) == found
+            words = [each[0].words for each in found]
+            assert served.score(lines[source], words, **asked) == scored
+        assert served.generate(lines["en"], beam=2) == alone["en", "fr"][0]
+        assert served.translate(lines["en"], beam=2, target_lang="de") == [each[0].text for each in alone["en", "de"][0]]
+        with pytest.raises(OptionError, match="target_lang must be of the model's languages, .*, got 'xx'"):
+            served.translate(lines["en"], target_lang="xx")
+        with pytest.raises(OptionError, match="source_lang must be a language's name, got 3"):
+            served.translate(lines["en"], source_lang=3)
+    assert alone["en", "de"] != alone["en", "fr"]
+
+
+def test_a_bilingual_model_has_no_other_languages(bilingual, lines):
+    assert bilingual.translate(lines[:2], target_lang="de") == bilingual.translate(lines[:2])
+    with pytest.raises(OptionError, match="target_lang must be of the model's languages, de, got 'fr'"):
+        bilingual.translate(lines[:2], target_lang="fr")
 
 
 @pytest.mark.parametrize("model", ["mt_plain", pytest.param("mt_nllb_ws2", marks=pytest.mark.slow)])
