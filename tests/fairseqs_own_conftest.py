@@ -54,7 +54,10 @@ def _serving(arguments: list[str]) -> list[str]:
     if "--path" not in arguments or trained_by["task"] is None:
         return arguments
     if "--task" not in arguments:
-        return [*arguments, "--task", trained_by["task"]]
+        # blocks that are longer than the model's positions fairseq-eval-lm leaves out silently, and the plugin never:
+        # these are the trainings'
+        length = ["--tokens-per-sample", "500"] if trained_by["task"] == TASKS["language_modeling"] else []
+        return [*arguments, "--task", trained_by["task"], *length]
     arguments[arguments.index("--task") + 1] = trained_by["task"]
     return arguments
 

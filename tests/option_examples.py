@@ -54,7 +54,7 @@ EXAMPLES = {
     "--left-pad-source": _of("--left-pad-source False", task=MULTI),
     "--left-pad-target": _of("--left-pad-target True", "--prefix-size 4 --batch-size 6", MULTI),
     "--truncate-source": _of("--truncate-source --max-source-positions 5"),
-    "--num-batch-buckets": _of("--num-batch-buckets 2", f"{_STATIC} --batch-size 2"),
+    "--num-batch-buckets": _of("--num-batch-buckets 2", f"{_STATIC} --batch-size 2 --max-tokens 99"),
     "--sample-break-mode": _of("--sample-break-mode complete"),
     "--tokens-per-sample": _of("--tokens-per-sample 10", "--sample-break-mode complete"),
     "--output-dictionary-size": _of("--output-dictionary-size 20"),
@@ -147,6 +147,26 @@ OF_EVAL_LM = {"--post-process": _of("--post-process subword_nmt"), _SKIP: None, 
 OF_INTERACTIVE = {
     "--replace-unk": _of("--replace-unk", "--unkpen -30"),
     _SKIP: _of(_SKIP, "--max-source-positions 4", fails=True),
+}
+_BLEU = "--eval-bleu --eval-bleu-print-samples"
+OF_VALIDATE = {
+    "--valid-subset": _of("--valid-subset test"),
+    "--fixed-dictionary": _of(f"--fixed-dictionary {FOLDER}/data/langs.txt"),
+    "--shorten-data-split-list": _of("--shorten-data-split-list test", _SHORT),
+    "--left-pad-source": _of(
+        "--left-pad-source False",
+        "--moe-gating static --moe-eval-capacity-token-fraction 0.05 --batch-size 6",
+        MULTI,
+    ),
+    "--criterion": _of("--criterion label_smoothed_cross_entropy"),
+    "--left-pad-target": _of("--left-pad-target True", f"{_CAPACITY} --moe-drop-metric order --batch-size 6", MULTI),
+    "--eval-bleu": _of("--eval-bleu"),
+    "--eval-bleu-args": _of('--eval-bleu-args {"beam":1}', _BLEU),
+    "--eval-bleu-detok": _of("--eval-bleu-detok moses", _BLEU),  # asks for a package that is not there
+    "--eval-bleu-detok-args": _of("--eval-bleu-detok-args {", _BLEU),
+    "--eval-bleu-print-samples": _of("--eval-bleu-print-samples", "--eval-bleu"),
+    "--eval-bleu-remove-bpe": _of("--eval-bleu-remove-bpe sentencepiece", _BLEU),
+    "--eval-tokenized-bleu": _of("--eval-tokenized-bleu", _BLEU),
 }
 # an option whose effect other tests hold -> the file that has it
 ELSEWHERE = {

@@ -22,6 +22,7 @@ from fairseq_cli import eval_lm, generate, interactive, validate
 from sentencepiece import SentencePieceTrainer
 
 from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, LM, MT, MULTI, VALIDATE
+from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 SPLITS = {"train": 8, "valid": 6, "test": 6}
 LANGUAGES = ("--langs", "en,de", "--lang-pairs", "en-de")
@@ -31,7 +32,7 @@ TRAINING = {
     MULTI: ("--task", MULTI, "--arch", "moe_transformer_tiny", *LANGUAGES, "--encoder-langtok", "src")
     + ("--decoder-langtok",),
 }
-_PARSERS = {
+PARSERS = {
     GENERATE: options.get_generation_parser,
     INTERACTIVE: options.get_interactive_generation_parser,
     EVAL_LM: options.get_eval_lm_parser,
@@ -50,7 +51,7 @@ _OF_TASK = {
     MULTI: ("-s", "en", "-t", "de", *LANGUAGES, "--encoder-langtok", "src", "--decoder-langtok"),
 }
 _TIMES = re.compile(r"^W-.*$|\([\d.,]+ \w+/s.*?\)|wps.[\d.]+", re.MULTILINE)
-_RESULT = re.compile(r"Loss \(base 2\)|^\d+ \S+ \[-|^\S+\t\d+\t|valid on|nll_loss")
+_RESULT = re.compile(r"Loss \(base 2\)|^\d+ \S+ \[-|^\S+\t\d+\t|^valid on|^example \w+: ")
 _MEASURED = re.compile("second|peak|loading|threads")  # parts of a report that no two runs have alike
 
 
@@ -71,6 +72,10 @@ def make_models(folder: Path) -> dict[str, Path]:
             odd = re.sub(r"(w\d*[13579]) ", r"\1@@ ", words)  # beginnings of the next words
             (data / "dict.txt").write_text(odd)
         else:
+            if task == MT:
+                for language in ("en", "de"):  # words that BLEU's tokenizer takes apart
+                    file = data / f"dict.{language}.txt"
+                    file.write_text(re.sub(r"^(w3[1-9]) ", r"\1@@ ", file.read_text(), flags=re.MULTILINE))
             other = re.sub(r"^w", "v", (data / "dict.de.txt").read_text(), flags=re.MULTILINE)
             (data / "other.txt").write_text(other)
             shutil.copy(data / "dict.de.txt", data / "dict.txt")
@@ -83,7 +88,7 @@ def make_models(folder: Path) -> dict[str, Path]:
 
 def command_parser(command: str, task: str, *arguments: object) -> argparse.ArgumentParser:
     """fairseq's own parser with the task's options, as `options.parse_args_and_arch` leaves it for `arguments`."""
-    parser = _PARSERS[command]()
+    parser = PARSERS[command]()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         options.parse_args_and_arch(parser, ["data", "--task", task, "--path", "x.pt", *map(str, arguments)])
     return parser
@@ -112,7 +117,7 @@ def run(folder: Path, command: str, task: str, *flags: object) -> str:
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     output, logs = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), _listening(logs), commands.recorded_scores() as batches:
+    with contextlib.redirect_stdout(output), _listening(logs), commands.recorded_scores() as batches, _steps() as steps:
         torch.manual_seed(0)
         try:
             _main(command, arguments_of(folder, command, task, "--moe-report", report, *flags))
@@ -121,16 +126,31 @@ def run(folder: Path, command: str, task: str, *flags: object) -> str:
     lines = [line for line in logs.getvalue().splitlines() if _RESULT.search(line)]
     scored = [f"{batch.ids} {[row.tolist() for row in batch.scores]}" for batch in batches]
     counted = json.dumps(_counted(json.loads(report.read_text()))) if report.exists() else ""
-    return _TIMES.sub("", "\n".join([output.getvalue(), *lines, *scored, counted]))
+    printed = "" if command == VALIDATE else output.getvalue()  # whose log goes there, with the time and the options
+    return _TIMES.sub("", "\n".join([printed, *lines, *scored, *steps, counted]))
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[list[str]]:
+    """What comes of each batch that fairseq-validate computes a loss of, without times."""
+    steps, original = [], ServingTask.valid_step
+
+    def valid_step(self, sample, model, criterion):
+        loss, size, figures = original(self, sample, model, criterion)
+        steps.append(f"{float(loss)} {size} {[(k, float(v)) for k, v in figures.items() if not k.endswith('_ms')]}")
+        return loss, size, figures
+
+    with patch.object(ServingTask, "valid_step", valid_step):
+        yield steps
 
 
 def _main(command: str, arguments: list[str]) -> None:
-    parser = _PARSERS[command]()
+    parser = PARSERS[command]()
     if command == GENERATE:
         parser.add_argument("--arch", "-a", default="wav2vec2")  # as fairseq_cli.generate has it
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
     if command == VALIDATE:
-        overrides = options.parse_args_and_arch(_PARSERS[command](), arguments, suppress_defaults=True)
+        overrides = options.parse_args_and_arch(PARSERS[command](), arguments, suppress_defaults=True)
         validate.main(cfg, override_args=overrides)
     else:
         at_exit: list = []

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_moe_ext.checkpoints.plain_config import ConfigError, shown
-from fairseq_moe_ext.checkpoints.state_keys import layer_numbers
+from fairseq_moe_ext.checkpoints.state_keys import layer_numbers, moe_layer_numbers
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -83,6 +83,22 @@ def prune_as_configured(model_cfg: Any, state: dict[str, Tensor]) -> None:
                 logger.info("the checkpoint's %s has only the %d layers to be kept already", side, len(present))
             del kept[side]
     prune(state, kept)
+
+
+def check_places(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """ConfigError where a training goes on from `state` whose MoE layers do not stand where those of `model` do.
+
+    fairseq builds a training's model by its flags before it reads a checkpoint, so that they must say which layers of
+    which model were kept.
+    """
+    for side in SIDES:
+        found, wanted = moe_layer_numbers(state, side), moe_layer_numbers(model, side)
+        if found and wanted and found != wanted:
+            raise ConfigError(
+                f"the {side}'s MoE layers must stand where the training's flags put them, at {wanted}, and are at "
+                f"{found} in the checkpoint: of a model with kept layers --{side}-layers and --{side}-layers-to-keep "
+                "must be as when it was pruned"
+            )
 
 
 def _range(numbers: list[int]) -> str:

@@ -69,12 +69,19 @@ def task_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     return {**_fields(state, "task"), **_overridden(overrides or {}, "task")}
 
 
-def criterion_fields(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The loss that the checkpoint was trained with: its `_name` and its numbers and switches."""
-    fields = _fields(state, "criterion")
+def criterion_fields(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The loss that the checkpoint was trained with under `--model-overrides`, or the one that fairseq-validate's
+    `--criterion` puts in its place: its `_name`, its numbers, switches and words."""
+    fields, given = _fields(state, "criterion"), _overridden(overrides or {}, "criterion")
     name = fields.get("_name", fields.get("criterion"))
-    numbers = {field: value for field, value in fields.items() if isinstance(value, bool | int | float)}
-    return {**numbers, "_name": name if isinstance(name, str) else None}
+    if isinstance(given.get("criterion"), str):
+        name, fields = given["criterion"], {}
+    values = {field: value for field, value in {**fields, **given}.items() if _is_plain(value)}
+    return {**values, "_name": name if isinstance(name, str) else None}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float) or isinstance(value, str) and "$" not in value  # no interpolation
 
 
 def _fields(state: Mapping[str, Any], group: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from omegaconf import DictConfig
 
-from fairseq_moe_ext.checkpoints.kept_layers import prune_as_configured
+from fairseq_moe_ext.checkpoints.kept_layers import check_places, prune_as_configured
 from fairseq_moe_ext.checkpoints.loading import Loading, ModelState, loading_into
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
 from fairseq_moe_ext.gating import MOELayer
@@ -55,6 +55,7 @@ class ServedModel:
         if not isinstance(state_dict, ModelState) and model_cfg is not None:  # training goes on
             state_dict = dict(state_dict)
             prune_as_configured(model_cfg, state_dict)
+            check_places(state_dict, self.state_dict())
         if isinstance(state_dict, ModelState):
             if self.expert_buffer is not None:
                 self.expert_buffer.checkpoint = Path(state_dict.loading.path)

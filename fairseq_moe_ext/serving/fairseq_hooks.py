@@ -23,7 +23,7 @@ from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
 from fairseq_moe_ext.decoding.generator import count_results, take_turn
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
-from fairseq_moe_ext.serving.load_models import check_alone, load_models
+from fairseq_moe_ext.serving.load_models import check_alone, load_models, overrides_of_command_line
 from fairseq_moe_ext.serving.ours import is_ours
 from fairseq_moe_ext.serving.served_state import served_state
 
@@ -101,7 +101,8 @@ def _load_models(
     if fairseqs_command() != "validate" and not any(each.ranks is not None for each in _tasks):
         check_alone(paths[0])
     overrides = dict(arg_overrides or {})
-    loaded = load_models(paths, overrides.get("data"), overrides, overrides, of_parser=True)
+    of_state = overrides_of_command_line(overrides) if "path" in overrides else overrides
+    loaded = load_models(paths, overrides.get("data"), overrides, of_state, of_parser=True)
     cfg = loaded.configuration()
     for model in loaded.models:
         if hasattr(model, "served_by"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from fairseq import tasks as fairseqs
+from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
@@ -61,6 +63,20 @@ def check_alone(path: str) -> None:
             f"{path} must be loaded by fairseq's functions in one process, got {world_size()} ranks: fairseq's "
             "commands and fairseq_moe_ext.load serve with several"
         )
+
+
+def overrides_of_command_line(given: Mapping[str, Any]) -> dict[str, Any]:
+    """fairseq-validate's command line, which it hands on as overrides -> what overrides the checkpoint.
+
+    That is what `--model-overrides` names, and the loss of `--criterion`; the other options are held against the
+    checkpoint, as in every command.
+    """
+    overrides = ast.literal_eval(given.get("model_overrides") or "{}")
+    fields_of_loss = REGISTRIES["criterion"]["dataclass_registry"].get(given.get("criterion"))
+    if fields_of_loss is not None:
+        names = vars(fields_of_loss()).keys() & given.keys()
+        overrides["criterion"] = {"criterion": given["criterion"], **{name: given[name] for name in names}}
+    return overrides
 
 
 def load_models(

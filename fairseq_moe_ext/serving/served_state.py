@@ -40,7 +40,7 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
     vars(cfg.model)["served_state"] = state["model"]  # for the task, which builds the model before it is loaded
     history = [{"num_updates": updates(state) or 0}]
     found = {"cfg": cfg, "args": None, "model": state["model"], "optimizer_history": history}
-    found["criterion"] = criterion_fields(state)
+    found["criterion"] = criterion_fields(state, overrides)
     return {**found, "task_state": {SERVED: CheckpointTask.of_state(path, state, task)}}
 
 

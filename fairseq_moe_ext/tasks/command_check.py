@@ -20,7 +20,8 @@ from fairseq_moe_ext.torch_versions import triton_is_interpreted
 # options that name a file which fairseq or the plugin reads, by their names in a parsed command line
 _FILES = (
     *("fixed_dictionary", "source_dict", "target_dict", "lang_dict", "expert_placement", "expert_profile"),
-    *("sentencepiece_model", "bpe_codes", "bpe_vocab", "moses_source_lang_file"),
+    *("sentencepiece_model", "sentencepiece_model_path", "bpe_codes", "bpe_merges", "bpe_vocab", "bpe_vocab_file"),
+    *("gpt2_encoder_json", "gpt2_vocab_bpe"),
 )
 
 

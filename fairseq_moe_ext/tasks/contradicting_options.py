@@ -93,6 +93,16 @@ def _check_values(args: Any) -> None:
     window, tokens = getattr(args, "context_window", 0), getattr(args, "tokens_per_sample", None)
     if window > 0 and tokens is not None and window >= tokens:
         raise ValueError(f"--context-window must be below --tokens-per-sample, got {window} and {tokens}")
+    buckets, sentences = getattr(args, "num_batch_buckets", 0), getattr(args, "batch_size", None)
+    if buckets > 0 and sentences is not None and args.max_tokens is None:
+        raise ValueError(
+            f"--num-batch-buckets needs --max-tokens beside --batch-size, got {buckets} without it: the batches of a "
+            "bucket are as long as it"
+        )
+    pairs = getattr(args, "lang_pairs", None)
+    for pair in pairs.split(",") if isinstance(pairs, str) else pairs or ():
+        if not all(pair.partition("-")[::2]):
+            raise ValueError(f"--lang-pairs must be pairs as en-de, or an existing file that has them, got {pairs!r}")
     prefix = getattr(args, "prefix_size", 0)
     if prefix < 0:
         raise ValueError(f"--prefix-size must be at least 0, got {prefix}")

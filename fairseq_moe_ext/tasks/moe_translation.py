@@ -12,6 +12,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
+from fairseq_moe_ext.tasks.eval_bleu_options import check_eval_bleu
 from fairseq_moe_ext.tasks.flags import FairseqsFlags, MoEFlags
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
@@ -26,6 +27,11 @@ class MoETranslationTask(ServingTask, TranslationTask):
     """Translation: training, `fairseq-generate`, `fairseq-interactive`."""
 
     served_model_class = MoETransformerModel
+
+    @classmethod
+    def setup_task(cls, cfg, **kwargs):
+        check_eval_bleu(cfg)
+        return super().setup_task(cfg, **kwargs)
 
     def _build_for_serving(self, args: Any, state: Any):
         model = super()._build_for_serving(args, state)

@@ -98,7 +98,7 @@ REFUSALS = (
     _refuse("is for fairseq-generate, which writes a file", "results_path", SERVING[1:]),
     _refuse("is for fairseq-generate, which can leave its lines out", "quiet", SERVING[1:]),
     _refuse("is for commands that make text", "bpe tokenizer scoring", SERVING[2:]),
-    _refuse("is for commands that make text", "post_process", (VALIDATE,)),
+    _refuse("is for commands that make text", "post_process keep_inference_langtok", (VALIDATE,)),
     # data
     _refuse("is for data sets, lines come from --input", "gen_subset num_shards shard_id dataset_impl", (INTERACTIVE,)),
     _refuse("is not how its data are named, which is --valid-subset", "gen_subset", (VALIDATE,)),

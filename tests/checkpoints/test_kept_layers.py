@@ -24,6 +24,7 @@ from ties import assert_same_generation
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.kept_layers import prune
+from fairseq_moe_ext.checkpoints.plain_config import ConfigError
 from fairseq_moe_ext.models.transformer_layer import MoETransformerDecoderLayer, MoETransformerEncoderLayer
 from fairseq_moe_ext.nllb.export import export_hf
 
@@ -218,6 +219,18 @@ def test_a_pruned_training_is_resumed_and_served(folder, tmp_path, name):
     assert state["optimizer_history"][-1]["num_updates"] == 4
     with moe.load(tmp_path / "checkpoint_last.pt", data, cpu=True) as served:
         assert moe_layers(served._parts.models[0]) == MOE[name]
+
+
+@pytest.mark.parametrize("make", [language_model, translation_model])
+def test_a_training_without_the_flags_of_a_pruned_model_is_told_which(make):
+    """Kept layers stand where no --moe-freq puts them."""
+    state = make(decoder_layers=6, decoder_layers_to_keep="1,3,4").state_dict()
+    words = (
+        r"the decoder's MoE layers must stand where the training's flags put them, at \[1\], and are at \[0, 1\] in "
+        "the checkpoint: .* --decoder-layers and --decoder-layers-to-keep must be as when it was pruned"
+    )
+    with pytest.raises(ConfigError, match=words):
+        make(decoder_layers=3).load_state_dict(state, strict=True, model_cfg=Namespace(arch="moe_transformer"))
 
 
 def test_the_flags_of_a_translation_model_are_read(folder):

@@ -8,9 +8,12 @@ import data_makers
 import processes
 import pytest
 import torch
+from fairseq import options
+from option_runs import PARSERS
 
 from fairseq_moe_ext.experts import device_experts
 from fairseq_moe_ext.tasks import command_check
+from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,37 @@ def test_one_sentence_says_what_is_wrong(model, flags, words, monkeypatch):
     said = refused(model, *flags)
     assert sentence(said).startswith("fairseq-generate: error: ") and words in sentence(said)
     assert said.count(words) == 1
+
+
+FILES = [
+    (MULTI, "--lang-dict"),
+    (MULTI, "--fixed-dictionary"),
+    (MULTI, "--source-dict"),
+    (MULTI, "--target-dict"),
+    (MT, "--bpe", "sentencepiece", "--sentencepiece-model"),
+    (MT, "--bpe", "subword_nmt", "--bpe-codes"),
+    (MT, "--bpe", "fastbpe", "--bpe-codes"),
+    (MT, "--bpe", "byte_bpe", "--sentencepiece-model-path"),
+    (MT, "--bpe", "hf_byte_bpe", "--bpe-vocab", __file__, "--bpe-merges"),
+    (MT, "--bpe", "hf_byte_bpe", "--bpe-merges", __file__, "--bpe-vocab"),
+    (MT, "--bpe", "bert", "--bpe-vocab-file"),
+    (MT, "--bpe", "gpt2", "--gpt2-vocab-bpe", __file__, "--gpt2-encoder-json"),
+    (MT, "--bpe", "gpt2", "--gpt2-encoder-json", __file__, "--gpt2-vocab-bpe"),
+    (MT, "--expert-placement"),
+    (MT, "--expert-buffer-size", "2", "--expert-profile"),
+]
+
+
+@pytest.mark.parametrize("command", [GENERATE, INTERACTIVE])
+@pytest.mark.parametrize("flags", FILES, ids=" ".join)
+def test_every_file_that_an_option_names_must_be_there(model, flags, command):
+    task, *flags = flags
+    arguments = [str(model[0]), "--task", task, "--path", "no.pt", *flags, "no/such file"]
+    if task == MULTI:
+        arguments += ["--lang-pairs", "en-de", "-s", "en", "-t", "de"]
+    args = options.parse_args_and_arch(PARSERS[command](), arguments)
+    with pytest.raises(ValueError, match=f"^{flags[-1]} no/such file: no such file$"):
+        command_check.check_command(args)  # which looks at the checkpoint later
 
 
 def test_a_missing_data_folder_and_input_file(model):
