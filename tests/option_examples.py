@@ -150,6 +150,7 @@ OF_INTERACTIVE = {
 }
 _BLEU = "--eval-bleu --eval-bleu-print-samples"
 OF_VALIDATE = {
+    "--log-format": _of("--log-format json"),
     "--valid-subset": _of("--valid-subset test"),
     "--fixed-dictionary": _of(f"--fixed-dictionary {FOLDER}/data/langs.txt"),
     "--shorten-data-split-list": _of("--shorten-data-split-list test", _SHORT),

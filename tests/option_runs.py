@@ -175,7 +175,8 @@ def _listening(stream: io.StringIO) -> Iterator[None]:
     root.setLevel(logging.INFO)
     root.addHandler(handler)
     try:
-        yield
+        with patch.object(validate, "reset_logging"):  # fairseq-validate takes every second handler away with it
+            yield
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
