@@ -45,7 +45,7 @@ _OF_COMMAND = {
     EVAL_LM: ("--gen-subset", "test"),
     VALIDATE: ("--batch-size", "4"),
 }
-_OF_TASK = {
+OF_TASK = {
     LM: ("--tokens-per-sample", "16"),
     MT: ("-s", "en", "-t", "de"),
     MULTI: ("-s", "en", "-t", "de", *LANGUAGES, "--encoder-langtok", "src", "--decoder-langtok"),
@@ -83,6 +83,10 @@ def make_models(folder: Path) -> dict[str, Path]:
             (data / "langs.txt").write_text("en\nde\nfr\n")
             for file in data.glob("test.en-de.en.*"):
                 shutil.copy(file, data / file.name.replace("test.", "alone."))  # without references
+        if task == MULTI:
+            state = torch.load(folder / task / "X.pt", weights_only=False)
+            del state["cfg"]["task"].decoder_langtok, state["cfg"]["task"].langtoks
+            torch.save(state, folder / task / "untold.pt")
     return found
 
 
@@ -107,7 +111,7 @@ def arguments_of(folder: Path, command: str, task: str, *flags: object) -> list[
         parts += ["--input", folder / "lines"]
     if task == LM and command == GENERATE:
         parts += ["--sample-break-mode", "eos"]  # prompts
-    of_task = () if task == LM and command == INTERACTIVE else _OF_TASK[task]
+    of_task = () if task == LM and command == INTERACTIVE else OF_TASK[task]
     of_command = (*_OF_COMMAND[command], *(("--max-len-b", 16) if task == LM and command == GENERATE else ()))
     return [*map(str, (*parts, *of_command, *of_task, *flags))]
 

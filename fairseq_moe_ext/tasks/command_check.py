@@ -34,7 +34,9 @@ def check_command(args: Namespace) -> None:
     if args.distributed_world_size <= 1:  # else the ranks that are started look at their flags
         check_flags(args)
     _check_data(args)
-    check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), bool(getattr(args, "cpu", False)))
+    on_cpu = bool(getattr(args, "cpu", False))
+    check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), on_cpu)
+    check_host_memory_flag(str(getattr(args, "expert_host_memory", "auto")), on_cpu)
     device = getattr(args, "device_id", 0) or 0
     if torch.cuda.is_available() and not args.cpu and device >= torch.cuda.device_count():
         raise ValueError(f"--device-id must be below the number of GPUs, {torch.cuda.device_count()}, got {device}")
@@ -69,14 +71,26 @@ def check_kernel_flag(kernel: str, on_cpu: bool) -> None:
     """ValueError where `--moe-kernel` is Triton's and cannot run; on_cpu: whether the user asked for the CPU."""
     if kernel != "triton" or find_spec("triton") is not None and triton_is_interpreted():
         return
-    if on_cpu or not torch.cuda.is_available():
-        got = "--cpu" if on_cpu else "a machine where PyTorch finds none"
+    if (got := _no_gpu(on_cpu)) is not None:
         raise ValueError(f"--moe-kernel triton needs a GPU, got {got}: auto or loop serve on a CPU")
     if (capability := torch.cuda.get_device_capability()) < AMPERE:
         raise ValueError(
             f"--moe-kernel triton needs a GPU of compute capability {AMPERE[0]}.{AMPERE[1]} or newer, got "
             f"{capability[0]}.{capability[1]}"
         )
+
+
+def check_host_memory_flag(size: str, on_cpu: bool) -> None:
+    """ValueError where `--expert-host-memory` is given on a CPU, whose buffer is in main memory itself."""
+    if size != "auto" and (got := _no_gpu(on_cpu)) is not None:
+        raise ValueError(f"--expert-host-memory {size} needs a GPU, got {got}: it lies between the disk store and one")
+
+
+def _no_gpu(on_cpu: bool) -> str | None:
+    """What keeps a command from serving on a GPU; on_cpu: whether the user asked for the CPU."""
+    if on_cpu:
+        return "--cpu"
+    return None if torch.cuda.is_available() else "a machine where PyTorch finds none"
 
 
 def check_ranks(path: str, ranks: int, placement: str | None) -> None:

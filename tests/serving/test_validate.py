@@ -72,6 +72,18 @@ def test_a_checkpoint_that_names_no_loss_is_evaluated_by_fairseqs_own(shared_gol
     assert found["loss"] == plain["inner_loss"]
 
 
+def test_a_saved_losss_words_are_read_as_its_numbers_are(shared_goldens, tmp_path, plain):
+    """The mean of the layers' gate losses, where the checkpoint's loss says so, in place of their sum."""
+    folder = shared_goldens / "mt_plain"
+    state = torch.load(folder / "checkpoint_merged.pt", weights_only=False)
+    assert state["cfg"]["criterion"]["moe_gate_loss_combine_method"] == "sum"
+    state["cfg"]["criterion"]["moe_gate_loss_combine_method"] = "average"
+    torch.save(state, tmp_path / "X.pt")
+    found = validate(folder, "moe_translation", path=tmp_path / "X.pt")
+    assert found["moe_gate_loss"] == pytest.approx(plain["moe_gate_loss"] / 2, abs=2e-3)  # two layers
+    assert found["inner_loss"] == plain["inner_loss"]
+
+
 @pytest.mark.parametrize("pairs", ["en-de,en-fr", "en-fr"])
 def test_a_multilingual_model_in_all_its_directions(shared_goldens, pairs):
     flags = ("--langs", "en,de,fr", "--encoder-langtok", "src", "--decoder-langtok", "--lang-pairs", pairs)

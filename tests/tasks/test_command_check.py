@@ -56,6 +56,10 @@ def sentence(said: str) -> str:
         ),
         (("--moe-kernel", "triton"), "--moe-kernel triton needs a GPU, got --cpu: auto or loop serve on a CPU"),
         (
+            ("--expert-buffer-size", "2", "--expert-store", "disk", "--expert-host-memory", "1G"),
+            "--expert-host-memory 1G needs a GPU, got --cpu: it lies between the disk store and one",
+        ),
+        (
             ("--distributed-world-size", "9"),
             "--distributed-world-size: the ranks must not outnumber the experts without an --expert-placement that "
             "holds replicas: 9 ranks, 8 experts",

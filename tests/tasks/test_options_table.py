@@ -201,6 +201,20 @@ def test_an_option_that_works_changes_what_comes_out(outcome, option, command):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [GENERATE, INTERACTIVE, VALIDATE])
+def test_the_decoders_language_token_is_the_first_word_or_not(models, monkeypatch, command):
+    """Of a checkpoint that does not say what it was trained with; validate has the task of one that does."""
+    path = ("--path", models[MULTI] / "untold.pt")
+    found = option_runs.run(models[MULTI], command, MULTI, *path)
+    bare = tuple(flag for flag in option_runs.OF_TASK[MULTI] if flag != "--decoder-langtok")
+    monkeypatch.setitem(option_runs.OF_TASK, MULTI, bare)
+    without = option_runs.run(models[MULTI], command, MULTI, *path)
+    assert "Error: " not in found + without and found != without
+    told = option_runs.run(models[MULTI], command, MULTI)
+    assert told == found if command == VALIDATE else "--decoder-langtok must be as in" in told
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SERVING)
 def test_what_is_harmless_changes_nothing(outcome, command):
     """All of a task's harmless options in one run."""
