@@ -12,7 +12,8 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import FileStore, HostStore, LazyTensors
-from fairseq_moe_ext.experts.resident import EXPERT_KEYS, ResidentExperts
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
+from fairseq_moe_ext.experts.resident import ResidentExperts
 
 STORES = ("host", "lazy", "file", "tier")
 MODEL_DIM, HIDDEN_DIM = 6, 5

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
-from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for
 
 PADDINGS = ("none", "left", "right", "scattered", "one row", "all")
 TOLERANCE = {
@@ -92,7 +92,7 @@ class Case:
         """In evaluation; the same weights for the same seed, whatever the gating."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         experts = ResidentExperts(self.num_experts, self.model_dim, self.hidden_dim, activation)
-        layer = MOELayer(self.gate(policy), experts, gating, StaticOptions(**static), output_masking)
+        layer = MOELayer(self.gate(policy), experts, dispatcher_for(gating, StaticOptions(**static)), output_masking)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

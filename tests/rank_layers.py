@@ -10,8 +10,9 @@ from cases import Case
 from torch import Tensor
 
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
 
@@ -60,8 +61,7 @@ def split_layer(layer: MOELayer, placement: Placement, rank: int, world_size: in
     copies = ExpertCopies(placement, rank, world_size)
     experts = layer.experts.share(copies.held[rank]).to(layer.experts.dtype)
     experts.load_state_dict(layer.experts.state_dict())
-    layer.experts = experts
-    layer.exchange = exchange.register(experts, copies)
+    layer.use(experts=experts, dispatcher=over_ranks(layer.dispatcher, exchange.register(experts, copies)))
 
 
 def serve(rank: int, world_size: int, job: Job) -> Served:
@@ -86,7 +86,7 @@ def _run(layers: list[MOELayer], job: Job, calls: Sequence[Call]) -> tuple[list[
     outputs, seen = [], []
     for call in calls:
         layer = layers[call.layer]
-        layer.observer = seen.append
+        layer.observe(seen.append)
         outputs.append(layer(*job.batch(call)))
     return outputs, seen
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -24,14 +24,15 @@ from fairseq_moe_ext.buffering.copy_lane import CopyLane
 from fairseq_moe_ext.buffering.eviction import Access, Buffer
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import ExpertStore
-from fairseq_moe_ext.experts.resident import (
-    EXPERT_KEYS,
-    BufferCall,
-    ExpertKeys,
-    packed_shapes,
-    run_experts,
-    without_gradients,
-)
+from fairseq_moe_ext.experts.buffer_call import BufferCall
+from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
+from fairseq_moe_ext.experts.gradients import without_gradients
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS, ExpertKeys, packed_shapes
+from fairseq_moe_ext.experts.schedule import Step, run_steps
+from fairseq_moe_ext.kernels.activations import Activation
+from fairseq_moe_ext.kernels.autocast import autocast_dtype
+from fairseq_moe_ext.kernels.choice import choose_kernel
+from fairseq_moe_ext.kernels.offsets import Offsets
 
 STAGING_SLOTS = 2
 
@@ -50,14 +51,15 @@ class _Batch:
     copies: deque[tuple[int, int, Future]] = field(default_factory=deque)
 
 
-class BufferedExperts(nn.Module):
+class BufferedExperts(CalledByCounts):
     """Stands in for ResidentExperts in serving: the same results bit by bit, state-dict keys and calls.
 
     Weights come by `load_state_dict`, which hands them to `make_store`; `start` makes the slots, packed as
     ResidentExperts are, once the model has its device and dtype. A started model may go to another dtype or device at
     any time between two calls, also between a call and its announcement.
 
-    policy, order: eviction.py. held: the numbers of the experts that lie here, rising; None holds all.
+    policy, order: eviction.py. kernel: as of ResidentExperts. held: the numbers of the experts that lie here, rising;
+    None holds all.
     """
 
     def __init__(
@@ -65,14 +67,15 @@ class BufferedExperts(nn.Module):
         num_experts: int,
         model_dim: int,
         hidden_dim: int,
-        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation: Activation = F.relu,
         *,
         make_store: MakeStore,
         policy: str,
         order: str,
         held: Sequence[int] | None = None,
+        kernel: str = "auto",
     ):
-        super().__init__()
+        super().__init__(kernel)
         self.num_experts = num_experts
         self.held = tuple(range(num_experts) if held is None else held)
         self.activation = activation
@@ -154,48 +157,66 @@ class BufferedExperts(nn.Module):
         for name in EXPERT_KEYS:
             self._parameters.pop(name, None)
 
-    def announce(self, tokens_per_expert: Sequence[int]) -> None:
+    def input_dtype(self, tokens: Tensor) -> torch.dtype:
+        """In which `tokens` must come: under autocast in the experts' own dtype, for a buffer computes in no other."""
+        return tokens.dtype if autocast_dtype(tokens) is None else self.dtype
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Which kernel computes rows of `dtype` on `device` (kernels/choice.py)."""
+        model_dim, hidden_dim = self._dims
+        return choose_kernel(self.kernel, device, dtype, (hidden_dim, model_dim), slots=True)
+
+    def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""
         if self._lane is None:
             raise RuntimeError("experts in a buffer must be started before they are called")
         if self._batch is not None:  # a call that never came
             self._empty()
-        counts = list(tokens_per_expert)
+        counts = list(rows_per_expert)
         accesses = self._buffer.run(expert for expert, count in enumerate(counts) if count > 0)
         self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
         self._start_copies()
 
-    def forward(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
-        """rows (R, D) in expert order, tokens_per_expert H counts that sum to R -> outputs (R, D)."""
-        return without_gradients("experts in a buffer", self._compute(rows, tokens_per_expert), rows)
+    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+        return without_gradients("experts in a buffer", self._run(rows, offsets), rows)
 
     @torch.no_grad()
-    def _compute(self, rows: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
+    def _run(self, rows: Tensor, offsets: Offsets) -> Tensor:
         if self.training:
             raise RuntimeError("experts in a buffer cannot be trained: call eval() first")
-        counts = list(tokens_per_expert)
+        counts = offsets.counts
         if self._batch is None:
-            self.announce(counts)
-        announced = self._batch.counts
-        if announced != counts:
+            self.prefetch(counts)
+        prefetched = self._batch.counts
+        if prefetched != counts:
             self._empty()
-            raise ValueError(f"tokens_per_expert must be as announced, {announced}, got {counts}")
-        outputs: dict[int, Tensor] = {}
+            raise ValueError(f"offsets must be of the counts that were prefetched, {prefetched}, got {counts}")
         self._waited, self._read = 0.0, []
         try:
-            chunks = rows.split(counts)
-            for access in self._batch.accesses:
-                slot = self._slot_of[access.expert] if access.hit else self._take_in(access)
-                weights = [part.unsqueeze(0) for part in self._parts(slot)]
-                chunk = chunks[access.expert]
-                outputs[access.expert] = run_experts(chunk, [chunk.size(0)], weights, self.activation)
+            kernel, pool = self.kernel_for(rows.device, rows.dtype), [slots.detach() for slots in self.parameters()]
+            outputs = run_steps(self.steps(counts), kernel, rows, offsets, pool, self.activation)
         except BaseException:
             self._empty()  # some slots are half filled
             raise
         self.last_call = self._account(self._batch)
         self.totals = self.totals + self.last_call
         self._batch = None
-        return torch.cat([outputs[expert] for expert in sorted(outputs)]) if outputs else rows
+        return outputs
+
+    def steps(self, rows_per_expert: Sequence[int]) -> Iterator[Step]:
+        """Of the call that was prefetched (a Schedule): hits that follow one another are a step, and every miss is one
+        as it lands."""
+        hits: dict[int, int] = {}  # expert -> slot
+        for access in self._batch.accesses:
+            if access.hit:
+                hits[access.expert] = self._slot_of[access.expert]
+                continue
+            if hits:
+                yield _together(hits)
+                hits = {}
+            yield Step(access.expert, access.expert + 1, [self._take_in(access)])
+        if hits:
+            yield _together(hits)
 
     def _take_in(self, access: Access) -> int:
         """The slot of a missed expert, once it is there; the one that it pushes out makes way for the next copy."""
@@ -320,3 +341,8 @@ class BufferedExperts(nn.Module):
             store = self._make_store(weights, self._like.dtype)
             self.stop()  # the slots hold other weights: start again
             self._store = self._source = store
+
+
+def _together(slot_of: dict[int, int]) -> Step:
+    first, end = min(slot_of), max(slot_of) + 1
+    return Step(first, end, [slot_of.get(expert, -1) for expert in range(first, end)])

@@ -25,7 +25,7 @@ from fairseq_moe_ext.atomic_file import WriteError, new_file
 from fairseq_moe_ext.bounded_json import check_regular, parse_json
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.buffering.store import StoreError
-from fairseq_moe_ext.experts.resident import EXPERT_KEYS
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 
 logger = logging.getLogger("fairseq_moe_ext")
 

@@ -11,7 +11,7 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 from omegaconf.errors import InterpolationResolutionError
 
-from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.gating.slots import StaticOptions
 
 
 @dataclass

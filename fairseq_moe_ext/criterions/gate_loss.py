@@ -52,7 +52,7 @@ class GateLoss:
         """As fairseq's: (loss, sample_size, logging_output); the loss is a sum over the sample."""
         layers = [module for module in model.modules() if isinstance(module, MOELayer)]
         for layer in layers:
-            layer.statistics = None
+            layer.recall(None)
         inner_loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         loss = inner_loss
         if layers:

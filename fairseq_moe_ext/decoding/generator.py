@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import compress
 
 import numpy as np
@@ -148,15 +148,12 @@ def unpadded_batches(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """In this context layers of a training take batches as they are: a validation that generates (`--eval-bleu`) has
     the rows of its beams, which static gating would pad to the batch size. A served layer does so anyway.
     """
-    layers = [layer for model in models for layer in model.modules() if isinstance(layer, MOELayer)]
-    training = [layer for layer in layers if not layer.serving]
-    for layer in training:
-        layer.serving = True
-    try:
+    with ExitStack() as stack:
+        for model in models:
+            for layer in model.modules():
+                if isinstance(layer, MOELayer):
+                    stack.enter_context(layer.served())
         yield
-    finally:
-        for layer in training:
-            layer.serving = False
 
 
 def take_turn(sample: dict, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:

@@ -41,10 +41,10 @@ class CMRLayer(nn.Module):
         self.dense = dense
         self.gate = CMRGate(model_dim, drop)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D)."""
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, decoding: bool = False) -> Tensor:
+        """x (B, L, D), padding_mask (B, L) bool with True on padding -> (B, L, D); decoding: a decode step."""
         share = self.gate(x, padding_mask).unsqueeze(-1)
-        return torch.lerp(self.dense(x), self.moe_layer(x, padding_mask), share)
+        return torch.lerp(self.dense(x), self.moe_layer(x, padding_mask, decoding), share)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         state_dict.pop(prefix + "lang_idx", None)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe_ext.gating.autocast import no_autocast
+from fairseq_moe_ext.kernels.autocast import no_autocast
 
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
 
@@ -25,12 +25,14 @@ class Routing:
     kept: (T, K) bool; False where an assignment does not run (padding, a policy, a full expert).
     weights: (T, K) in the gate's dtype; weights of assignments that are not kept have no meaning.
     probabilities: (T, E) softmax of the gate's logits, in the gate's dtype.
+    is_weighted: weights are those of the outputs' sum, and the gate normalises them no more.
     """
 
     expert_ids: Tensor
     kept: Tensor
     weights: Tensor
     probabilities: Tensor
+    is_weighted: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -76,9 +78,14 @@ class Gate(nn.Module):
         """tokens (T, D), padding_mask (T,) bool with True on padding -> the routing before any capacity."""
         raise TypeError(f"{type(self).__name__} does not say how experts are chosen")
 
-    def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
-        """(T, K) weights of the outputs' sum, zero where an assignment is not kept, cast to `dtype`."""
-        return only_kept(routing.weights, routing.kept).to(dtype)
+    def combine_weights(self, routing: Routing) -> Tensor:
+        """(T, K) weights of the outputs' sum in the gate's dtype, zero where an assignment is not kept."""
+        weights = only_kept(routing.weights, routing.kept)
+        return weights if routing.is_weighted else self.normalize(weights, routing.kept)
+
+    def normalize(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """weights and kept (T, K), zero where not kept -> what the gate makes of them once nothing else is dropped."""
+        return weights
 
 
 def only_kept(values: Tensor, kept: Tensor) -> Tensor:
@@ -169,11 +176,8 @@ class Top2Gate(Gate):
             kept = kept & torch.stack((torch.ones_like(drawn), drawn), dim=1)
         return Routing(expert_ids, kept, weights, probabilities)
 
-    def combine_weights(self, routing: Routing, dtype: torch.dtype) -> Tensor:
-        weights = only_kept(routing.weights, routing.kept)
-        if not self.normalize_before_dropping:
-            weights = only_kept(_normalize(weights), routing.kept)
-        return weights.to(dtype)
+    def normalize(self, weights: Tensor, kept: Tensor) -> Tensor:
+        return weights if self.normalize_before_dropping else only_kept(_normalize(weights), kept)
 
 
 def _normalize(weights: Tensor) -> Tensor:

@@ -126,45 +126,39 @@ INLINE void all_rows(const void *x, int64_t x_at, int64_t n, const void *w, int6
   }
 }
 
-INLINE void all_experts(const void *x, const int64_t *rows_per_expert, int64_t experts, int64_t most, const void *weight,
-                        const void *bias, void *out, int64_t k, int64_t m, const int relu, const int is_bfloat16) {
-  int64_t first = 0; /* row of the expert */
+#define ARGUMENTS \
+  const void *x, const int32_t *sources, const int32_t *targets, const int32_t *counts, const int32_t *slots, \
+      int64_t experts, int64_t most, const void *weight, const void *bias, void *out, int64_t k, int64_t m
+#define GIVEN x, sources, targets, counts, slots, experts, most, weight, bias, out, k, m
+
+INLINE void all_experts(ARGUMENTS, const int relu, const int is_bfloat16) {
   for (int64_t expert = 0; expert < experts; expert++) {
-    int64_t n = rows_per_expert[expert], feature = 0;
+    int64_t n = counts[expert], from = sources[expert], to = targets[expert], first = slots[expert] * m, feature = 0;
     if (0 < n && n <= most) {
 #define OUTPUTS(features) \
-  all_rows(x, first * k, n, weight, (expert * m + feature) * k, bias, out, first * m + feature, k, m, \
-           expert * m + feature, features, relu, is_bfloat16)
+  all_rows(x, from * k, n, weight, (first + feature) * k, bias, out, to * m + feature, k, m, first + feature, features, \
+           relu, is_bfloat16)
       for (; feature + FEATURES <= m; feature += FEATURES) OUTPUTS(FEATURES);
       for (; feature < m; feature++) OUTPUTS(1);
     }
-    first += n;
   }
 }
-
-#define ARGUMENTS \
-  const void *x, const int64_t *rows_per_expert, int64_t experts, int64_t most, const void *weight, const void *bias, \
-      void *out, int64_t k, int64_t m
 
 INLINE void any(ARGUMENTS, int relu, int is_bfloat16) {
-#define ALL(relu, is_bfloat16) \
-  all_experts(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16)
   if (is_bfloat16) {
-    if (relu) ALL(1, 1);
-    else ALL(0, 1);
+    if (relu) all_experts(GIVEN, 1, 1);
+    else all_experts(GIVEN, 0, 1);
   } else {
-    if (relu) ALL(1, 0);
-    else ALL(0, 0);
+    if (relu) all_experts(GIVEN, 1, 0);
+    else all_experts(GIVEN, 0, 0);
   }
 }
 
-static void plain(ARGUMENTS, int relu, int is_bfloat16) {
-  any(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16);
-}
+static void plain(ARGUMENTS, int relu, int is_bfloat16) { any(GIVEN, relu, is_bfloat16); }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) static void with_avx2(ARGUMENTS, int relu, int is_bfloat16) {
-  any(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16);
+  any(GIVEN, relu, is_bfloat16);
 }
 #endif
 
@@ -177,15 +171,19 @@ int32_t has_avx2(void) {
 #endif
 }
 
-/* x (N, K) in expert order, rows_per_expert `experts` counts that sum to N, weight (experts, M, K), bias (experts, M)
-   -> out (N, M), with relu or without; all contiguous and of one type. Rows of an expert that has more than `most` are
-   left as they are. avx2: with these instructions and FMA, or with those that every CPU of its kind has. */
+/* That grouped_linear's arguments are those below: a library of an older version lacks it. */
+int32_t takes_slots(void) { return 1; }
+
+/* Expert e's counts[e] rows of x, from row sources[e] on, times the weight in slot slots[e] -> rows targets[e] and on of
+   out, with relu or without. x (N, K), weight (S, M, K), bias (S, M), out (N', M), all contiguous and of one type. Rows
+   of an expert that has more than `most` are left as they are. avx2: with these instructions and FMA, or with those that
+   every CPU of its kind has. */
 void grouped_linear(int32_t avx2, ARGUMENTS, int32_t relu, int32_t is_bfloat16) {
 #if defined(__x86_64__)
   if (avx2) {
-    with_avx2(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16);
+    with_avx2(GIVEN, relu, is_bfloat16);
     return;
   }
 #endif
-  plain(x, rows_per_expert, experts, most, weight, bias, out, k, m, relu, is_bfloat16);
+  plain(GIVEN, relu, is_bfloat16);
 }

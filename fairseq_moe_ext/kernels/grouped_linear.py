@@ -1,10 +1,10 @@
-"""One linear layer per expert on rows in expert order, on a CPU: the C kernel of grouped_linear.c for few rows per
-expert, PyTorch's own product for many.
+"""One linear layer per expert, each on its own rows: on a CPU the C kernel of grouped_linear.c for few rows per expert,
+PyTorch's own product for many.
 
 The kernel is compiled at installation where there is a C compiler; without it PyTorch's products do everything, slower.
 The environment variable FAIRSEQ_MOE_CPU_KERNEL says which of its instructions run, or that it does not.
 
-Legend: H = experts, N = rows in expert order, K = input features, M = output features.
+Legend: X = experts, S = slots, N = rows, K = input features, M = output features.
 """
 
 from __future__ import annotations
@@ -12,56 +12,76 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.kernels.alignment import aligned, is_aligned
+
 logger = logging.getLogger("fairseq_moe_ext")
 
 VARIABLE = "FAIRSEQ_MOE_CPU_KERNEL"
 CHOICES = ("auto", "avx2", "plain", "off")  # the best that the CPU has; these instructions; PyTorch's products alone
-ALIGNMENT = 64  # bytes, at which PyTorch's CPU tensors begin
 # Rows per expert up to which the kernel is faster than PyTorch's product in float32
 FEW_ROWS = 48
 ANY_ROWS = 2**62
 
 
-def grouped_linear(
-    rows: Tensor, rows_per_expert: Sequence[int], weight: Tensor, bias: Tensor, relu: bool = False
-) -> Tensor:
-    """rows (N, K) in expert order, H counts that sum to N, weight (H, M, K), bias (H, M) -> (N, M), after relu or not.
+@dataclass(frozen=True)
+class Groups:
+    """The rows of X experts; all (X,) int32 on the CPU.
 
-    An expert's outputs depend on its rows and weights alone, bit by bit: not on where they lie, nor on other experts.
+    sources, targets: the first row of each expert, in what is read and in what is filled. counts: how many rows.
+    slots: where its weight lies. num_rows: the sum of counts.
     """
-    experts, outputs, inputs = weight.shape
-    wanted = ((sum(rows_per_expert), inputs), (experts, outputs), (len(rows_per_expert), outputs))
-    if (rows.shape, bias.shape, bias.shape) != wanted:
+
+    sources: Tensor
+    targets: Tensor
+    counts: Tensor
+    slots: Tensor
+    num_rows: int
+
+    def back(self) -> Groups:
+        """From the targets to the sources."""
+        return replace(self, sources=self.targets, targets=self.sources)
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, outputs: Tensor, relu: bool = False
+) -> None:
+    """rows (N, K), weight (S, M, K), bias (S, M) -> the groups' rows of outputs (N', M), after relu or not.
+
+    rows and outputs are contiguous. An expert's outputs depend on its rows and weight alone, bit by bit: not on where
+    they lie, nor on other experts. ValueError where the shapes do not fit.
+    """
+    slots, features, inputs = weight.shape
+    if (rows.size(1), outputs.size(1), bias.shape) != (inputs, features, (slots, features)):
         raise ValueError(
-            f"rows, bias and rows_per_expert must fit the weight {tuple(weight.shape)}, got {tuple(rows.shape)}, "
-            f"{tuple(bias.shape)} and {len(rows_per_expert)} counts that sum to {sum(rows_per_expert)}"
+            f"rows, outputs and bias must fit the weight {tuple(weight.shape)}, got {tuple(rows.shape)}, "
+            f"{tuple(outputs.shape)} and {tuple(bias.shape)}"
         )
-    output = rows.new_empty(rows.size(0), outputs)
-    of_one_type = rows.dtype == weight.dtype == bias.dtype and rows.device == weight.device
+    of_one_type = rows.dtype == weight.dtype == bias.dtype == outputs.dtype and rows.device == weight.device
     most = most_rows(rows.dtype, rows.device) if of_one_type else 0
     if most:
-        run_kernel(rows.contiguous(), list(rows_per_expert), weight, bias, output, relu, most)
-    first = 0
-    for expert, count in enumerate(rows_per_expert):
+        run_kernel(rows, weight, bias, groups, outputs, relu, most)
+    if most == ANY_ROWS:
+        return
+    numbers = (each.tolist() for each in (groups.sources, groups.targets, groups.counts, groups.slots))
+    for source, target, count, slot in zip(*numbers, strict=True):
         if count > most:
-            product = output[first : first + count]
-            found = product if _is_aligned(product) else torch.empty_like(product)
-            weight_there, chunk = aligned(weight[expert]), aligned(rows[first : first + count])
-            torch.addmm(bias[expert], chunk, weight_there.t(), out=found)
+            product = outputs[target : target + count]
+            found = product if is_aligned(product) else torch.empty_like(product)
+            chunk, its_weight = aligned(rows[source : source + count]), aligned(weight[slot])
+            torch.addmm(bias[slot], chunk, its_weight.t(), out=found)
             if relu:
                 found.relu_()
             if found is not product:
                 product.copy_(found)
-        first += count
-    return output
 
 
 def most_rows(dtype: torch.dtype, device: torch.device) -> int:
@@ -112,7 +132,7 @@ def _kernel(choice: str) -> Callable[..., None] | None:
     if choice == "avx2" and not library.has_avx2():
         raise ValueError(f"{VARIABLE} avx2 needs a CPU with AVX2 and FMA")
     kernel, pointer, size, flag = library.grouped_linear, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    kernel.argtypes = [flag, pointer, pointer, size, size, pointer, pointer, pointer, size, size, flag, flag]
+    kernel.argtypes = [flag, *[pointer] * 5, size, size, *[pointer] * 3, size, size, flag, flag]
     kernel.restype = None
     return partial(kernel, choice == "avx2" or (choice == "auto" and library.has_avx2()))
 
@@ -121,55 +141,55 @@ def _library() -> ctypes.CDLL | None:
     """What the installation compiled; None where it did not, or did so for another version of this file."""
     spec = find_spec("fairseq_moe_ext.kernels._grouped_linear")
     library = None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
-    return library if hasattr(library, "has_avx2") else None
+    return library if hasattr(library, "takes_slots") else None
 
 
 def run_kernel(
-    rows: Tensor, counts: list[int], weight: Tensor, bias: Tensor, output: Tensor, relu: bool, most: int
+    rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, outputs: Tensor, relu: bool, most: int
 ) -> None:
-    """Fill `output` where an expert has at most `most` rows; PyTorch's threads share the experts.
+    """Fill `outputs` where an expert has at most `most` rows; PyTorch's threads share the experts.
 
-    The arguments of `grouped_linear`, of one dtype, float32 or bfloat16; `rows` and `output` contiguous.
+    The arguments of `grouped_linear`, of one dtype, float32 or bfloat16.
     """
-    kernel, size = load_kernel(), rows.element_size()
+    kernel = load_kernel()
     weight, bias = weight.contiguous(), bias.contiguous()
-    _, outputs, inputs = weight.shape
-    numbers = (ctypes.c_int64 * len(counts))(*counts)
+    numbers = [each.contiguous() for each in (groups.sources, groups.targets, groups.counts, groups.slots)]
 
-    def run(first: int, end: int, row: int) -> None:
+    def run(first: int, end: int) -> None:
         kernel(
-            rows.data_ptr() + row * inputs * size,
-            ctypes.addressof(numbers) + first * ctypes.sizeof(ctypes.c_int64),
+            rows.data_ptr(),
+            *(each.data_ptr() + first * each.itemsize for each in numbers),
             end - first,
             most,
-            weight.data_ptr() + first * outputs * inputs * size,
-            bias.data_ptr() + first * outputs * size,
-            output.data_ptr() + row * outputs * size,
-            inputs,
-            outputs,
+            weight.data_ptr(),
+            bias.data_ptr(),
+            outputs.data_ptr(),
+            weight.size(2),
+            weight.size(1),
             relu,
             rows.dtype == torch.bfloat16,
         )
 
-    parts = _shares([count if count <= most else 0 for count in counts], torch.get_num_threads())
-    starts = [sum(counts[:first]) for first, _ in parts]
-    others = [_pool(os.getpid()).submit(run, *part, row) for part, row in zip(parts[1:], starts[1:], strict=True)]
-    run(*parts[0], starts[0])
+    parts = _shares(groups.counts, most, torch.get_num_threads())
+    others = [_pool(os.getpid()).submit(run, *part) for part in parts[1:]]
+    run(*parts[0])
     for other in others:
         other.result()
 
 
-def _shares(counts: list[int], threads: int) -> list[tuple[int, int]]:
-    """At most `threads` ranges of experts, each of about as much work: a weight's reading, and a product per row.
+def _shares(counts: Tensor, most: int, threads: int) -> list[tuple[int, int]]:
+    """At most `threads` ranges of experts, each of about as much work: a weight's reading, and a product per row; of
+    those with more rows than `most` there is none.
 
-    >>> _shares([1, 1, 0, 5, 1], 2)
+    >>> _shares(torch.tensor([1, 1, 50, 5, 1]), 48, 2)
     [(0, 3), (3, 5)]
     """
-    if threads == 1 or len(counts) == 1:
-        return [(0, len(counts))]
-    work = torch.tensor([8 * (count > 0) + count for count in counts]).cumsum(0)
+    if threads == 1 or counts.numel() == 1:
+        return [(0, counts.numel())]
+    counts = counts.long()  # ANY_ROWS is beyond int32
+    work = torch.where((counts > 0) & (counts <= most), 8 + counts, 0).cumsum(0)
     bounds = torch.searchsorted(work, work[-1] * torch.arange(1, threads) / threads, right=True).tolist()
-    edges = sorted({0, *bounds, len(counts)})
+    edges = sorted({0, *bounds, counts.numel()})
     return list(zip(edges, edges[1:], strict=False))
 
 
@@ -177,13 +197,3 @@ def _shares(counts: list[int], threads: int) -> list[tuple[int, int]]:
 def _pool(_process: int) -> ThreadPoolExecutor:
     """Of one process: a forked child has none of its parent's threads."""
     return ThreadPoolExecutor(thread_name_prefix="experts")
-
-
-def aligned(values: Tensor) -> Tensor:
-    """`values`, or a copy of them: libraries round differently by where a tensor begins, and the same expert may lie in
-    any place of a packed parameter, its rows anywhere among the others'. Only odd dims are copied."""
-    return values if _is_aligned(values) else values.clone()
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    return matrix.data_ptr() % ALIGNMENT == 0

@@ -67,7 +67,7 @@ def retain_in_experts(model: nn.Module, generation: Any) -> None:
         if dropout is None or not dropout.apply_during_inference or dropout.p == 0:
             continue
         _check(module.moe_layer, dropout.p)
-        module.moe_layer.experts.retain_dropout = True
+        module.moe_layer.experts.retain_dropout()
 
 
 def _check(layer: MOELayer, probability: float) -> None:
@@ -76,7 +76,7 @@ def _check(layer: MOELayer, probability: float) -> None:
         raise ValueError(f"{rule}, which those in a buffer do not have: it must go without --expert-buffer-size")
     if layer.experts.kernel not in ("auto", "loop"):
         raise ValueError(f"{rule}, which --moe-kernel {layer.experts.kernel} does not have: it must be loop")
-    if layer.exchange is not None:
+    if layer.dispatcher.spans_ranks:
         logger.warning("--retain-dropout under several ranks: other numbers are drawn than on one rank")
 
 

@@ -11,7 +11,6 @@ import copy
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from fairseq_moe_ext.checkpoints.supported_fields import check_layer_options
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
 from fairseq_moe_ext.gating.cmr import CMRLayer
+from fairseq_moe_ext.gating.slots import dispatcher_for
 
 UPSTREAMS_EXPERT = "FeedForwardNetwork"  # the class that upstream's experts are of
 
@@ -51,7 +51,7 @@ def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_po
         experts = ResidentExperts(
             moe.moe_expert_count, model_dim, hidden_dim, activation, dropout, initialize=moe.initialize_experts
         )
-    return MOELayer(gate, experts, moe.moe_gating, moe.static_options(max_positions), moe.moe_eom)
+    return MOELayer(gate, experts, dispatcher_for(moe.moe_gating, moe.static_options(max_positions)), moe.moe_eom)
 
 
 def activation_named(name: str) -> Callable[[Tensor], Tensor]:
@@ -83,6 +83,7 @@ class _MoEFeedForward:
     """Mixin before one of fairseq's layer classes; `_pass` is one forward pass of such a layer."""
 
     _padding_mask: Tensor | None = None
+    _decoding = False  # whether the pass is a decode step
     _checkpointed = None  # under --checkpoint-activations: a pass that is computed again in the backward pass
 
     def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
@@ -113,7 +114,7 @@ class _MoEFeedForward:
         if self._checkpointed is None or self.moe_layer.serving or not torch.is_grad_enabled():
             return self._pass(*args, **kwargs)
         *results, gate_loss = self._checkpointed(*args, **kwargs)
-        self.moe_layer.statistics = replace(self.moe_layer.statistics, loss=gate_loss)
+        self.moe_layer.recall(self.moe_layer.statistics, gate_loss)
         return tuple(results) if len(results) > 1 else results[0]
 
     def _pass_with_gate_loss(self, *args, **kwargs) -> tuple:
@@ -121,7 +122,7 @@ class _MoEFeedForward:
         results = self._pass(*args, **kwargs)
         gate_loss = self.moe_layer.gate_loss()
         if torch.is_grad_enabled():  # the second pass, whose graph nobody is to keep
-            self.moe_layer.statistics = of_first_pass
+            self.moe_layer.recall(of_first_pass)
         return (*(results if isinstance(results, tuple) else (results,)), gate_loss)
 
     def _dense_feed_forward(self, x: Tensor) -> Tensor:
@@ -135,10 +136,10 @@ class _MoEFeedForward:
         mask = self._padding_mask
         if mask is not None and mask.size(1) != x.size(0):
             mask = mask[:, -x.size(0) :]  # incremental decoding: the mask may cover tokens that are not in the input
-        if self.moe_layer.gating == "static" and self.moe_layer.static.count_padding:
+        if self.moe_layer.dispatcher.counts_padding:
             mask = None  # as upstream has it, also for the gate of CMR
         module = self.cmr_layer if self._moe.moe_cmr else self.moe_layer
-        x = module(x.transpose(0, 1), mask)
+        x = module(x.transpose(0, 1), mask, self._decoding)
         if self.moe_fom > 0:
             if self.training:
                 x = x * (torch.rand(x.shape[:2], device=x.device) > self.moe_fom).unsqueeze(-1)
@@ -195,6 +196,6 @@ class MoETransformerDecoderLayer(_MoEFeedForward, transformer_layer.TransformerD
         **kwargs,
     ):
         self._padding_mask = self_attn_padding_mask
-        self.moe_layer.decoding = incremental_state is not None
+        self._decoding = incremental_state is not None
         known = {"self_attn_padding_mask": self_attn_padding_mask, **kwargs}
         return super().forward(x, encoder_out, encoder_padding_mask, incremental_state, *args, **known)

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairseq_moe_ext.experts.resident import without_gradients
+from fairseq_moe_ext.experts.gradients import without_gradients
+from fairseq_moe_ext.gating.call import Experts
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.dispatch import run_by_expert
 from fairseq_moe_ext.ranks.faults import ExchangeError, interruption
 from fairseq_moe_ext.ranks.process_group import RankGroup
 
@@ -81,7 +81,7 @@ class Exchange:
         self._layers: list[LayerExchange] = []
         self._round: Round | None = None  # under way
 
-    def register(self, experts: nn.Module, copies: ExpertCopies) -> LayerExchange:
+    def register(self, experts: Experts, copies: ExpertCopies) -> LayerExchange:
         """The exchange of one more layer; `experts` are the ones held here."""
         self._layers.append(LayerExchange(self, len(self._layers), experts, copies))
         self.rows_computed.append(0)
@@ -147,7 +147,7 @@ class Exchange:
 class LayerExchange:
     """One layer's end on this rank."""
 
-    def __init__(self, exchange: Exchange, number: int, experts: nn.Module, copies: ExpertCopies):
+    def __init__(self, exchange: Exchange, number: int, experts: Experts, copies: ExpertCopies):
         self.number = number
         self.experts = experts
         self.copies = copies
@@ -260,7 +260,7 @@ class Round:
             return sent
         start = time.perf_counter()
         arrivals = [self._arrivals_from(source) for source in range(self._exchange.world_size)]
-        self._announce(arrivals)
+        self._prefetch(arrivals)
         arrived_bytes = [arrival.num_bytes for arrival in arrivals]
         arrived = sent.new_empty(sum(arrived_bytes))
         self.figures.bytes_exchanged = sum(sent_bytes) - sent_bytes[self._exchange.rank]
@@ -291,13 +291,13 @@ class Round:
         counts = layer.counts_from(source, message, self.largest_capacity)
         return _Arrivals(layer, counts, sum(counts) * layer.experts.model_dim * layer.experts.dtype.itemsize)
 
-    def _announce(self, arrivals: list[_Arrivals]) -> None:
+    def _prefetch(self, arrivals: list[_Arrivals]) -> None:
         """Tell the experts what is to come, so that those in a buffer are fetched while the tokens travel."""
         for layer in _layers_of(arrivals):
             counts = [arrival.counts for arrival in arrivals if arrival.layer is layer]
             totals = [sum(column) for column in zip(*counts, strict=True)]
             if any(totals):
-                layer.experts.announce(totals)
+                layer.experts.prefetch(totals)
 
     def _compute(self, arrived: Tensor, arrivals: list[_Arrivals]) -> Tensor:
         """arrived (bytes,), grouped by source -> the outputs' bytes in the same order."""
@@ -312,7 +312,7 @@ class Round:
             if not sources:
                 continue
             rows = [_as_values(parts[source], dtype).view(-1, model_dim) for source in sources]
-            results = run_by_expert(layer.experts, rows, [arrivals[source].counts for source in sources])
+            results = _run_by_expert(layer.experts, rows, [arrivals[source].counts for source in sources])
             self._exchange.rows_computed[layer.number] += sum(map(len, rows))
             for source, result in zip(sources, results, strict=True):
                 out_parts[source].copy_(result.reshape(-1).view(torch.uint8))
@@ -331,6 +331,24 @@ class _Arrivals:
 def _layers_of(arrivals: list[_Arrivals]) -> list[LayerExchange]:
     """Each layer that some source is in, once; every rank sees them in the same order."""
     return list({arrival.layer.number: arrival.layer for arrival in arrivals if arrival.layer}.values())
+
+
+def _run_by_expert(experts: Experts, rows: list[Tensor], counts: list[list[int]]) -> tuple[Tensor, ...]:
+    """Run every expert once on its rows of all sources.
+
+    rows: per source (n, D) in expert order; counts: per source H rows per expert -> per source its outputs (n, D).
+    """
+    if len(rows) == 1:
+        return (experts(rows[0], counts[0]),)
+    lengths = torch.tensor(counts)  # (sources, H)
+    starts = (lengths.view(-1).cumsum(0) - lengths.view(-1)).view_as(lengths)
+    by_expert, starts = lengths.t().reshape(-1), starts.t().reshape(-1)
+    shift = starts - (by_expert.cumsum(0) - by_expert)
+    joined = torch.cat(rows)
+    order = torch.repeat_interleave(shift, by_expert) + torch.arange(joined.size(0))
+    order = order.to(joined.device)
+    outputs = experts(joined.index_select(0, order), lengths.sum(0).tolist())
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).split(lengths.sum(1).tolist())
 
 
 def _split(counts: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.atomic_file import write_json
-from fairseq_moe_ext.gating.device_counts import fetch
-from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.gating.call import LayerCall
+from fairseq_moe_ext.kernels.offsets import fetch
 from fairseq_moe_ext.models.batch_seeds import BatchSeeds
 from fairseq_moe_ext.ranks.faults import ExchangeError
 from fairseq_moe_ext.ranks.group import Ranks

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from fairseq_moe_ext.experts.resident import BufferCall
+from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.reporting.finite import NonFinite

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fairseq_moe_ext.experts.resident import BufferCall
-from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.experts.buffer_call import BufferCall
+from fairseq_moe_ext.gating.call import LayerCall
 
 _COUNTS = ("calls", "assignments", "dropped", "rerouted", "active_experts", "bytes_exchanged")
 

@@ -86,7 +86,8 @@ class ExpertBuffer:
                         name, settings.size, len(experts.held),
                     )
             else:
-                layer.experts = self._layers[name] = self._buffered(name, experts)
+                self._layers[name] = self._buffered(name, experts)
+                layer.use(experts=self._layers[name])
         if not layers or not any(settings.scope in ("all", name.split(".")[0]) for name in layers):
             logger.warning("--expert-buffer-scope %s: the model has no MoE layer there", settings.scope)
         if settings.profile is not None:
@@ -103,6 +104,7 @@ class ExpertBuffer:
             policy=self._settings.policy,
             order=self._settings.order,
             held=experts.held,
+            kernel=experts.kernel,
         )
 
     def _read_profile(self, path: Path) -> dict[str, list[int]]:

@@ -12,7 +12,9 @@ from fairseq_moe_ext.balancing.placement import Placement, contiguous
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.models.served_model import ServedModel
+from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.group import Ranks
 from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
 
@@ -69,31 +71,34 @@ def share_experts(
     for name, layer in layers.items() if ranks is not None else ():
         copies[name] = ExpertCopies(places[name], ranks.rank, ranks.world_size)
         with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
-            layer.experts = layer.experts.share(copies[name].held[ranks.rank])
+            layer.use(experts=layer.experts.share(copies[name].held[ranks.rank]))
     if buffer is not None:
         buffer.install(layers)
     for name, each in copies.items():
-        layers[name].exchange = ranks.exchange.register(layers[name].experts, each)
+        layer = layers[name]
+        layer.use(dispatcher=over_ranks(layer.dispatcher, ranks.exchange.register(layer.experts, each)))
 
 
 def limit_experts(
-    model: ServedModel, settings: CapacitySettings, places: Mapping[str, Sequence[Sequence[int]]], num_ranks: int
+    model: ServedModel,
+    settings: CapacitySettings,
+    places: Mapping[str, Sequence[Sequence[int]]],
+    num_ranks: int,
+    rank: int | None,
 ) -> None:
-    """Give every MoE layer its capacity; of an expert's copies the first says which rank is its own."""
+    """Give every MoE layer its capacity; of an expert's copies the first says which rank is its own.
+
+    rank: this process's; None: alone it counts as all of them.
+    """
     for name, layer in model.moe_layers().items():
-        layer.capacity = Capacity(settings.rules, [ranks[0] for ranks in places[name]], num_ranks)
-        layer.capacity_phases = settings.phases
-        layer.prefer_resident = settings.prefer_resident
+        capacity = Capacity(settings.rules, [ranks[0] for ranks in places[name]], num_ranks)
+        layer.use(rules=[*layer.rules, Limit(capacity, settings.phases, settings.prefer_resident, rank)])
 
 
 def choose_kernels(model: ServedModel, kernel: str) -> None:
     """`--moe-kernel` for the experts as they are shared out; ValueError where the kernel could compute none of them."""
     layers = model.moe_layers().values()
     for layer in layers:
-        layer.experts.kernel = kernel
-    fitting = [each for each in layers if each.gating == "dynamic" and each.exchange is None]
-    if kernel not in ("auto", "loop") and not any(isinstance(each.experts, ResidentExperts) for each in fitting):
-        raise ValueError(
-            "--moe-kernel must be auto or loop under static gating, on several ranks and where all experts are in a "
-            f"buffer, got {kernel}"
-        )
+        layer.experts.use_kernel(kernel)
+    if kernel == "grouped-mm" and not any(isinstance(layer.experts, ResidentExperts) for layer in layers):
+        raise ValueError("--moe-kernel must be auto, loop or triton where all experts are in a buffer, got grouped-mm")

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, DROP_METRICS, OVERFLOWS, CapacityRules
-from fairseq_moe_ext.gating.layer import CAPACITY_PHASES
+from fairseq_moe_ext.gating.limit import CAPACITY_PHASES
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
 
 logger = logging.getLogger("fairseq_moe_ext")

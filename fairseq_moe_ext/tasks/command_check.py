@@ -13,7 +13,7 @@ from fairseq import utils
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
-from fairseq_moe_ext.experts.device_experts import AMPERE
+from fairseq_moe_ext.kernels.choice import AMPERE
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.torch_versions import triton_is_interpreted
 

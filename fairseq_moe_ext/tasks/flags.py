@@ -13,8 +13,8 @@ from omegaconf import II
 
 from fairseq_moe_ext.atomic_file import WriteError, check_writable
 from fairseq_moe_ext.balancing.placement import load_placement
-from fairseq_moe_ext.experts.device_experts import KERNELS
-from fairseq_moe_ext.gating.layer import GATINGS
+from fairseq_moe_ext.gating.slots import GATINGS
+from fairseq_moe_ext.kernels.choice import KERNELS
 from fairseq_moe_ext.kernels.grouped_linear import check_kernel
 from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
@@ -41,7 +41,7 @@ class MoEFlags(CapacityFlags, BufferFlags):
     )
     moe_kernel: ChoiceEnum(KERNELS) = field(
         default="auto",
-        metadata={"help": "what computes resident experts under dynamic gating; auto: by what the device can do"},
+        metadata={"help": "what computes the experts; auto: by what the device can do"},
     )
     moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
     moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})

@@ -184,7 +184,7 @@ class ServingTask:
         model.expert_buffer = None if settings is None else ExpertBuffer(settings, local_ranks)
         share_experts(model, self.ranks, places, model.expert_buffer)
         if capacity is not None:
-            limit_experts(model, capacity, places, num_ranks)
+            limit_experts(model, capacity, places, num_ranks, None if self.ranks is None else self.ranks.rank)
         choose_kernels(model, str(flags.moe_kernel))
 
     def _with_flags(self, args: Any) -> Any:

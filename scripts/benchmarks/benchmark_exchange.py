@@ -26,7 +26,8 @@ from fairseq_moe_ext.balancing.placement import contiguous  # noqa: E402
 from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.copies import ExpertCopies  # noqa: E402
-from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for  # noqa: E402
+from fairseq_moe_ext.ranks.dispatcher import over_ranks  # noqa: E402
 from fairseq_moe_ext.ranks.exchange import Exchange  # noqa: E402
 from fairseq_moe_ext.ranks.process_group import start_group  # noqa: E402
 from reproduction.tables import markdown  # noqa: E402
@@ -57,7 +58,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     rows.append(("one rank's lone token, the others idle", *timed(one_alone, 10 * args.rounds), 0))
     for gating, layer in layers.items():
         calls = []
-        layer.observer = calls.append
+        layer.observe(calls.append)
         milliseconds, deviation = timed(lambda layer=layer: layer(tokens), args.rounds)
         name = f"{gating} layer, {args.tokens} tokens a rank"
         rows.append((name, milliseconds, deviation, calls[-1].bytes_exchanged))
@@ -76,10 +77,8 @@ def shared_layer(gating: str, exchange: Exchange, args: argparse.Namespace) -> M
     copies = ExpertCopies(contiguous(args.experts, args.ranks), exchange.rank, args.ranks)
     gate = Top2Gate(args.model_dim, args.experts, second_expert_policy="all")
     experts = ResidentExperts(args.experts, args.model_dim, args.hidden_dim, held=copies.held[exchange.rank])
-    layer = MOELayer(gate, experts, gating, StaticOptions(args.capacity_fraction, count_padding=False)).eval()
-    layer.requires_grad_(False)
-    layer.exchange = exchange.register(experts, copies)
-    return layer
+    alone = dispatcher_for(gating, StaticOptions(args.capacity_fraction, count_padding=False))
+    return MOELayer(gate, experts, over_ranks(alone, exchange.register(experts, copies))).eval().requires_grad_(False)
 
 
 def timed(call, rounds: int) -> tuple[float, float]:

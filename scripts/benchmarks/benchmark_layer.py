@@ -42,13 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
-from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
 from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate  # noqa: E402
 from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, CapacityRules  # noqa: E402
-from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
+from fairseq_moe_ext.gating.limit import Limit  # noqa: E402
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for  # noqa: E402
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_capacity  # noqa: E402
 from fairseq_moe_ext.kernels import grouped_linear  # noqa: E402
+from fairseq_moe_ext.kernels.choice import KERNELS  # noqa: E402
 from fairseq_moe_ext.serving.free_memory import free_bytes  # noqa: E402
 
 # published layers, with static gating's capacity there
@@ -69,9 +70,9 @@ def build_layers(args: argparse.Namespace) -> tuple[MOELayer, MOELayer]:
         else:
             gate = Top2Gate(args.model_dim, args.experts, use_fp32=True, second_expert_policy="all")
         experts = ResidentExperts(args.experts, args.model_dim, args.hidden_dim)
-    experts.kernel = args.kernel[0]
+    experts.use_kernel(args.kernel[0])
     dynamic = MOELayer(gate, experts).eval()
-    static = MOELayer(gate, experts, "static", StaticOptions(args.capacity_fraction)).eval()
+    static = MOELayer(gate, experts, dispatcher_for("static", StaticOptions(args.capacity_fraction))).eval()
     for layer in (dynamic, static):
         layer.prepare_for_serving(args.seed)
     return dynamic, static
@@ -85,14 +86,14 @@ class _FairscaleGate(torch.nn.Module):
         self.layer = layer
 
     def forward(self, tokens: Tensor):
-        gate, options = self.layer.gate, self.layer.static
+        gate, options = self.layer.gate, self.layer.dispatcher.options
         routing = gate(tokens)
         capacity = static_capacity(
             tokens.size(0), routing.num_experts, routing.expert_ids.size(1), options.capacity_fraction, False
         )
         slots = assign_slots(routing)
         routing = routing.keep_only(slots < capacity)
-        weights = gate.combine_weights(routing, routing.weights.dtype)
+        weights = gate.combine_weights(routing)
         dense = dense_combine_weights(routing, slots, weights, capacity).to(tokens.dtype)
         return tokens.new_zeros(()), dense, dense.bool()
 
@@ -124,7 +125,7 @@ def with_kernel(layer: MOELayer, kernel: str) -> MOELayer:
     """The same layer, its experts run by `kernel`."""
     other = copy.copy(layer)
     other._modules = {**layer._modules, "experts": copy.copy(layer.experts)}
-    other.experts.kernel = kernel
+    other.experts.use_kernel(kernel)
     return other
 
 
@@ -169,7 +170,7 @@ def implementations(
         found[kernel] = lambda layer=with_kernel(dynamic, kernel): layer(x)
     if grouped_linear.most_rows(dtype, x.device) > 0:
         found["products"] = lambda: without_c_kernel(lambda: dynamic(x))
-    if args.cuda_graph and choose_kernel(experts, x[:, 0]) == "loop":
+    if args.cuda_graph and experts.kernel_for(x.device, x.dtype) == "loop":
         print("graph is left out: a loop over experts waits for the host")
     elif args.cuda_graph:
         found["graph"] = captured(found["dynamic"])
@@ -189,7 +190,7 @@ def implementations(
         fairscale = fairscale_layer(static)
         found["fairscale"] = lambda: fairscale(x)
     if 2 * static_bytes(args, tokens, 1.0) < free:
-        expected = MOELayer(static.gate, static.experts, "static", StaticOptions(1.0)).eval()(x)
+        expected = MOELayer(static.gate, static.experts, dispatcher_for("static", StaticOptions(1.0))).eval()(x)
     else:
         expected = with_kernel(dynamic, "loop")(x)
     tolerance = {"atol": TOLERANCE[args.dtype], "rtol": TOLERANCE[args.dtype]}
@@ -204,13 +205,13 @@ def capacities(args: argparse.Namespace, dynamic: MOELayer, tokens: int) -> dict
     """The layer without a capacity and under each overflow rule, and the rules alone, by name."""
     x = torch.randn(tokens, 1, args.model_dim, device=args.device).to(getattr(torch, args.dtype))
     routing = dynamic.gate(x[:, 0])
-    weights = dynamic.gate.combine_weights(routing, x.dtype)
+    weights = dynamic.gate.combine_weights(routing).to(x.dtype)
     ranks = torch.zeros(tokens, dtype=torch.int64, device=args.device)
     found = {"dynamic": lambda: dynamic(x)}
     for overflow in OVERFLOWS:
-        layer = MOELayer(dynamic.gate, dynamic.experts).eval()
         rules = CapacityRules(args.capacity_factor, overflow, args.drop_metric)
-        layer.capacity = capacity = Capacity(rules, [0] * args.experts, 1)
+        capacity = Capacity(rules, [0] * args.experts, 1)
+        layer = MOELayer(dynamic.gate, dynamic.experts, rules=[Limit(capacity)]).eval()
         layer.prepare_for_serving(args.seed)
         found[overflow] = lambda layer=layer: layer(x)
         found[f"{overflow}: rule"] = lambda capacity=capacity: capacity.apply(routing, weights, ranks).weights
@@ -310,8 +311,7 @@ def main() -> None:
         results += report(args, tokens, found, weight_bytes)
         if args.output is not None:  # after every number of tokens: one that fails does not lose the others
             write_json(args.output, results, "--output")
-    device = torch.empty(0, device=args.device, dtype=getattr(torch, args.dtype))
-    print(f"kernel: {choose_kernel(dynamic.experts, device)}")
+    print(f"kernel: {dynamic.experts.kernel_for(torch.device(args.device), getattr(torch, args.dtype))}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -41,8 +41,8 @@ from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # 
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.decoding.generator import MoESequenceGenerator  # noqa: E402
-from fairseq_moe_ext.experts.device_experts import KERNELS, choose_kernel  # noqa: E402
-from fairseq_moe_ext.gating.layer import GATINGS  # noqa: E402
+from fairseq_moe_ext.gating.slots import GATINGS, dispatcher_for  # noqa: E402
+from fairseq_moe_ext.kernels.choice import KERNELS  # noqa: E402
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel  # noqa: E402
 from fairseq_moe_ext.reporting.observer import Observer  # noqa: E402
 from fairseq_moe_ext.reporting.report import Report  # noqa: E402
@@ -79,7 +79,7 @@ def build_model(args: argparse.Namespace) -> MoETransformerModel:
     model.observer = Observer("random weights")
     model.prepare_for_inference_(Namespace(generation=Namespace(beam=args.beam), common=Namespace(seed=args.seed)))
     for layer in model.moe_layers().values():
-        layer.experts.kernel = args.kernel
+        layer.experts.use_kernel(args.kernel)
     return model
 
 
@@ -94,7 +94,7 @@ def buffer_experts(model: MoETransformerModel, args: argparse.Namespace) -> int:
     dim, inner = args.model_dim, args.hidden_dim
     shapes = (("fc1.weight", (inner, dim)), ("fc1.bias", (inner,)), ("fc2.weight", (dim, inner)), ("fc2.bias", (dim,)))
     for layer in layers:
-        layer.experts = BufferedExperts(
+        buffered = BufferedExperts(
             args.experts,
             args.model_dim,
             args.hidden_dim,
@@ -103,9 +103,9 @@ def buffer_experts(model: MoETransformerModel, args: argparse.Namespace) -> int:
             policy=DEFAULT_POLICY,
             order=DEFAULT_ORDER,
         )
-        layer.experts.eval().to(device, dtype)
+        layer.use(experts=buffered.eval().to(device, dtype))
         with torch.device("meta"):
-            layer.experts.load_state_dict({
+            buffered.load_state_dict({
                 f"{number}.{name}": torch.empty(shape) for number in range(args.experts) for name, shape in shapes
             })
     expert_bytes = some.expert_bytes
@@ -230,7 +230,7 @@ def main() -> None:
     model = build_model(args)
     words = model.encoder.dictionary
     experts = next(iter(model.moe_layers().values())).experts
-    kernel = choose_kernel(experts, torch.empty(0, device=args.device, dtype=experts.dtype))
+    kernel = experts.kernel_for(torch.device(args.device), experts.dtype)
     del experts
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -250,7 +250,7 @@ def main() -> None:
         size = args.experts if place == "memory" else buffer_experts(model, args)
         for gating in args.gating:
             for layer in model.moe_layers().values():
-                layer.gating = gating
+                layer.use(dispatcher=dispatcher_for(gating))
             measure(model, words, args, keep)
             bar.update()
     bar.close()

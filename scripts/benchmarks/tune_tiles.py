@@ -3,7 +3,7 @@
 
     python scripts/benchmarks/tune_tiles.py --shape nllb-54b --tokens 256 1024 8192 --dtype float16 --output tiles.json
 
-What is measured belongs into `tiles_for` (kernels/triton_experts.py). Where there is no GPU, TRITON_INTERPRET=1 runs
+What is measured belongs into `tiles_for` (kernels/triton_mlp.py). Where there is no GPU, TRITON_INTERPRET=1 runs
 the kernels on the CPU, which says whether they run and nothing about their time.
 """
 
@@ -24,10 +24,10 @@ from tqdm import tqdm  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
 
 from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
-from fairseq_moe_ext.experts.device_experts import plan_grouped  # noqa: E402
-from fairseq_moe_ext.experts.resident import packed_shapes  # noqa: E402
+from fairseq_moe_ext.experts.parts import packed_shapes  # noqa: E402
+from fairseq_moe_ext.gating.plan import plan_by_expert  # noqa: E402
 from fairseq_moe_ext.gating.routing import Routing  # noqa: E402
-from fairseq_moe_ext.kernels.triton_experts import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
+from fairseq_moe_ext.kernels.triton_mlp import Tiles, run_triton, shared_memory, tiles_for  # noqa: E402
 
 NUM_CHOICES = 2
 # rows, columns, inner, warps, stages; each takes a second or two to compile
@@ -103,13 +103,14 @@ def main() -> None:
         probabilities = torch.rand(tokens, args.experts, device=device)
         weights, expert_ids = probabilities.topk(NUM_CHOICES, dim=1)
         kept = torch.ones_like(expert_ids, dtype=torch.bool)
-        plan, weights = plan_grouped(Routing(expert_ids, kept, weights, probabilities)), weights.to(dtype)
+        plan = plan_by_expert(Routing(expert_ids, kept, weights, probabilities), weights)
+        rows, outputs = x[plan.token_ids], torch.empty(len(plan.token_ids), args.model_dim, dtype=dtype, device=device)
         found = candidates(tokens * NUM_CHOICES / args.experts, dtype.itemsize, memory)[: args.most]
         times: dict[Tiles, float] = {}
         for tiles in tqdm(found, desc=f"{tokens} tokens", disable=None):
             try:
-                def call(tiles=tiles, x=x, plan=plan, weights=weights):
-                    return run_triton(x, plan, weights, parameters, F.relu, tiles=tiles)
+                def call(tiles=tiles, rows=rows, plan=plan, outputs=outputs):
+                    run_triton(rows, plan.offsets, None, parameters, F.relu, outputs, tiles=tiles)
 
                 call()  # compiles
                 times[tiles] = statistics.median(measure({"": call}, args.seconds, device, least=3)[""])

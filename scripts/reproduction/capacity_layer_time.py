@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from fairseq import checkpoint_utils, tasks
 
 from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.balancing.placement import load_placement
-from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
+from fairseq_moe_ext.gating.capacity import CapacityRules
+from fairseq_moe_ext.gating.rules import Rule
 from fairseq_moe_ext.serving.expert_share import CapacitySettings, limit_experts, place_experts
 from reproduction.capacity_aware import Setting
 from reproduction.models import configuration
@@ -42,7 +44,7 @@ def layer_inputs(model, task, cfg, rank: int, ranks: int) -> list[tuple]:
     dataset, rows = task.dataset(cfg.dataset.gen_subset), cfg.dataset.batch_size
     order, found = dataset.ordered_indices(), []
     for layer in model.moe_layers().values():
-        layer.observer = None
+        layer.observe(None)
         layer.register_forward_pre_hook(lambda layer, given: found.append((layer, *given)))
     for number in range(BATCHES):
         start = (number * ranks + rank) * rows
@@ -53,16 +55,19 @@ def layer_inputs(model, task, cfg, rank: int, ranks: int) -> list[tuple]:
     return found
 
 
-def capacities(model, cfg, setting: Setting, ranks: int) -> dict[str, Capacity | None]:
-    """Of every layer."""
+def rules_of_layers(model, cfg, setting: Setting, rank: int, ranks: int) -> dict[str, Sequence[Rule]]:
+    """The capacity's."""
     layers = model.moe_layers()
     if setting.gamma is None:
-        return dict.fromkeys(layers)
+        return dict.fromkeys(layers, ())
     file = cfg.task.expert_placement
     places = place_experts(model, None if file is None else load_placement(file), ranks)
     rules = CapacityRules(setting.gamma, setting.overflow, setting.metric)
-    limit_experts(model, CapacitySettings(rules), places, ranks)
-    return {name: layer.capacity for name, layer in layers.items()}
+    limit_experts(model, CapacitySettings(rules), places, ranks, rank)
+    found = {name: layer.rules for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.use(rules=())
+    return found
 
 
 @torch.inference_mode()
@@ -75,12 +80,12 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     inputs = layer_inputs(model, task, cfg, rank, ranks)
     settings = [Setting(*parts) for parts in request["settings"]]
-    installed = [capacities(model, cfg, setting, ranks) for setting in settings]
+    installed = [rules_of_layers(model, cfg, setting, rank, ranks) for setting in settings]
     seconds = torch.zeros(ROUNDS, len(settings), len(inputs), dtype=torch.float64)
     for round_ in seconds:
         for times, of_layers in zip(round_, installed, strict=True):
             for name, layer in model.moe_layers().items():
-                layer.capacity = of_layers[name]
+                layer.use(rules=of_layers[name])
             for number, (layer, *given) in enumerate(inputs):
                 dist.barrier()
                 start = time.perf_counter()

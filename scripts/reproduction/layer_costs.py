@@ -15,8 +15,9 @@ import torch
 
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import Top2Gate
-from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
+from fairseq_moe_ext.gating.plan import plan_by_expert
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_combine, static_dispatch
+from fairseq_moe_ext.kernels.combine import weighted_sum
 from reproduction.cluster import Device
 
 ROWS = (1, 4, 16, 64, 256)
@@ -121,16 +122,16 @@ def measure_costs(device: Device, shape: Shape, seconds: float = 0.5) -> LayerCo
     gate = Top2Gate(dim, shape.experts, use_fp32=True, second_expert_policy="all").eval()
     tokens = torch.randn(TOKENS, dim)
     routing = gate(tokens)
-    weights = gate.combine_weights(routing, tokens.dtype)
+    weights = gate.combine_weights(routing).to(tokens.dtype)
 
     def move() -> None:
-        plan = plan_dispatch(routing)
-        combine(dispatch(tokens, plan), plan, weights)
+        plan = plan_by_expert(routing, weights)
+        weighted_sum(tokens.index_select(0, plan.token_ids), plan.places, plan.weights)
 
     few = Top2Gate(dim, MASK_EXPERTS, second_expert_policy="all").eval()(tokens)
     slots = assign_slots(few)
     kept = few.keep_only(slots < MASK_SLOTS)
-    of_kept = gate.combine_weights(kept, tokens.dtype)
+    of_kept = gate.combine_weights(kept).to(tokens.dtype)
     dense = dense_combine_weights(kept, slots, of_kept, MASK_SLOTS)
     entries = TOKENS * MASK_EXPERTS * MASK_SLOTS
     return LayerCosts(

@@ -20,6 +20,8 @@ from fairseq.sequence_scorer import SequenceScorer
 from torch import Tensor, nn
 
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.gating.dispatcher import Local
+from fairseq_moe_ext.gating.slots import Slots, StaticOptions, dispatcher_for
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.reporting.report import Report
 from reproduction.memory_peak import peak_bytes
@@ -73,16 +75,15 @@ class Pass:
 class Dense(nn.Module):
     """In a MoE layer's place; x (B, L, D) -> (B, L, D). The weights are random, what they cost is not."""
 
-    gating = "dynamic"  # which the transformer's layer asks for: padding is no matter here
-
     def __init__(self, layer: MOELayer):
         super().__init__()
+        self.dispatcher = Local()  # which the transformer's layer asks for: padding is no matter here
         model_dim, values = layer.experts.model_dim, layer.experts.expert_bytes // layer.experts.dtype.itemsize
         hidden_dim = (values - model_dim) // (2 * model_dim + 1)  # values = 2 * D * F + F + D
         self.fc1, self.fc2 = nn.Linear(model_dim, hidden_dim), nn.Linear(hidden_dim, model_dim)
         self.to(layer.experts.device, layer.experts.dtype).requires_grad_(False)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, decoding: bool = False) -> Tensor:
         return self.fc2(F.relu(self.fc1(x)))
 
 
@@ -174,20 +175,22 @@ class Batches:
     def _gated(self, gating: str) -> Iterator[None]:
         """The model's layers under another gating."""
         layers = self._model.moe_layers()
-        before = {name: (layer.gating, layer.static) for name, layer in layers.items()}
+        before = {name: layer.dispatcher for name, layer in layers.items()}
         for name, layer in layers.items():
             if gating == DENSE:
                 self._replace(name, Dense(layer))
             else:
-                layer.gating = DYNAMIC if gating == DYNAMIC else STATIC
-                options = replace(layer.static, capacity_fraction=self._fraction, max_positions=None)
-                layer.static = replace(options, sparse=gating == SPARSE)
+                options = StaticOptions(self._fraction, sparse=gating == SPARSE)
+                if isinstance(layer.dispatcher, Slots):
+                    options = replace(layer.dispatcher.options, capacity_fraction=self._fraction, max_positions=None)
+                    options = replace(options, sparse=gating == SPARSE)
+                layer.use(dispatcher=dispatcher_for(DYNAMIC if gating == DYNAMIC else STATIC, options))
         try:
             yield
         finally:
             for name, layer in layers.items():
                 self._replace(name, layer)
-                layer.gating, layer.static = before[name]
+                layer.use(dispatcher=before[name])
 
     def _replace(self, name: str, layer: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")

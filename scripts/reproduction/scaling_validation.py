@@ -25,7 +25,8 @@ from fairseq_moe_ext.balancing.placement import contiguous
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top2Gate
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for
+from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
 from reproduction.cluster import Network
@@ -179,11 +180,11 @@ def routed_layer(request: LayerRequest, exchange: Exchange) -> MOELayer:
         gate.wg.weight.zero_()
         gate.wg.weight[:, :experts].fill_diagonal_(4.0)
     held = ResidentExperts(experts, request.model_dim, request.hidden_dim, held=copies.held[exchange.rank])
-    layer = MOELayer(gate, held, request.gating, StaticOptions(request.fraction)).eval()
+    layer = MOELayer(gate, held, dispatcher_for(request.gating, StaticOptions(request.fraction))).eval()
     layer.requires_grad_(False)
     layer.prepare_for_serving(0)
     if exchange.world_size > 1:
-        layer.exchange = exchange.register(held, copies)
+        layer.use(dispatcher=over_ranks(layer.dispatcher, exchange.register(held, copies)))
     return layer
 
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_of_ones_own(shared_goldens, tmp_path):
     (("--model-dim", "100"), "--model-dim must be a multiple of 64, got 100"),
     (("--layers", "6"), "--layers must be a multiple of 4, so that there are MoE layers, got 6"),
     (("--checkpoint", "x.pt"), "must be given together"),
-    (("--repetitions", "0"), "must be at least 1, got 0"),
+    (("--repetitions", "0"), "must be a whole number of at least 1, got '0'"),
 ])
 def test_what_it_refuses(benchmark, monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(sys, "argv", ["benchmark_generate.py", *arguments])

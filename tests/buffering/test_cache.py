@@ -86,15 +86,15 @@ def test_outputs_are_the_resident_ones_for_every_activation(name, dtype, threads
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_share_of_the_experts(tmp_path, announced):
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_share_of_the_experts(tmp_path, prefetched):
     """Counts are those of the experts held here; a ranking by global number sees only them."""
     resident = resident_experts(9, held=(2, 3, 7))
     buffered = buffered_twin(resident, 1, "file", tmp_path, ranking=[8, 7, 2, 0, 3])
     for counts in ([0, 0, 2], [1, 2, 0], [1, 1, 1]):
         rows = rows_for(counts)
-        if announced:
-            buffered.announce(counts)
+        if prefetched:
+            buffered.prefetch(counts)
         assert torch.equal(buffered(rows, counts), resident(rows, counts))
         if counts == [0, 0, 2]:
             assert (buffered.last_call.hits, buffered.last_call.misses) == (1, 0)
@@ -235,12 +235,12 @@ def test_an_error_while_reading_leaves_nothing_wrong_behind(order, fails_at):
         assert_same_outputs(buffered, resident, [counts])
 
 
-def test_a_call_that_was_announced_and_never_came():
+def test_a_call_that_was_prefetched_and_never_came():
     resident = resident_experts(5)
     buffered = buffered_twin(resident, 2)
     for counts in random_batches(5, 6, seed=6):
-        buffered.announce([1, 1, 1, 1, 0])
-        buffered.announce(counts)
+        buffered.prefetch([1, 1, 1, 1, 0])
+        buffered.prefetch(counts)
         assert torch.equal(buffered(rows_for(counts), counts), resident(rows_for(counts), counts))
 
 
@@ -256,10 +256,10 @@ def test_misuse_is_named():
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"from 1 to the 4 experts, got {size}"):
             buffered.start(size)
-    buffered.announce([1, 0, 0, 0])
-    with pytest.raises(ValueError, match=r"must be as announced, \[1, 0, 0, 0\], got \[0, 1, 0, 0\]"):
+    buffered.prefetch([1, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"counts that were prefetched, \[1, 0, 0, 0\], got \[0, 1, 0, 0\]"):
         buffered(torch.zeros(1, 6), [0, 1, 0, 0])
     with pytest.raises(RuntimeError, match="cannot be trained"):
         buffered.train()(torch.zeros(1, 6), [1, 0, 0, 0])
-    with pytest.raises(RuntimeError, match="sum exactly to 5"):
+    with pytest.raises(ValueError, match="must sum to the 5 rows, got"):
         buffered.eval()(torch.zeros(5, 6), [1, 1, 1, 0])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fairseq_moe_ext.buffering import expert_file
 from fairseq_moe_ext.buffering.expert_file import ExpertFile, open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.store import FileStore, StoreError
-from fairseq_moe_ext.experts.resident import EXPERT_KEYS
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 
 HELD = (1, 4)
 

@@ -45,7 +45,7 @@ def test_outputs_are_the_resident_ones(tmp_path, store, order, size):
     for _ in range(30):
         counts = torch.randint(0, 3, (6,), generator=generator).tolist()
         rows = torch.randn(sum(counts), 6, generator=generator).cuda()
-        buffered.announce(counts)
+        buffered.prefetch(counts)
         with torch.no_grad():
             torch.testing.assert_close(buffered(rows, counts), resident(rows, counts))
 

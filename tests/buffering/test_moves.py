@@ -1,4 +1,4 @@
-"""A started buffer's model goes to another dtype or device, also between a call and its announcement."""
+"""A started buffer's model goes to another dtype or device, also between a call and its prefetch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def experts_threads() -> set[threading.Thread]:
 
 @pytest.mark.parametrize("move", MOVES)
 def test_moves_while_copies_are_under_way(move):
-    """Experts so large that the copies of an announcement have not ended when the model moves."""
+    """Experts so large that the copies of a prefetch have not ended when the model moves."""
     torch.manual_seed(0)
     resident = ResidentExperts(6, 64, 2048).eval().requires_grad_(False)
     buffered = BufferedExperts(6, 64, 2048, make_store=HostStore, policy="lru", order="resident-first").eval()
@@ -42,23 +42,23 @@ def test_moves_while_copies_are_under_way(move):
     buffered.start(2)
     for number in range(20):
         counts = COUNTS[number % 6 :] + COUNTS[: number % 6]
-        buffered.announce(counts)
+        buffered.prefetch(counts)
         MOVES[move](buffered, number), MOVES[move](resident, number)
         rows = rows_for(counts, resident.dtype, 64)
         assert torch.equal(buffered(rows, counts), resident(rows, counts)), number
 
 
-@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("prefetched", [True, False])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("move", MOVES)
-def test_hits_and_outputs_are_those_of_a_model_that_stays(tmp_path, store, move, announced):
+def test_hits_and_outputs_are_those_of_a_model_that_stays(tmp_path, store, move, prefetched):
     resident, still = resident_experts(6), buffered_twin(resident_experts(6), 3)
     buffered = buffered_twin(resident, 3, store, tmp_path)
     for number in range(4):
         counts = COUNTS[number:] + COUNTS[:number]
         still(rows_for(counts), counts)
-        if announced:
-            buffered.announce(counts)
+        if prefetched:
+            buffered.prefetch(counts)
         MOVES[move](buffered, number), MOVES[move](resident, number)
         rows = rows_for(counts, resident.dtype)
         assert torch.equal(buffered(rows, counts), resident(rows, counts))
@@ -66,12 +66,12 @@ def test_hits_and_outputs_are_those_of_a_model_that_stays(tmp_path, store, move,
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_way_over_a_device_without_memory(tmp_path, store, announced):
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_way_over_a_device_without_memory(tmp_path, store, prefetched):
     resident = resident_experts(6)
     buffered = buffered_twin(resident, 2, store, tmp_path)
-    if announced:
-        buffered.announce(COUNTS)
+    if prefetched:
+        buffered.prefetch(COUNTS)
     buffered.to("meta").to_empty(device="cpu")
     assert torch.equal(buffered(rows_for(COUNTS), COUNTS), resident(rows_for(COUNTS), COUNTS))
 
@@ -94,7 +94,7 @@ def test_main_memory_stands_before_a_device_as_long_as_the_model_is_there(tmp_pa
 def test_a_move_that_fails_asks_for_another_start():
     resident = resident_experts(6)
     buffered = buffered_twin(resident, 2)
-    buffered.announce(COUNTS)
+    buffered.prefetch(COUNTS)
 
     def fails(tensor):
         raise torch.OutOfMemoryError("no memory there")
@@ -110,7 +110,7 @@ def test_a_move_that_fails_asks_for_another_start():
 def test_other_weights_while_copies_are_under_way():
     first, second = resident_experts(6), resident_experts(6, seed=1)
     buffered = buffered_twin(first, 2)
-    buffered.announce(COUNTS)
+    buffered.prefetch(COUNTS)
     buffered.load_state_dict(second.state_dict())
     buffered.start(2)
     assert torch.equal(buffered(rows_for(COUNTS), COUNTS), second(rows_for(COUNTS), COUNTS))
@@ -125,8 +125,8 @@ class Unreadable(LazyTensors):
         return super().fill(expert, part, target)
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_store_that_fails_during_a_move(announced):
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_store_that_fails_during_a_move(prefetched):
     resident, sources = resident_experts(6), []
 
     def make(weights, dtype):
@@ -136,8 +136,8 @@ def test_a_store_that_fails_during_a_move(announced):
     buffered = BufferedExperts(6, 6, 5, torch.tanh, make_store=make, policy="lru", order="ascending").eval()
     buffered.load_state_dict(resident.state_dict())
     buffered.start(2)
-    if announced:
-        buffered.announce(COUNTS)
+    if prefetched:
+        buffered.prefetch(COUNTS)
     sources[0].fails = True
     with pytest.raises(OSError, match="gone"):
         buffered.double()
@@ -155,13 +155,13 @@ def test_threads_end_with_their_experts():
     buffered = buffered_twin(resident_experts(6), 2)
     for _ in range(3):
         buffered.start(2)
-        buffered.announce(COUNTS)
+        buffered.prefetch(COUNTS)
         buffered.double().float()
         assert len(experts_threads() - before) <= 1
     buffered.stop()
     assert not experts_threads() - before
     buffered.start(2)
-    buffered.announce(COUNTS)
+    buffered.prefetch(COUNTS)
     (thread,) = experts_threads() - before
     del buffered
     thread.join(timeout=20)
@@ -171,8 +171,8 @@ def test_threads_end_with_their_experts():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_started_model_goes_to_a_gpu_and_back(tmp_path, store, announced):
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_started_model_goes_to_a_gpu_and_back(tmp_path, store, prefetched):
     resident = resident_experts(6)
 
     def make(weights, dtype):
@@ -182,8 +182,8 @@ def test_a_started_model_goes_to_a_gpu_and_back(tmp_path, store, announced):
     buffered.load_state_dict(resident.state_dict())
     buffered.start(2, host_capacity=None if store in ("host", "tier") else 2)
     for device in ("cuda", "cpu", "cuda"):
-        if announced:
-            buffered.announce(COUNTS)
+        if prefetched:
+            buffered.prefetch(COUNTS)
         buffered.to(device), resident.to(device)
         rows = rows_for(COUNTS).to(device)
         torch.testing.assert_close(buffered(rows, COUNTS), resident(rows, COUNTS))

@@ -14,7 +14,7 @@ def test_a_translation_trains_with_the_batch_size_of_its_validation(tmp_path, fl
     data = write_data(tmp_path, ("en", "de"))
     cfg = training_configuration(data, *MT_TRAINING, "--moe-gating", "static", "--batch-size", "4", *flags)
     model = tasks.setup_task(cfg.task).build_model(cfg.model)
-    assert {layer.static.batch_size_valid for layer in model.moe_layers().values()} == {4}
+    assert {layer.dispatcher.options.batch_size_valid for layer in model.moe_layers().values()} == {4}
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,19 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import TOLERANCE, Case, expert_list
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_moe_ext.experts import device_experts
-from fairseq_moe_ext.experts.device_experts import Hardware, best_kernel, choose_kernel, plan_grouped, run_grouped
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
-from fairseq_moe_ext.gating.device_counts import DeviceCounts, fetch
-from fairseq_moe_ext.gating.routing import Routing
+from fairseq_moe_ext.gating.limit import Limit
+from fairseq_moe_ext.gating.plan import plan_by_expert
+from fairseq_moe_ext.kernels import choice
+from fairseq_moe_ext.kernels.choice import Hardware, best_kernel, choose_kernel
+from fairseq_moe_ext.kernels.combine import weighted_sum
+from fairseq_moe_ext.kernels.grouped_mlp import grouped_mlp
+from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets, fetch
 
 triton = pytest.importorskip("triton")
-triton_experts = pytest.importorskip("fairseq_moe_ext.kernels.triton_experts")
+triton_mlp = pytest.importorskip("fairseq_moe_ext.kernels.triton_mlp")
 
 CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")]
@@ -39,7 +41,7 @@ CASES = {
 
 def on(layer, kernel, device):
     """The layer in serving on `device` by that kernel, and the calls that its observer hears of."""
-    layer.experts.kernel = kernel
+    layer.experts.use_kernel(kernel)
     calls = []
     layer.prepare_for_serving(seed=1, observer=calls.append)
     return layer.to(device), calls
@@ -102,7 +104,7 @@ def test_under_a_capacity(overflow, path):
     plain, calls = on(case.layer(), "loop", "cpu")
     layer, others = on(case.layer(), *path)
     for each in (plain, layer):
-        each.capacity = Capacity(CapacityRules(1.0, overflow), [0] * case.num_experts, 1)
+        each.use(rules=[Limit(Capacity(CapacityRules(1.0, overflow), [0] * case.num_experts, 1))])
     torch.testing.assert_close(run(layer, *case.batch()), run(plain, *case.batch()), **TOLERANCE[torch.float32])
     for name in ("assignments", "dropped", "rerouted", "load_before"):
         assert getattr(others[0], name) == getattr(calls[0], name), name
@@ -123,18 +125,58 @@ def test_many_tiles_per_expert_and_more_tiles_than_neighbours(tiles, device):
     """Tiles that are full, begun and missing, several steps of the inner dim, more than one band of neighbours."""
     torch.manual_seed(0)
     counts = [0, 40, 1, 16, 33, 0, 17]
-    rows_of = torch.repeat_interleave(torch.tensor(counts)).to(device)
-    expert_ids = rows_of[torch.randperm(len(rows_of))].view(-1, 1)  # (T, 1)
-    probabilities = torch.zeros(len(rows_of), len(counts), device=device)
-    routing = Routing(expert_ids, torch.ones_like(expert_ids, dtype=torch.bool), probabilities[:, :1], probabilities)
-    tokens, weights = torch.randn(len(rows_of), 36, device=device), torch.rand(len(rows_of), 1, device=device)
-    parameters = [torch.randn(len(counts), *shape, device=device) for shape in ((40, 36), (40,), (36, 40), (36,))]
-    sizes = triton_experts.Tiles(*tiles, warps=4, stages=2)
-    found = triton_experts.run_triton(tokens, plan_grouped(routing), weights, parameters, F.relu, tiles=sizes)
-    fc1, bias1, fc2, bias2 = (parameter[expert_ids[:, 0]] for parameter in parameters)
-    hidden = F.relu(torch.einsum("tfd,td->tf", fc1, tokens) + bias1)
-    expected = (torch.einsum("tdf,tf->td", fc2, hidden) + bias2) * weights
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    owners = torch.repeat_interleave(torch.tensor(counts)).to(device)
+    rows = torch.randn(len(owners), 36, device=device)
+    pool = [torch.randn(len(counts), *shape, device=device) for shape in ((40, 36), (40,), (36, 40), (36,))]
+    sizes, found = triton_mlp.Tiles(*tiles, warps=4, stages=2), torch.empty_like(rows)
+    triton_mlp.run_triton(rows, Offsets.of_counts(counts, device), None, pool, F.relu, found, tiles=sizes)
+    torch.testing.assert_close(found, row_by_row(rows, owners, pool), rtol=1e-4, atol=1e-3)
+
+
+def row_by_row(rows, slots, pool):
+    """What the expert in each row's slot makes of it."""
+    fc1, bias1, fc2, bias2 = (parameter[slots] for parameter in pool)
+    hidden = F.relu(torch.einsum("tfd,td->tf", fc1, rows) + bias1)
+    return torch.einsum("tdf,tf->td", fc2, hidden) + bias2
+
+
+SLOTTED = [pytest.param(("triton", "cpu"), marks=INTERPRETED), ("loop", "cpu"),
+           pytest.param(("triton", "cuda"), marks=GPU), pytest.param(("loop", "cuda"), marks=GPU)]
+
+
+@pytest.mark.parametrize("path", SLOTTED, ids="-".join)
+def test_experts_lie_in_any_slot_and_some_are_not_computed(path):
+    """Two calls fill one output: what the first leaves alone the second computes, from a middle part of the experts."""
+    kernel, device = path
+    torch.manual_seed(0)
+    counts, slots = [3, 0, 21, 4, 1, 6], [4, 0, -1, 1, 6, -1]
+    offsets, owners = Offsets.of_counts(counts, device), torch.repeat_interleave(torch.tensor(counts))
+    rows = torch.randn(sum(counts), 32, device=device)
+    pool = [torch.randn(7, *shape, device=device) for shape in ((48, 32), (48,), (32, 48), (32,))]
+    table = torch.tensor(slots, dtype=torch.int32)
+    found = grouped_mlp(kernel, rows, offsets, table, pool, F.relu, torch.full_like(rows, float("nan")))
+    where = torch.tensor(slots)[owners]
+    assert found[where < 0].isnan().all() and not found[where >= 0].isnan().any()
+    other = torch.tensor([5, -1, -1, 2], dtype=torch.int32)
+    grouped_mlp(kernel, rows, offsets.part(2, 6), other, pool, F.relu, found)
+    where = torch.tensor([4, 0, 5, 1, 6, 2])[owners].to(device)
+    torch.testing.assert_close(found, row_by_row(rows, where, pool), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("dim", [5, 32, 600])
+def test_the_weighted_sum_is_pytorchs(device, dim):
+    """Rows that are not there count nothing, whatever they weigh; a row that is NaN makes its own token NaN."""
+    torch.manual_seed(0)
+    places = torch.randperm(2 * 9).view(9, 2).masked_fill(torch.rand(9, 2) < 0.3, -1)
+    outputs, weights = torch.randn(18, dim), torch.rand(9, 2)
+    outputs[places[2, 1]] = float("nan")
+    weights[places < 0] = float("nan")
+    with torch.no_grad():
+        expected = weighted_sum(outputs, places, weights)
+        found = triton_mlp.weighted_sum(outputs.to(device), places.to(device), weights.to(device))
+    torch.testing.assert_close(found.cpu(), expected, equal_nan=True)
+    assert expected[2].isnan().all() and expected.isnan().sum() == dim
 
 
 @pytest.mark.parametrize("path, dtype", [
@@ -155,9 +197,11 @@ def test_the_error_is_at_most_twice_pytorchs_own(path, dtype, num_choices):
     x = case.batch()[0].flatten(0, 1).to(device)
     with torch.no_grad():
         routing = layer.gate(x)
-        weights = layer.gate.combine_weights(routing, dtype)
-        plan = plan_grouped(routing)
-        found = run_grouped(kernel, layer.experts, x, plan, weights).float()
+        weights = layer.gate.combine_weights(routing).to(dtype)
+        plan = plan_by_expert(routing, weights)
+        layer.experts.use_kernel(kernel)
+        outputs = layer.experts.run(x[plan.token_ids], plan.offsets)
+        found = weighted_sum(outputs, plan.places, plan.weights).float()
         own, exact = pytorchs(layer.experts, x, routing, weights), None
         exact = pytorchs(layer.experts.float(), x.float(), routing, weights.float())
     for error in (lambda values: (values - exact).abs().max(), lambda values: (values - exact).abs().mean()):
@@ -221,7 +265,7 @@ def test_nothing_waits_for_the_host(kernel, num_choices):
     with torch.no_grad(), Waits():
         output = layer(x, mask)
     assert isinstance(calls[0].load, DeviceCounts) and sum(calls[0].load) == num_choices * int((~mask).sum())
-    layer.experts.kernel = "loop"
+    layer.experts.use_kernel("loop")
     torch.testing.assert_close(output, run(layer, x, mask), **TOLERANCE[torch.float32])
     with torch.no_grad(), Waits(), pytest.raises(RuntimeError, match="waits for the device"):
         layer(x, mask)
@@ -274,30 +318,29 @@ def test_the_kernel_is_chosen_by_what_the_device_can_do(hardware, dtype, dims, k
 def test_where_the_loop_runs_whatever_is_there():
     case = SMALL
     layer, x = case.layer(), case.batch()[0].flatten(0, 1)
-    assert choose_kernel(layer.experts, x) == "loop"  # on a CPU
-    layer.experts.kernel = "grouped-mm"
-    with torch.no_grad():
-        assert choose_kernel(layer.experts, x) == "grouped-mm"
-        assert choose_kernel(nn.Linear(2, 2), x) == "loop"  # experts in a buffer
-        assert choose_kernel(layer.experts.train(), x) == "loop"
-    assert choose_kernel(layer.experts.eval(), x) == "loop"  # gradients
+    assert layer.experts.kernel_for(x.device, x.dtype) == "loop"
+    layer.experts.use_kernel("grouped-mm")
+    assert layer.experts.kernel_for(x.device, x.dtype) == "grouped-mm"
+    dims = layer.experts.fc1_weight.shape[1:]
+    assert choose_kernel("grouped-mm", x.device, x.dtype, dims, slots=True) == "loop"  # experts in a buffer
+    assert layer.experts(x[:4], [4, *[0] * (case.num_experts - 1)]).requires_grad
 
 
 def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     layer = SMALL.with_(hidden_dim=33).layer()
-    layer.experts.kernel = "grouped-mm"
-    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: True)
+    layer.experts.use_kernel("grouped-mm")
+    monkeypatch.setattr(choice, "has_grouped_mm", lambda: True)
     with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs dims .* dim 32 and hidden dim 33"):
         layer(SMALL.batch()[0])
-    monkeypatch.setattr(device_experts, "has_grouped_mm", lambda: False)
+    monkeypatch.setattr(choice, "has_grouped_mm", lambda: False)
     with torch.no_grad(), pytest.raises(ValueError, match="grouped-mm needs .*grouped_mm, which PyTorch .* not have"):
         layer(SMALL.batch()[0])
-    layer.experts.kernel = "triton"
-    monkeypatch.setattr(device_experts, "find_spec", lambda name: None)
+    layer.experts.use_kernel("triton")
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs the package triton"):
         layer(SMALL.batch()[0])
     monkeypatch.undo()
-    monkeypatch.setattr(device_experts, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(choice, "triton_is_interpreted", lambda: False)
     with torch.no_grad(), pytest.raises(ValueError, match="kernel triton needs a GPU, got tokens on cpu"):
         layer(SMALL.batch()[0])
 
@@ -308,27 +351,33 @@ def test_the_plan_is_the_loops():
     layer = case.layer()
     x, mask = case.batch()
     routing = layer.gate(x.flatten(0, 1), mask.flatten())
-    plan = plan_grouped(routing)
+    plan = plan_by_expert(routing, routing.weights)
     ids = [e if kept else case.num_experts for e, kept in zip(routing.expert_ids.flatten().tolist(),
                                                               routing.kept.flatten().tolist(), strict=True)]
     assert plan.assignments.tolist() == sorted(range(len(ids)), key=lambda number: (ids[number], number))
-    assert plan.offsets.tolist() == [sum(e < expert for e in ids) for expert in range(case.num_experts + 1)]
+    assert plan.offsets.on_device.tolist() == [sum(e < expert for e in ids) for expert in range(case.num_experts + 1)]
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("memory", [48 * 1024, 64 * 1024, 96 * 1024, 99 * 1024, 227 * 1024])
 @pytest.mark.parametrize("rows", [0.1, 16, 40, 64, 500])
 def test_tiles_fit_the_shared_memory(rows, itemsize, memory):
-    tiles = triton_experts.tiles_for(rows, itemsize, memory)
+    tiles = triton_mlp.tiles_for(rows, itemsize, memory)
     stage = (tiles.rows + tiles.columns) * tiles.inner * itemsize
     assert stage * tiles.stages <= memory
     assert tiles.stages >= 2 or memory < 64 * 1024
 
 
+def on_device(values):
+    offsets = Offsets(torch.tensor(values))
+    offsets._on_host = None  # as a GPU's
+    return DeviceCounts(offsets)
+
+
 def test_counts_come_from_the_device_together():
-    first, second = DeviceCounts(torch.tensor([2, 0, 1])), DeviceCounts(torch.tensor([5, 6]))
+    first, second = on_device([0, 2, 2, 3]), on_device([0, 5, 11])
     fetch([first, [1, 2], second])
     with Waits():
         assert list(first) == [2, 0, 1] and second[1] == 6
     fetch([])
-    assert len(first) == 3 and sum(DeviceCounts(torch.tensor([4, 4]))) == 8
+    assert len(first) == 3 and sum(on_device([0, 4, 8])) == 8

@@ -8,7 +8,8 @@ import pytest
 import torch
 from activations import ACTIVATIONS
 
-from fairseq_moe_ext.experts.resident import ResidentExperts, activate_rows
+from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.kernels.activations import activate_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

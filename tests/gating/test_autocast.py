@@ -20,7 +20,7 @@ def autocast(enabled: bool = True):
 def twin(layer, x, mask, routing):
     """The experts as dense layers, one after the other, as `routing` has it; in whatever autocast makes of F.linear."""
     tokens = x.reshape(-1, x.size(2))
-    weights = layer.gate.combine_weights(routing, routing.weights.dtype)
+    weights = layer.gate.combine_weights(routing)
     result = 0
     for expert, parameters in enumerate(zip(*layer.experts.parameters(), strict=True)):
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
@@ -107,7 +107,7 @@ def test_grouped_products_under_autocast():
     layer, x, mask = layer_and_batch("dynamic", 2, True)
     with torch.no_grad(), autocast():
         by_loop = layer(x, mask)
-        layer.experts.kernel = "grouped-mm"
+        layer.experts.use_kernel("grouped-mm")
         assert layer(x, mask).dtype == BFLOAT16
         torch.testing.assert_close(layer(x, mask), by_loop, rtol=2e-2, atol=2e-2)
 
@@ -116,7 +116,7 @@ def test_grouped_products_under_autocast():
 def test_a_buffer_computes_in_its_own_dtype(gating):
     case = Case(padding="left", use_fp32=True)
     layer, (x, mask) = case.layer(gating, activation=torch.tanh, count_padding=False), case.batch()
-    buffered = MOELayer(layer.gate, buffered_twin(layer.experts, 2), layer.gating, layer.static).eval()
+    buffered = MOELayer(layer.gate, buffered_twin(layer.experts, 2), layer.dispatcher).eval()
     with torch.no_grad():
         wanted = layer(x, mask)
         with autocast():

@@ -6,6 +6,7 @@ from cases import Case
 
 from fairseq_moe_ext.gating import Routing, Top2Gate
 from fairseq_moe_ext.gating.capacity import OVERFLOWS, Capacity, CapacityRules
+from fairseq_moe_ext.gating.limit import Limit
 
 CASE = Case(rows=2, positions=9, model_dim=32, hidden_dim=48, num_experts=6, padding="right")
 BROKEN = (float("nan"), float("inf"), float("-inf"))
@@ -19,7 +20,7 @@ def test_other_tokens_are_as_without_it(how, num_choices, value):
     case = CASE.with_(num_choices=num_choices)
     static = {"sparse": True, "capacity_fraction": 1.0, "count_padding": False}
     layer = case.layer("static", **static) if how == "static" else case.layer()
-    layer.experts.kernel = "loop" if how == "static" else how
+    layer.experts.use_kernel("loop" if how == "static" else how)
     x, mask = case.batch()
     with torch.no_grad():
         wanted = layer(x, mask)
@@ -47,7 +48,7 @@ def test_it_takes_nobodys_place_under_a_capacity(overflow):
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_a_capacity_without_tokens(overflow, shape):
     layer = CASE.layer()
-    layer.capacity = Capacity(CapacityRules(1.0, overflow), [0, 0, 0, 1, 1, 1], 2)
+    layer.use(rules=[Limit(Capacity(CapacityRules(1.0, overflow), [0, 0, 0, 1, 1, 1], 2))])
     with torch.no_grad():
         assert layer(torch.zeros(*shape, CASE.model_dim)).shape == (*shape, CASE.model_dim)
 

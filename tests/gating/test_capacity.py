@@ -30,7 +30,7 @@ def make_routing(
         gate.wg.weight.copy_(torch.randn(num_experts, 4, generator=generator) * skew)
         mask = torch.rand(num_tokens, generator=generator) < padding
         routing = gate.to(dtype)(tokens.to(dtype), mask)
-        return routing, gate.combine_weights(routing, dtype)
+        return routing, gate.combine_weights(routing).to(dtype)
 
 
 class Twin:

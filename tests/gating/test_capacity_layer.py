@@ -7,25 +7,26 @@ from model_makers import language_model
 
 from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, OVERFLOWS, Capacity
 from fairseq_moe_ext.gating.capacity import CapacityRules as Rules
+from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.gating.routing import Top2Gate
 
 CASE = Case(rows=4, positions=9, num_experts=6, skew=3.0)
 
 
-def served(rules: Rules | None, num_ranks: int = 1, case: Case = CASE):
+def served(rules: Rules | None, num_ranks: int = 1, case: Case = CASE, phases: str = "all"):
     """(layer, its calls): experts in rising number on the ranks."""
     layer = case.layer("dynamic")
     if rules is not None:
         ranks = [expert * num_ranks // case.num_experts for expert in range(case.num_experts)]
-        layer.capacity = Capacity(rules, ranks, num_ranks)
+        layer.use(rules=[Limit(Capacity(rules, ranks, num_ranks), phases)])
     calls = []
     layer.prepare_for_serving(1, calls.append)
     return layer, calls
 
 
 @torch.no_grad()
-def output(layer, x, mask=None):
-    return layer(x, mask)
+def output(layer, x, mask=None, decoding=False):
+    return layer(x, mask, decoding)
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
@@ -35,13 +36,11 @@ def test_decode_steps_are_free_if_asked(overflow):
     layer, calls = served(Rules(0.3, overflow))
     capped = output(layer, x)
     assert (capped - free).abs().max() > 1e-3 and calls[0].dropped > 0
-    layer.capacity_phases = "prefill"
+    assert torch.equal(output(layer, x, decoding=True), capped)
+    layer, calls = served(Rules(0.3, overflow), phases="prefill")
     assert torch.equal(output(layer, x), capped)
-    layer.decoding = True
-    assert torch.equal(output(layer, x), free)
+    assert torch.equal(output(layer, x, decoding=True), free)
     assert calls[-1].dropped == calls[-1].rerouted == 0 and calls[-1].load_before == calls[-1].load
-    layer.capacity_phases = "all"
-    assert torch.equal(output(layer, x), capped)
 
 
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
@@ -62,7 +61,7 @@ def test_overflow_expands_to_experts_of_the_tokens_own_rank():
     layer, _ = served(Rules(0.4, "expand"), num_ranks=3)
     routing = layer.gate(CASE.batch()[0].flatten(0, 1))
     tokens = torch.arange(36) // 12  # each rank has 12 tokens
-    limited = layer.capacity.apply(routing, routing.weights, tokens)
+    limited = layer.rules[0].capacity.apply(routing, routing.weights, tokens)
     assert limited.rerouted.any()
     ranks = limited.routing.expert_ids // 2
     assert (ranks == tokens.unsqueeze(1))[limited.rerouted].all()
@@ -91,7 +90,7 @@ def test_a_layer_that_mixes_with_a_dense_branch_has_its_capacity():
     decoder_layer = model.decoder.layers[1]
     layer = decoder_layer.moe_layer
     num_experts = layer.experts.num_experts
-    layer.capacity = Capacity(Rules(0.01, metric="order"), [0] * num_experts, 1)
+    layer.use(rules=[Limit(Capacity(Rules(0.01, metric="order"), [0] * num_experts, 1))])
     x = torch.randn(40, 1, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = decoder_layer.fc1(x)
@@ -113,7 +112,7 @@ def test_nothing_waits_for_the_host(overflow, scope, metric, preferring):
     gate = Top2Gate(4, 6, second_expert_policy="all").to("meta")
     with torch.no_grad():
         routing = gate(torch.empty(10, 4, device="meta"), torch.zeros(10, dtype=torch.bool, device="meta"))
-        weights = gate.combine_weights(routing, torch.float32)
+        weights = gate.combine_weights(routing).to(torch.float32)
     capacity = Capacity(Rules(1.0, overflow, metric, scope, renormalize=True), [0, 0, 0, 1, 1, 1], 2)
     capacity._ranks_of_experts = capacity._ranks_of_experts.to("meta")  # once, when the first batch comes
     capacity._experts_per_rank = capacity._experts_per_rank.to("meta")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fairseq_moe_ext.balancing.placement import contiguous, experts_of_rank
 from fairseq_moe_ext.gating.copies import ExpertCopies
-from fairseq_moe_ext.gating.dispatch import plan_dispatch
+from fairseq_moe_ext.gating.plan import plan_by_expert
 from fairseq_moe_ext.gating.routing import Routing
 
 UNEVEN = [[0], [0], [0], [1], [3]]  # of four ranks, the third without an expert
@@ -50,7 +50,9 @@ def test_padding_takes_no_turn():
     """Else, every second token being padding, all assignments would go to the same one of two copies."""
     kept = torch.tensor([[True], [False]] * 4)
     routing = Routing(torch.zeros(8, 1, dtype=torch.int64), kept, kept.float(), torch.ones(8, 1))
-    assert plan_dispatch(routing, ExpertCopies([[0, 1]], rank=0, world_size=2)).tokens_per_expert == [2, 2]
+    copies = ExpertCopies([[0, 1]], rank=0, world_size=2)
+    chosen = copies.choose(routing.expert_ids, routing.kept)
+    assert plan_by_expert(routing, routing.weights, chosen, copies.num_copies).load == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_something_was_dropped():
     case = Case(rows=4, positions=8, num_experts=4, skew=40.0, seed=4)
     calls = []
     layer = case.layer("static", capacity_fraction=-1.0)
-    layer.observer = calls.append
+    layer.observe(calls.append)
     layer(case.batch()[0])
     assert calls[0].dropped == 32 and sorted(calls[0].load) == [0, 0, 16, 16]
 
@@ -93,6 +93,6 @@ def test_ample_capacity_is_dynamic_gating(process_group, without_noise, num_expe
     other = fairscales(layer, process_group)
     x = torch.eye(num_experts).unsqueeze(1)
     calls = []
-    layer.observer = calls.append
+    layer.observe(calls.append)
     torch.testing.assert_close(layer(x), other(x), rtol=1e-4, atol=1e-5)
     assert calls[0].load == [2] * num_experts

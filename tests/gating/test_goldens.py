@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
-from fairseq_moe_ext.gating.dispatch import combine, dispatch, plan_dispatch
-from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.gating.plan import plan_by_expert
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_combine, static_dispatch
+from fairseq_moe_ext.kernels.combine import weighted_sum
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -55,7 +56,7 @@ def route(rules, logits, mask, capacity):
         routing = gate(logits, mask if rules.masks_padding else None)
         slots = assign_slots(routing, rules.prioritized)
         routing = routing.keep_only(slots < capacity)
-        return routing, slots, gate.combine_weights(routing, torch.float32)
+        return routing, slots, gate.combine_weights(routing).to(torch.float32)
 
 
 def check_routing(rules, logits, mask, capacity, cw_idx, cw_val):
@@ -142,10 +143,10 @@ def test_outputs_as_upstream_recorded_them(name):
         part = type(routing)(
             routing.expert_ids[tokens], routing.kept[tokens], weights[tokens], routing.probabilities[tokens]
         )
-        plan = plan_dispatch(part)
-        assert 0 < sum(plan.tokens_per_expert) < part.kept.numel()
-        rows = experts(dispatch(inputs, plan), plan.tokens_per_expert)
-        torch.testing.assert_close(combine(rows, plan, weights[tokens])[:, :features], expected, **CLOSE)
+        plan = plan_by_expert(part, weights[tokens])
+        assert 0 < sum(plan.load) < part.kept.numel()
+        rows = experts.run(inputs[plan.token_ids], plan.offsets)
+        torch.testing.assert_close(weighted_sum(rows, plan.places, plan.weights)[:, :features], expected, **CLOSE)
 
 
 # folder, recording, fraction, rules; every recording that holds layers
@@ -199,7 +200,9 @@ def build(rules, model, module, gating, fraction):
     hidden_dim = state["experts.0.fc1.weight"].size(0)
     experts = ResidentExperts(num_experts, model_dim, hidden_dim, rules.activation)
     options = StaticOptions(fraction, rules.prioritized, not rules.masks_padding, batch_size=3, batch_size_valid=3)
-    layer = MOELayer(rules.gate(model_dim, num_experts), experts, gating, options, rules.output_masking).eval()
+    layer = MOELayer(
+        rules.gate(model_dim, num_experts), experts, dispatcher_for(gating, options), rules.output_masking
+    ).eval()
     layer.load_state_dict(state)
     return layer
 
@@ -219,7 +222,8 @@ def test_static_gating_is_upstreams(folder, recording, fraction, rules, shared_g
         torch.testing.assert_close(F.linear(x.flatten(0, 1), layer.gate.wg.weight.detach()), logits, **CLOSE)
         if "l_aux" in golden:
             options = StaticOptions(fraction, rules.prioritized, not rules.masks_padding)
-            layer.static = options  # statistics are of batches that are not served; theirs had no rows added
+            # statistics are of batches that are not served; theirs had no rows added
+            layer.use(dispatcher=dispatcher_for("static", options))
             with torch.no_grad():
                 layer(x, None if mask is None else mask.view(x.shape[:2]))
             assert layer.gate_loss().item() == pytest.approx(golden["l_aux"].item(), rel=1e-4)

@@ -8,7 +8,7 @@ from buffer_makers import buffered_twin, resident_experts
 from cases import Case
 from torch.func import functional_call
 
-from fairseq_moe_ext.experts.resident import EXPERT_KEYS
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 
 CASES = [
     pytest.param("dynamic", 1, False, id="dynamic top-1"),
@@ -76,7 +76,7 @@ def test_whatever_is_frozen_the_rest_has_its_gradients(gating, kernel, training,
     case = Case(rows=2, positions=tokens // 2, model_dim=8, hidden_dim=12, skew=1.0)
     layer, (x, _) = case.layer(gating, activation=torch.tanh), case.batch()
     layer.train(training)
-    layer.experts.kernel = kernel
+    layer.experts.use_kernel(kernel)
     expected = gradients(layer, x, PARAMETERS, x_too=True)
     assert all(gradient.any() for gradient in expected.values())
     for trained in SUBSETS:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_moe_ext.gating import MOELayer
-from fairseq_moe_ext.gating.layer import StaticOptions
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for
 from fairseq_moe_ext.gating.static import assign_slots
 
 FRACTIONS = (-1.0, 0.0, 0.05, 0.25, 0.5, 1.0, 2.0)
@@ -32,7 +32,7 @@ def twin(case, layer, x, mask, **options):
 def run(layer, x, mask):
     """Output and LayerCall of one call."""
     calls = []
-    layer.observer = calls.append
+    layer.observe(calls.append)
     with torch.no_grad():
         output = layer(x, mask)
     assert len(calls) == 1
@@ -50,7 +50,7 @@ def check_routing(case, layer, x, mask, expected, capacity=None, batch_prioritiz
             assert slots.masked_fill(~routing.kept, reference.NO_SLOT).tolist() == expected.slots
             routing = routing.keep_only(slots < capacity)
             assert routing.kept.tolist() == expected.kept
-        weights = layer.gate.combine_weights(routing, routing.weights.dtype)
+        weights = layer.gate.combine_weights(routing)
     shape = (len(expected.weights), case.num_choices)
     wanted = torch.tensor(expected.weights, dtype=weights.dtype).view(shape)
     torch.testing.assert_close(weights, wanted, **TOLERANCE[weights.dtype])
@@ -248,6 +248,6 @@ def test_capacity_by_max_positions(max_positions, training, fraction, num_choice
 def test_no_tokens_give_no_output(gating, fraction, shape):
     case = Case(num_choices=2)
     whole = case.layer(gating)
-    layer = MOELayer(whole.gate, whole.experts, gating, StaticOptions(fraction))
+    layer = MOELayer(whole.gate, whole.experts, dispatcher_for(gating, StaticOptions(fraction)))
     x = torch.zeros(*shape, case.model_dim)
     assert layer.eval()(x).shape == x.shape

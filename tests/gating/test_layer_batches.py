@@ -7,8 +7,9 @@ from cases import TOLERANCE, Case, expert_list
 
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top1Gate
-from fairseq_moe_ext.gating.layer import LayerCall
+from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.gating.routing import Gate
+from fairseq_moe_ext.gating.slots import dispatcher_for
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
@@ -65,7 +66,7 @@ def test_static_batches_are_padded_to_the_batch_size(training, fraction, masked)
     sizes = {"batch_size": 8} if training else {"batch_size_valid": 8}
     layer = case.layer("static", capacity_fraction=fraction, count_padding=not masked, **sizes).train(training)
     calls = []
-    layer.observer = calls.append
+    layer.observe(calls.append)
     x, mask = case.batch()
     with torch.no_grad():
         output, found = layer(x, mask), layer.gate_loss().item()
@@ -92,7 +93,7 @@ def test_training_and_validation_have_batch_sizes_of_their_own():
     case = Case(rows=3, positions=5, skew=40.0, num_choices=1)
     layer = case.layer("static", capacity_fraction=0.2, batch_size=5, batch_size_valid=9)
     calls = []
-    layer.observer = calls.append
+    layer.observe(calls.append)
     x, _ = case.batch()
     layer(x)
     layer.train()(x)
@@ -180,7 +181,7 @@ def test_bad_arguments_name_argument_rule_and_value():
     case = Case()
     gate, experts = case.gate(), ResidentExperts(5, 6, 5)
     with pytest.raises(ValueError, match="^gating must be one of dynamic, static, got 'tutel'$"):
-        MOELayer(gate, experts, "tutel")
+        dispatcher_for("tutel")
     for value in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"^output_masking \(moe_eom\) must be in \[0, 1\), got {value}$"):
             MOELayer(gate, experts, output_masking=value)

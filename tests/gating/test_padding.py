@@ -9,6 +9,7 @@ from cases import Case
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.cmr import CMRGate
 from fairseq_moe_ext.gating.layer import MOELayer
+from fairseq_moe_ext.gating.limit import Limit
 
 BROKEN = (float("nan"), float("inf"), float("-inf"))
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
@@ -60,7 +61,7 @@ QUICK = {"left": (1, False), "scattered": (2, False), "one row": (2, True), "all
 def test_dynamic_gating(kernel, padding, num_choices, normalize):
     case = CASE.with_(padding=padding, num_choices=num_choices, normalize_before_dropping=normalize)
     layer = case.layer()
-    layer.experts.kernel = kernel
+    layer.experts.use_kernel(kernel)
     assert_padding_is_zero(layer, case)
 
 
@@ -70,7 +71,7 @@ def test_dynamic_gating(kernel, padding, num_choices, normalize):
 def test_random_policies_and_activations_of_their_own(kernel, policy, activation):
     case = CASE.with_(padding="left", use_fp32=True)
     layer = case.layer(policy=policy, activation=activation)
-    layer.experts.kernel = kernel
+    layer.experts.use_kernel(kernel)
     assert_padding_is_zero(layer, case)
 
 
@@ -81,7 +82,7 @@ def test_random_policies_and_activations_of_their_own(kernel, policy, activation
 def test_dtypes(dtype, kernel):
     case = CASE.with_(padding="scattered", dtype=dtype)
     layer = case.layer()
-    layer.experts.kernel = kernel
+    layer.experts.use_kernel(kernel)
     assert_padding_is_zero(layer, case)
 
 
@@ -91,8 +92,9 @@ def test_dtypes(dtype, kernel):
 def test_under_a_capacity(kernel, overflow, renormalize):
     case = CASE.with_(padding="scattered", skew=4.0)
     layer = case.layer()
-    layer.experts.kernel = kernel
-    layer.capacity = Capacity(CapacityRules(1.0, overflow, renormalize=renormalize), [0] * case.num_experts, 1)
+    layer.experts.use_kernel(kernel)
+    rules = CapacityRules(1.0, overflow, renormalize=renormalize)
+    layer.use(rules=[Limit(Capacity(rules, [0] * case.num_experts, 1))])
     assert_padding_is_zero(layer, case)
 
 

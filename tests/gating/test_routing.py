@@ -30,7 +30,7 @@ def test_top2_by_hand():
     assert routing.kept.tolist() == [[True, True], [False, False]]
     assert routing.num_experts == 3
     torch.testing.assert_close(routing.probabilities, torch.tensor([[1.0, 2, 5], [5, 1, 2]]) / 8)
-    weights = gate.combine_weights(routing, torch.float32)
+    weights = gate.combine_weights(routing).to(torch.float32)
     torch.testing.assert_close(weights, torch.tensor([[5 / 7, 2 / 7], [0, 0]]))
 
 
@@ -39,7 +39,7 @@ def test_a_lone_survivor_weighs_one_unless_normalised_before():
     fits = torch.tensor([[False, True]])
     for normalize, expected in ((False, [[0.0, 1.0]]), (True, [[0.0, 2 / 7]])):
         gate = gate_for_logits(3, normalize=normalize)
-        weights = gate.combine_weights(gate(tokens).keep_only(fits), torch.float32)
+        weights = gate.combine_weights(gate(tokens).keep_only(fits)).to(torch.float32)
         torch.testing.assert_close(weights, torch.tensor(expected))
 
 
@@ -49,7 +49,7 @@ def test_top1_weight_is_the_probability_unnormalised():
     routing = gate(tokens, torch.tensor([False, True]))
     assert routing.expert_ids.tolist() == [[2], [0]]
     assert routing.kept.tolist() == [[True], [False]]
-    torch.testing.assert_close(gate.combine_weights(routing, torch.float64), torch.tensor([[5 / 8], [0]]).double())
+    torch.testing.assert_close(gate.combine_weights(routing).to(torch.float64), torch.tensor([[5 / 8], [0]]).double())
 
 
 def test_of_equal_experts_the_lower_number_wins():
@@ -74,7 +74,7 @@ def test_fp32_gating_starts_after_the_product(dtype):
     logits = torch.nn.functional.linear(tokens, layer.gate.wg.weight)
     assert torch.equal(routing.probabilities, torch.softmax(logits.float(), dim=1))
     assert not torch.equal(logits.float(), tokens.float() @ layer.gate.wg.weight.float().T)
-    assert layer.gate.combine_weights(routing, dtype).dtype == dtype
+    assert layer.gate.combine_weights(routing).to(dtype).dtype == dtype
     plain = case.with_(use_fp32=False).layer().gate(tokens)
     assert plain.probabilities.dtype == dtype
 
@@ -166,7 +166,7 @@ def test_random_gives_a_lone_first_choice_the_whole_weight():
     gate = gate_for_logits(3, "random")
     gate.seed(0)
     routing = gate(torch.tensor([0.7, 0.2, 0.1]).log().expand(200, 3))
-    weights = gate.combine_weights(routing, torch.float32)
+    weights = gate.combine_weights(routing).to(torch.float32)
     alone = ~routing.kept[:, 1]
     assert 0 < alone.sum() < 200
     torch.testing.assert_close(weights[alone], torch.tensor([[1.0, 0.0]]).expand(int(alone.sum()), 2))
@@ -180,10 +180,10 @@ def test_division_by_nothing(dtype):
     routing = gate(torch.zeros(1, 3, dtype=dtype))
     tiny = torch.finfo(dtype).eps / 4
     routing = Routing(routing.expert_ids, routing.kept, torch.full((1, 2), tiny, dtype=dtype), routing.probabilities)
-    weights = gate.combine_weights(routing, dtype)
+    weights = gate.combine_weights(routing).to(dtype)
     expected = reference.normalised([tiny, tiny], torch.finfo(dtype).eps)
     torch.testing.assert_close(weights, torch.tensor([expected], dtype=dtype))
-    nothing = gate.combine_weights(routing.keep_only(torch.zeros(1, 2, dtype=torch.bool)), dtype)
+    nothing = gate.combine_weights(routing.keep_only(torch.zeros(1, 2, dtype=torch.bool)))
     assert not nothing.any()
 
 

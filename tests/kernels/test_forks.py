@@ -40,11 +40,12 @@ def compute():
     return layer(x, mask) + (torch.ones(400, 400) @ torch.ones(400, 400)).mean()
 """
 KERNEL = """
-from fairseq_moe_ext.kernels.grouped_linear import grouped_linear
+from fairseq_moe_ext.kernels.grouped_mlp import grouped_mlp
+from fairseq_moe_ext.kernels.offsets import Offsets
 torch.set_num_threads(2)  # of which PyTorch itself uses none here, so that the child may have two as well
 rows, weight, bias = torch.randn(16, 64), torch.randn(8, 64, 64), torch.randn(8, 64)
 def compute():
-    return grouped_linear(rows, [2] * 8, weight, bias)
+    return grouped_mlp("loop", rows, Offsets.of_counts([2] * 8), None, (weight, bias, weight, bias), torch.relu)
 """
 BUFFER = """
 import copy

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.kernels import grouped_linear
-from fairseq_moe_ext.kernels.grouped_linear import ANY_ROWS, CHOICES, FEW_ROWS, VARIABLE, most_rows
+from fairseq_moe_ext.kernels.grouped_linear import ANY_ROWS, CHOICES, FEW_ROWS, VARIABLE, Groups, most_rows
+from fairseq_moe_ext.kernels.offsets import Offsets
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,6 +56,19 @@ def one_by_one(rows, counts, weight, bias, relu):
     return result.relu() if relu else result
 
 
+def groups_of(counts):
+    starts = Offsets.of_counts(counts).on_host[:-1]
+    slots = torch.arange(len(counts), dtype=torch.int32)
+    return Groups(starts, starts, torch.tensor(counts, dtype=torch.int32), slots, sum(counts))
+
+
+def linear(rows, counts, weight, bias, relu=False):
+    """`grouped_linear` of rows in expert order into a new tensor."""
+    output = rows.new_empty(rows.size(0), weight.size(1))
+    grouped_linear.grouped_linear(rows, weight, bias, groups_of(counts), output, relu)
+    return output
+
+
 @contextmanager
 def asking_for(choice: str):
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +80,7 @@ def by_kernel(choice, rows, counts, weight, bias, relu=False, most=ANY_ROWS):
     """The C kernel's own result; rows that it leaves as they are stay NaN."""
     output = rows.new_full((rows.size(0), weight.size(1)), float("nan"))
     with asking_for(choice):
-        grouped_linear.run_kernel(rows, counts, weight, bias, output, relu, most)
+        grouped_linear.run_kernel(rows, weight, bias, groups_of(counts), output, relu, most)
     return output
 
 
@@ -76,7 +90,7 @@ def test_the_kernel_compiles_without_a_warning(tmp_path):
     parts = ["build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
     flags = {**os.environ, "CFLAGS": "-Wall -Wextra -Werror -Wno-unused-parameter"}
     subprocess.run([sys.executable, "setup.py", "-q", *parts], cwd=REPOSITORY, env=flags, check=True)
-    (file,) = tmp_path.glob("fairseq_moe_ext/gating/_grouped_linear*")
+    (file,) = tmp_path.glob("fairseq_moe_ext/kernels/_grouped_linear*")
     assert {0, 1} >= {ctypes.CDLL(file).has_avx2()}
 
 
@@ -147,7 +161,7 @@ def test_the_kernel_puts_each_row_through_its_expert(choice, dtype, counts, inpu
 def test_each_row_goes_through_its_expert(choice, dtype, counts, inputs, outputs, relu):
     rows, weight, bias = make(counts, inputs, outputs, dtype)
     with asking_for(choice):
-        result = grouped_linear.grouped_linear(rows, counts, weight, bias, relu)
+        result = linear(rows, counts, weight, bias, relu)
     torch.testing.assert_close(result, one_by_one(rows, counts, weight, bias, relu).to(dtype))
 
 
@@ -172,10 +186,10 @@ def test_an_experts_rows_have_one_result_whatever_the_others_are(monkeypatch, ch
     monkeypatch.setenv(VARIABLE, choice)
     counts = [3, FEW_ROWS, FEW_ROWS + 12, 1, 70]
     rows, weight, bias = make(counts, inputs, 11, dtype)
-    expected = grouped_linear.grouped_linear(rows, counts, weight, bias).split(counts)
+    expected = linear(rows, counts, weight, bias).split(counts)
     for expert, chunk in enumerate(rows.split(counts)):
         its = slice(expert, expert + 1)
-        found = grouped_linear.grouped_linear(chunk.clone(), [len(chunk)], weight[its].clone(), bias[its].clone())
+        found = linear(chunk.clone(), [len(chunk)], weight[its].clone(), bias[its].clone())
         assert torch.equal(found, expected[expert]), expert
 
 
@@ -191,14 +205,14 @@ def test_threads_share_the_experts(monkeypatch, choice, dtype, threads):
     kernel, calls = grouped_linear.load_kernel(), []
 
     def noting(*arguments):
-        calls.append((threading.get_ident(), arguments[2]))
+        calls.append((threading.get_ident(), arguments[5]))
         return kernel(*arguments)
 
     monkeypatch.setattr(grouped_linear, "load_kernel", lambda: noting)
     with torch_threads(threads):
         result = by_kernel(choice, arguments[0], counts, *arguments[1:])
     assert torch.equal(result, expected)
-    shares = grouped_linear._shares(counts, threads)
+    shares = grouped_linear._shares(torch.tensor(counts), ANY_ROWS, threads)
     assert sorted(experts for _, experts in calls) == sorted(end - first for first, end in shares)
     assert len({thread for thread, _ in calls}) > 1
 
@@ -207,7 +221,7 @@ def test_threads_share_the_experts(monkeypatch, choice, dtype, threads):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(1, 12))
 @example([60, 60, 60, 0, 0, 0, 0, 0, 0], 3)
 def test_shares_are_all_experts_once_and_of_about_as_much_work(counts, threads):
-    parts = grouped_linear._shares(counts, threads)
+    parts = grouped_linear._shares(torch.tensor(counts), ANY_ROWS, threads)
     assert len(parts) <= threads
     assert [expert for first, end in parts for expert in range(first, end)] == list(range(len(counts)))
     work = [8 * (count > 0) + count for count in counts]  # a weight's reading, and its rows
@@ -222,7 +236,7 @@ def test_not_a_number_is_not_lost(monkeypatch, choice):
     for dtype in (torch.float32, torch.bfloat16):
         rows, weight, bias = make(counts, 8, 4, dtype)
         rows[1, 3], rows[2, 0], rows[-1, 0] = float("nan"), float("inf"), float("nan")
-        results = [grouped_linear.grouped_linear(rows, counts, weight, bias, relu=True)]
+        results = [linear(rows, counts, weight, bias, relu=True)]
         if choice != "off":
             results.append(by_kernel(choice, rows, counts, weight, bias, relu=True))
         for result in results:
@@ -230,26 +244,48 @@ def test_not_a_number_is_not_lost(monkeypatch, choice):
             assert result[0].isfinite().all() and result[3:-1].isfinite().all()
 
 
-@pytest.mark.parametrize("change", ["counts", "experts", "inputs", "bias"])
+@pytest.mark.parametrize("change", ["outputs", "inputs", "bias"])
 def test_misfits_are_refused(change):
     counts = [2, 1, 3]
     rows, weight, bias = make(counts, 8, 4)
-    if change == "counts":
-        counts = [2, 1, 4]
-    elif change == "experts":
-        counts = [2, 4]
-    elif change == "inputs":
+    outputs = rows.new_empty(6, 3 if change == "outputs" else 4)
+    if change == "inputs":
         rows = rows[:, :7]
-    else:
+    elif change == "bias":
         bias = bias[:, :3]
     with pytest.raises(ValueError, match=r"must fit the weight \(3, 4, 8\)"):
-        grouped_linear.grouped_linear(rows, counts, weight, bias)
+        grouped_linear.grouped_linear(rows, weight, bias, groups_of(counts), outputs)
+
+
+@pytest.mark.parametrize("counts", ([2, 1, 4], [2, 4]))
+def test_counts_that_do_not_sum_to_the_rows_are_refused(counts):
+    experts = ResidentExperts(len(counts), 8, 4).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="must sum to the 5 rows, got"):
+        experts(torch.ones(5, 8), counts)
+
+
+@pytest.mark.parametrize("choice", WAYS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_rows_come_from_and_go_anywhere_and_weights_lie_in_any_slot(choice, dtype):
+    """Bit by bit what rows and weights in order give, and nothing else is touched."""
+    counts, sources, targets, slots = [2, FEW_ROWS + 3, 5], [60, 2, 0], [0, 5, 70], [3, 0, 1]
+    rows, weight, bias = make([70, 0, 0, 0], 37, 11, dtype)
+    outputs = rows.new_full((80, 11), float("nan"))
+    groups = Groups(*(torch.tensor(each, dtype=torch.int32) for each in (sources, targets, counts, slots)), sum(counts))
+    with asking_for(choice):
+        grouped_linear.grouped_linear(rows, weight, bias, groups, outputs)
+        for count, source, target, slot in zip(counts, sources, targets, slots, strict=True):
+            its = slice(slot, slot + 1)
+            alone = linear(rows[source : source + count].clone(), [count], weight[its].clone(), bias[its].clone())
+            assert torch.equal(outputs[target : target + count], alone)
+            outputs[target : target + count] = float("nan")
+    assert outputs.isnan().all()
 
 
 def test_mixed_types_are_refused():
     rows, weight, bias = make([2], 8, 4)
     with pytest.raises(RuntimeError, match="dtype"):
-        grouped_linear.grouped_linear(rows.bfloat16(), [2], weight, bias)
+        linear(rows.bfloat16(), [2], weight, bias)
 
 
 @pytest.mark.parametrize("activation", (F.relu, F.gelu))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 # compute capability, kilobytes of shared memory that a block may have there
 A100, RTX3090, RTX4090, H100 = (80, 163), (86, 99), (89, 99), (90, 227)
-# where, dtype, rows per expert, whether steps are whole, activation, gather, how the products are written there
+# where, dtype, rows per expert, whether steps are whole, activation, slots, how the products are written there
 CASES = [
     (A100, "fp16", 4, True, "relu", True, "mma.sync"),
     (A100, "bf16", 200, True, None, False, "mma.sync"),
@@ -34,24 +34,24 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fairseq_moe_ext.kernels import triton_experts
+    from fairseq_moe_ext.kernels import triton_mlp
 
     itemsize = {"fp16": torch.float16.itemsize, "bf16": torch.bfloat16.itemsize, "fp32": torch.float32.itemsize}
-    for (capability, kilobytes), dtype, rows, whole, activation, gather, products in CASES:
-        tiles = triton_experts.tiles_for(rows, itemsize[dtype], kilobytes * 1024)
+    for (capability, kilobytes), dtype, rows, whole, activation, slots, products in CASES:
+        tiles = triton_mlp.tiles_for(rows, itemsize[dtype], kilobytes * 1024)
         values = dict.fromkeys(("inputs", "weights", "biases", "outputs"), f"*{dtype}")
         numbers = dict.fromkeys(("num_experts", "in_dim", "out_dim", "row_tiles"), "i32")
         constants = {
-            "NUM_CHOICES": 2, "GATHER": gather, "ACTIVATION": activation, "EXPERTS": 128, "WHOLE_STEPS": whole,
+            "HAS_SLOTS": slots, "ACTIVATION": activation, "EXPERTS": 128, "WHOLE_STEPS": whole,
             "ROWS": tiles.rows, "COLUMNS": tiles.columns, "INNER": tiles.inner, "NEIGHBOURS": 8,
         }
         signature = {
-            **values, "assignments": "*i64", "offsets": "*i32", "tile_ends": "*i32", **numbers,
+            **values, "offsets": "*i32", "slots": "*i32", "tile_ends": "*i32", **numbers,
             **dict.fromkeys(constants, "constexpr"),
         }
         aligned = {(place,): [["tt.divisibility", 16]] for place in (*range(7), *((8, 9) if whole else ()))}
         kernel = triton.compile(
-            ASTSource(triton_experts._linear_kernel, signature, constants, aligned),
+            ASTSource(triton_mlp._linear_kernel, signature, constants, aligned),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": tiles.warps, "num_stages": tiles.stages},
         )

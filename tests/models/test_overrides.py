@@ -103,7 +103,7 @@ def test_an_override_may_be_nested(loader, name):
 def test_a_flag_stands_above_an_override_and_that_above_the_checkpoint(loader, name):
     def fraction(overrides, *flags) -> set[float]:
         model = loader.load(name, overrides, "--moe-gating", "static", *flags)
-        return {layer.static.capacity_fraction for layer in model.moe_layers().values()}
+        return {layer.dispatcher.options.capacity_fraction for layer in model.moe_layers().values()}
 
     own = {"lm_top2": -1.0, "mt_plain": 1.0, "mt_nllb_ws2": 1.0}[name]
     override = {"moe_eval_capacity_token_fraction": 0.5}

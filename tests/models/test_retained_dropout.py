@@ -66,7 +66,7 @@ def test_the_experts_output_is_that_of_training():
 )
 def test_modules_are_named_as_upstream_names_them(modules):
     model = served("mt", modules, **only_the_experts("mt", activation_dropout=0.4))
-    retained = {name.split(".")[0] for name, layer in model.moe_layers().items() if layer.experts.retain_dropout}
+    retained = {name.split(".")[0] for name, layer in model.moe_layers().items() if layer.experts.retains_dropout}
     assert retained == {"decoder"} and is_random(model)
 
 
@@ -83,18 +83,18 @@ def test_conditional_routings_gate_and_dense_branch():
     assert is_random(served("lm", moe_cmr=True, cmr_gate_drop=0.5))
     assert not is_random(served("lm", "TransformerDecoder", moe_cmr=True, cmr_gate_drop=0.5))
     model = served("lm", "CMRGate", moe_cmr=True, cmr_gate_drop=0.5, activation_dropout=0.5)
-    assert is_random(model) and not any(layer.experts.retain_dropout for layer in model.moe_layers().values())
+    assert is_random(model) and not any(layer.experts.retains_dropout for layer in model.moe_layers().values())
 
 
 def test_upstreams_name_of_an_expert_is_the_experts_alone():
     fields = {"dropout": 0.4, "activation_dropout": 0.4, "moe_cmr": True}
     model = served("lm", "FeedForwardNetwork", **fields)
-    assert all(layer.experts.retain_dropout for layer in model.moe_layers().values())
+    assert all(layer.experts.retains_dropout for layer in model.moe_layers().values())
     assert not any(layer.dropout_module.apply_during_inference for layer in model.decoder.layers)
     assert not any(layer._dense_dropout.apply_during_inference for layer in model.decoder.layers[1::2])
     model = served("lm", "TransformerDecoderLayer", **fields)
     assert all(layer._dense_dropout.apply_during_inference for layer in model.decoder.layers[1::2])
-    assert all(layer.experts.retain_dropout for layer in model.moe_layers().values())
+    assert all(layer.experts.retains_dropout for layer in model.moe_layers().values())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_modules_without_the_flag_are_refused():
 def test_kernels_without_dropout_are_refused(kernel):
     def setup(model):
         for layer in model.moe_layers().values():
-            layer.experts.kernel = kernel
+            layer.experts.use_kernel(kernel)
 
     with pytest.raises(ValueError, match=f"--retain-dropout .*--moe-kernel {kernel}"):
         served("lm", setup=setup, activation_dropout=0.1)

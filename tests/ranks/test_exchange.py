@@ -7,7 +7,7 @@ from rank_group import ranks
 from rank_layers import Call, Job, alone, contiguous, replicated, serve, shuffled, split_layer
 
 from fairseq_moe_ext.gating import Routing
-from fairseq_moe_ext.gating.dispatch import dispatch, plan_dispatch
+from fairseq_moe_ext.gating import call as of_layer
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
 
@@ -251,14 +251,16 @@ def travel(rank, world_size, placement, expert_ids_of_ranks, kept_of_ranks):
     expert_ids, kept = expert_ids_of_ranks[rank], kept_of_ranks[rank]
     tokens = 1.0 + 1000 * rank + torch.arange(expert_ids.size(0)).unsqueeze(1).repeat(1, 4)
     routing = Routing(expert_ids, kept, kept.float(), torch.zeros(expert_ids.size(0), len(placement)))
-    plan = plan_dispatch(routing, layer.exchange.copies, send_sizes=layer.exchange.begin)
-    rows = dispatch(tokens, plan)
+    call = of_layer.Call(tokens, None, 1, False, False, layer.gate, layer.experts, of_layer.Clock(False))
+    planned = layer.dispatcher.plan(routing, call)
+    assignments = planned.by_copy.assignments[: sum(planned.counts)]
+    rows = tokens[assignments // kept.size(1)]
     with torch.no_grad():
-        outputs, figures = layer.exchange.run(rows, plan.tokens_per_expert)
+        outputs = layer.dispatcher.run(planned, call)
     exchange.idle_round(alive=False)
     scale = outputs / rows
     assert torch.equal(scale, scale[:, :1].expand_as(scale)) and torch.equal(scale, scale.round())
-    return plan.assignments, scale[:, 0].long() - 1, figures.bytes_exchanged
+    return assignments, scale[:, 0].long() - 1, call.bytes_exchanged
 
 
 @pytest.mark.parametrize("where", PLACEMENTS)
@@ -300,6 +302,6 @@ def test_the_layers_output_is_its_weights_times_its_experts_numbers(group, gatin
         gate = case.layer().gate
         with torch.no_grad():
             routing = gate(x.flatten(0, 1), None)
-            weights = gate.combine_weights(routing, torch.float64)
+            weights = gate.combine_weights(routing).to(torch.float64)
         scale = (weights * (routing.expert_ids + 1)).sum(dim=1)
         torch.testing.assert_close(output, x * scale.view(x.shape[:2]).unsqueeze(2))

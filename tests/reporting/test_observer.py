@@ -59,13 +59,13 @@ class Failing:
     """Experts that have no memory for their call, once."""
 
     def __init__(self, experts, after: bool):
-        self._experts, self._forward, self._after = experts, experts.forward, after
-        experts.forward = self
+        self._experts, self._run, self._after = experts, experts.run, after
+        experts.run = self
 
     def __call__(self, *arguments):
-        del self._experts.forward
+        del self._experts.run
         if self._after:
-            self._forward(*arguments)
+            self._run(*arguments)
         raise torch.OutOfMemoryError("no memory")
 
 

@@ -35,7 +35,7 @@ def lines(caplog) -> list[str]:
 def test_the_first_pass_imports_nothing():
     """PyTorch's attention would import half a second's worth of modules in it."""
     folder = commands.REPOSITORY / "tests"
-    paths = ":".join(map(str, (commands.REPOSITORY, folder, folder / "serving")))
+    paths = ":".join(map(str, (commands.REPOSITORY, folder, folder / "reporting")))
     done = processes.run([sys.executable, "-c", FIRST_PASS], env=commands.environment(PYTHONPATH=paths), fresh=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 

@@ -102,7 +102,7 @@ def test_tokens_go_where_they_shall(share):
     request = LayerRequest("dynamic", 8, 16, 1.0, [0, 0, 0, 0], [[rows]], 1)
     layer = routed_layer(request, Exchange(RankGroup(dist.HashStore(), 0, 1)))
     calls = []
-    layer.observer = calls.append
+    layer.observe(calls.append)
     with torch.inference_mode():
         layer(tokens_for(rows, 4, 8, seed=0)[None])
     assert calls[0].load == rows

@@ -217,7 +217,7 @@ def test_another_start_of_a_buffer_changes_nothing(tmp_path):
     layer, resident, buffer = layer_with((0, 1, 3), BufferSettings("auto", "all", "lru", "ascending", "disk", tmp_path))
     buffer.start(layer)
     slots, lane = layer.experts.fc1_weight.data_ptr(), layer.experts._lane
-    layer.experts.announce([1, 0, 1])
+    layer.experts.prefetch([1, 0, 1])
     buffer.start(layer)
     assert layer.experts.fc1_weight.data_ptr() == slots and layer.experts._lane is lane
     rows = torch.randn(2, 6)

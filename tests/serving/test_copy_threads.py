@@ -72,7 +72,7 @@ def test_layers_fetch_from_one_checkpoint_at_once(resident, tmp_path, layout, dt
     wanted = [twin(rows, counts) for twin in wanted]
     for _ in range(8):
         for layer in layers:
-            layer.announce(counts)
+            layer.prefetch(counts)
         for layer, outputs in zip(layers, wanted, strict=True):
             assert torch.equal(layer(rows, counts), outputs)
     assert {layer.totals.misses for layer in layers} == {8 * EXPERTS - 1}

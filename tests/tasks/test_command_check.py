@@ -11,7 +11,7 @@ import torch
 from fairseq import options
 from option_runs import PARSERS
 
-from fairseq_moe_ext.experts import device_experts
+from fairseq_moe_ext.kernels import choice
 from fairseq_moe_ext.tasks import command_check
 from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI
 
@@ -182,7 +182,7 @@ def test_triton_is_refused_where_no_gpu_can_run_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(ValueError, match=r"of compute capability 8.0 or newer, got 7.0"):
         command_check.check_kernel_flag("triton", on_cpu=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: device_experts.AMPERE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: choice.AMPERE)
     command_check.check_kernel_flag("triton", on_cpu=False)
     with pytest.raises(ValueError, match="got --cpu"):
         command_check.check_kernel_flag("triton", on_cpu=True)

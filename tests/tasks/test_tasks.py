@@ -48,7 +48,7 @@ def test_training_follows_the_flags_too(mt):
     cfg = training_configuration(mt[0], *MT_TRAINING, "--moe-gating", "static", "--batch-size", "8")
     layers = tasks.setup_task(cfg.task).build_model(cfg.model).moe_layers().values()
     assert {layer.gating for layer in layers} == {"static"}
-    assert {layer.static.batch_size for layer in layers} == {8}
+    assert {layer.dispatcher.options.batch_size for layer in layers} == {8}
 
 
 def test_serving_prepares_every_layer(mt):

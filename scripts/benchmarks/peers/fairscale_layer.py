@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark_layer import fairscale_layer  # noqa: E402
 
 from fairseq_moe_ext.gating import MOELayer  # noqa: E402
-from fairseq_moe_ext.gating.layer import StaticOptions  # noqa: E402
+from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for  # noqa: E402
 from fairseq_moe_ext.gating.static import static_capacity  # noqa: E402
 
 NAME = "fairscale MOELayer"
@@ -31,7 +31,8 @@ def prepare(size: dict) -> Prepared:
     if no_room:
         return Prepared({}, no_room)
     ours = build_layer(problem, size["seed"])
-    static = MOELayer(ours.gate, ours.experts, "static", StaticOptions(problem.capacity_fraction)).eval()
+    gating = dispatcher_for("static", StaticOptions(problem.capacity_fraction))
+    static = MOELayer(ours.gate, ours.experts, gating).eval()
     static.prepare_for_serving(size["seed"])
     layer, x = fairscale_layer(static), problem.tokens.unsqueeze(1)
     found = layer(x)

@@ -1,20 +1,19 @@
-"""The experts of one layer as Triton kernels: two grouped products and a weighted sum, with nothing in between.
+"""The experts of one layer as Triton kernels: two grouped products, and the weighted sum of a token's choices.
 
-    rows of tokens, gathered -> fc1, bias, activation -> hidden (N, F), in expert order
-    hidden                   -> fc2, bias             -> outputs (N, D), scattered to their assignments
-    outputs, weights         -> the weighted sum per token (T, D)
+    rows (N, D) in expert order -> fc1, bias, activation -> hidden (N, F)
+    hidden                      -> fc2, bias             -> outputs (N, D)
+    outputs, weights            -> the weighted sum per token (T, D)
 
 A program of a product computes one tile: some rows of one expert times some columns. How many tiles there are is only
 known on the device, so that as many are launched as there can be at most, and those past the end return at once. No
 atomics: every value is written once, and sums run in a fixed order in float32.
 
-Legend: T = tokens, E = experts, K = choices per token, N = T * K assignments, kept or not, D = model dim,
-F = hidden dim.
+Legend: T = tokens, E = experts, S = slots, K = choices per token, N = rows, D = model dim, F = hidden dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq_moe_ext.experts.device_experts import GroupedPlan
-from fairseq_moe_ext.experts.resident import activate_rows
+from fairseq_moe_ext.kernels.activations import Activation, activate_rows
+from fairseq_moe_ext.kernels.offsets import Offsets
 
 FUSED_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}  # any other runs between the products
 NEIGHBOURS = 8  # tiles of rows that read the same columns of weights one after another, from the cache
@@ -62,65 +61,63 @@ def tiles_for(rows_per_expert: float, itemsize: int, shared_memory: int) -> Tile
 
 
 def run_triton(
-    tokens: Tensor,
-    plan: GroupedPlan,
-    weights: Tensor,
-    parameters: Sequence[Tensor],
-    activation: Callable[[Tensor], Tensor],
-    scale: float = 1.0,
+    rows: Tensor,
+    offsets: Offsets,
+    slots: Tensor | None,
+    pool: Sequence[Tensor],
+    activation: Activation,
+    outputs: Tensor,
     tiles: Tiles | None = None,
-) -> Tensor:
-    """`run_grouped` by the kernels below; parameters: packed, in the order of EXPERT_KEYS. tiles: None chooses."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+) -> None:
+    """grouped_mlp.py's signature; tiles: None chooses."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
+    begin = offsets.on_device
+    counts = begin.diff()
+    if slots is not None:
+        slots = slots.to(rows.device, non_blocking=True)
+        counts = counts.masked_fill(slots < 0, 0)
     if tiles is None:
-        rows_per_expert = plan.assignments.numel() / fc1_weight.size(0)
-        tiles = tiles_for(rows_per_expert, tokens.element_size(), shared_memory(tokens.device))
-    tokens = tokens.contiguous()
+        tiles = tiles_for(rows.size(0) / counts.numel(), rows.element_size(), shared_memory(rows.device))
     fused = FUSED_ACTIVATIONS.get(activation)
-    with torch.cuda.device_of(tokens):
+    with torch.cuda.device_of(rows):
         # (E,) int32: how many tiles of rows the experts up to this one have together
-        tile_ends = torch.div(plan.tokens_per_expert + (tiles.rows - 1), tiles.rows, rounding_mode="floor")
-        tile_ends = tile_ends.cumsum(0, dtype=torch.int32)
-        hidden = _grouped_linear(tokens, fc1_weight, fc1_bias, plan, tile_ends, tiles, True, fused)
+        tile_ends = torch.div(counts + (tiles.rows - 1), tiles.rows, rounding_mode="floor").cumsum(0, dtype=torch.int32)
+        given = begin, slots, tile_ends, tiles
+        hidden = rows.new_empty(rows.size(0), fc1_weight.size(1))
+        _grouped_linear(rows.contiguous(), fc1_weight, fc1_bias, *given, fused, hidden)
         if fused is None:
             hidden = activate_rows(hidden, activation)
-        outputs = _grouped_linear(hidden, fc2_weight, fc2_bias, plan, tile_ends, tiles, False, None)
-        return weighted_sum(outputs, weights, scale)
+        _grouped_linear(hidden, fc2_weight, fc2_bias, *given, None, outputs)
 
 
 def _grouped_linear(
     inputs: Tensor,
     weights: Tensor,
     biases: Tensor,
-    plan: GroupedPlan,
+    offsets: Tensor,
+    slots: Tensor | None,
     tile_ends: Tensor,
     tiles: Tiles,
-    gather: bool,
     activation: str | None,
-) -> Tensor:
-    """weights (E, O, I), biases (E, O) -> (N, O), of rows that are kept.
-
-    gather: inputs (T, I) are tokens, and outputs come in expert order; else inputs (N, I) are in expert order, and
-    outputs come in the order of assignments.
-    """
-    num_rows = plan.assignments.numel()
-    num_experts, out_dim, in_dim = weights.shape
-    outputs = inputs.new_empty(num_rows, out_dim)
+    outputs: Tensor,
+) -> None:
+    """inputs (N, I), weights (S, O, I), biases (S, O) -> the experts' rows of outputs (N, O)."""
+    num_rows, num_experts = inputs.size(0), tile_ends.numel()
+    _, out_dim, in_dim = weights.shape
     row_tiles = triton.cdiv(num_rows, tiles.rows) + min(num_experts, num_rows)  # at most
     _linear_kernel[(row_tiles * triton.cdiv(out_dim, tiles.columns),)](
         inputs,
         weights,
         biases,
         outputs,
-        plan.assignments,
-        plan.offsets,
+        offsets,
+        offsets if slots is None else slots,
         tile_ends,
         num_experts,
         in_dim,
         out_dim,
         row_tiles,
-        NUM_CHOICES=plan.num_choices,
-        GATHER=gather,
+        HAS_SLOTS=slots is not None,
         ACTIVATION=activation,
         EXPERTS=triton.next_power_of_2(num_experts),
         WHOLE_STEPS=in_dim % tiles.inner == 0,
@@ -131,7 +128,6 @@ def _grouped_linear(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return outputs
 
 
 @triton.jit
@@ -140,15 +136,14 @@ def _linear_kernel(
     weights,
     biases,
     outputs,
-    assignments,
     offsets,
+    slots,
     tile_ends,
     num_experts,
     in_dim,
     out_dim,
     row_tiles,
-    NUM_CHOICES: tl.constexpr,
-    GATHER: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EXPERTS: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
@@ -173,18 +168,17 @@ def _linear_kernel(
     first_row, end_row = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     rows = first_row + (tile - tiles_before) * ROWS + tl.arange(0, ROWS)
     is_row = rows < end_row
-    row_assignments = tl.load(assignments + rows, mask=is_row, other=0)  # int64
-    if GATHER:
-        sources, targets = row_assignments // NUM_CHOICES, rows.to(tl.int64)
-    else:
-        sources, targets = rows.to(tl.int64), row_assignments
+    rows = rows.to(tl.int64)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < out_dim
 
-    expert = expert.to(tl.int64)  # a packed parameter may have more than 2**31 values
+    slot = expert
+    if HAS_SLOTS:
+        slot = tl.load(slots + expert)
+    slot = slot.to(tl.int64)  # a pool may have more than 2**31 values
     inner = tl.arange(0, INNER)
-    input_places = inputs + sources[:, None] * in_dim + inner[None, :]
-    weight_places = weights + (expert * out_dim + columns[None, :]) * in_dim + inner[:, None]
+    input_places = inputs + rows[:, None] * in_dim + inner[None, :]
+    weight_places = weights + (slot * out_dim + columns[None, :]) * in_dim + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, in_dim, INNER):
         if WHOLE_STEPS:
@@ -195,43 +189,47 @@ def _linear_kernel(
             row_values = tl.load(input_places + start, mask=is_row[:, None] & is_inner[None, :], other=0.0)
             weight_values = tl.load(weight_places + start, mask=is_inner[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(row_values, weight_values, total, input_precision="ieee")
-    total += tl.load(biases + expert * out_dim + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    total += tl.load(biases + slot * out_dim + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "relu":
         total = tl.where(total < 0, 0.0, total)  # keeps NaN, as PyTorch does
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1 + tl.math.erf(total * 0.7071067811865476))
-    places = outputs + targets[:, None] * out_dim + columns[None, :]
+    places = outputs + rows[:, None] * out_dim + columns[None, :]
     tl.store(places, total.to(outputs.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def weighted_sum(outputs: Tensor, weights: Tensor, scale: float = 1.0) -> Tensor:
-    """outputs (T * K, D), weights (T, K) -> `scale` times their weighted sum (T, D); what weighs 0 is not read."""
+def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """outputs (N, D), places and weights (T, K) -> the weighted sum per token (T, D), in float32, cast once.
+
+    A place below 0 is no row.
+    """
     num_tokens, num_choices = weights.shape
     model_dim = outputs.size(1)
     result = outputs.new_empty(num_tokens, model_dim)
     columns = min(triton.next_power_of_2(model_dim), 512)
-    _weighted_sum_kernel[(triton.cdiv(num_tokens, SUMMED_TOKENS), triton.cdiv(model_dim, columns))](
-        outputs,
-        weights.contiguous(),
-        result,
-        num_tokens,
-        model_dim,
-        scale,
-        NUM_CHOICES=num_choices,
-        TOKENS=SUMMED_TOKENS,
-        COLUMNS=columns,
-    )
+    with torch.cuda.device_of(outputs):
+        _weighted_sum_kernel[(triton.cdiv(num_tokens, SUMMED_TOKENS), triton.cdiv(model_dim, columns))](
+            outputs.contiguous(),
+            places.contiguous(),
+            weights.contiguous(),
+            result,
+            num_tokens,
+            model_dim,
+            NUM_CHOICES=num_choices,
+            TOKENS=SUMMED_TOKENS,
+            COLUMNS=columns,
+        )
     return result
 
 
 @triton.jit
 def _weighted_sum_kernel(
     outputs,
+    places,
     weights,
     result,
     num_tokens,
     model_dim,
-    scale,
     NUM_CHOICES: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -241,13 +239,14 @@ def _weighted_sum_kernel(
     is_token, is_column = tokens < num_tokens, columns < model_dim
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for choice in tl.static_range(NUM_CHOICES):
-        rows = tokens * NUM_CHOICES + choice
-        weight = tl.load(weights + rows, mask=is_token, other=0.0).to(tl.float32)
-        is_value = (weight != 0)[:, None] & is_column[None, :]
+        assignments = tokens * NUM_CHOICES + choice
+        rows = tl.load(places + assignments, mask=is_token, other=-1)  # int64
+        weight = tl.load(weights + assignments, mask=is_token, other=0.0).to(tl.float32)
+        is_value = (rows >= 0)[:, None] & is_column[None, :]
         values = tl.load(outputs + rows[:, None] * model_dim + columns[None, :], mask=is_value, other=0.0)
-        total += weight[:, None] * values.to(tl.float32)
-    places = result + tokens[:, None] * model_dim + columns[None, :]
-    tl.store(places, (total * scale).to(result.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
+        total += tl.where(is_value, weight[:, None] * values.to(tl.float32), 0.0)
+    sums = result + tokens[:, None] * model_dim + columns[None, :]
+    tl.store(sums, total.to(result.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,0 +1,25 @@
+"""What experts in slower memory cost a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class BufferCall:
+    """What one call, or several together, took where not all experts are resident.
+
+    hits, misses: active experts that were resident at their turn, and those that were not. bytes_copied: into fast
+    memory. host_reads, disk_reads: misses by where they came from. bytes_read: from disk. seconds: the host waited.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_copied: int = 0
+    host_reads: int = 0
+    disk_reads: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: BufferCall) -> BufferCall:
+        return BufferCall(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))

@@ -1,0 +1,30 @@
+"""The weighted sum of a token's expert outputs. Legend: N = rows, T = tokens, K = choices per token, D = model dim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.kernels.choice import hardware_of
+
+
+def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """outputs (N, D), places (T, K) int64, weights (T, K) -> the weighted sum per token (T, D) in the outputs' dtype.
+
+    places: the row of each assignment; below 0 there is none, and whatever it weighs counts nothing. Sums are of
+    float32 (float64 of float64), in the order of the choices, and cast once.
+    """
+    if outputs.size(0) == 0:  # no tokens, or none that has an expert
+        return outputs if weights.size(0) == 0 else outputs.new_zeros(weights.size(0), outputs.size(1))
+    if not torch.is_grad_enabled() and hardware_of(outputs.device).triton:
+        from fairseq_moe_ext.kernels import triton_mlp  # imports triton, which may not be there
+
+        return triton_mlp.weighted_sum(outputs, places, weights)
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    rows, is_absent, weights = places.clamp_min(0), places < 0, weights.to(wide)
+    total = None
+    for choice in range(weights.size(1)):
+        part = outputs.index_select(0, rows[:, choice]).to(wide)
+        part = part.mul_(weights[:, choice : choice + 1]).masked_fill_(is_absent[:, choice : choice + 1], 0)
+        total = part if total is None else total.add_(part)
+    return total.to(outputs.dtype)

@@ -1,0 +1,56 @@
+"""fc1, activation and fc2 of many experts, each on its own rows: the one signature that all kernels have.
+
+    rows        (N, D) in expert order
+    offsets     where the rows of each of E experts begin and end, on their device or on the host (offsets.py)
+    slots       (E,) int32 on the CPU: where expert e lies in the pool; negative where it is not computed. None: expert
+                e lies in slot e
+    pool        fc1_weight (S, F, D), fc1_bias (S, F), fc2_weight (S, D, F), fc2_bias (S, D), without gradients
+    activation  elementwise
+    outputs     (N, D), filled where an expert is computed; all other rows are left as they are
+
+Which kernel runs is a name:
+
+    loop        one product per expert, few rows by the C kernel (loop.py): waits for the offsets, works everywhere
+    triton      bias and activation fused into two products (triton_mlp.py)
+    grouped-mm  PyTorch's `grouped_mm`, which knows no slots (grouped_mm.py)
+
+A row's outputs depend on the row and its expert alone, not on the rows beside it nor on the slot; on a CPU bit by bit.
+
+Legend: N = rows, E = experts, S = slots, D = model dim, F = hidden dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_moe_ext.kernels.activations import Activation
+from fairseq_moe_ext.kernels.grouped_mm import run_grouped_mm
+from fairseq_moe_ext.kernels.loop import run_loop
+from fairseq_moe_ext.kernels.offsets import Offsets
+
+
+def grouped_mlp(
+    kernel: str,
+    rows: Tensor,
+    offsets: Offsets,
+    slots: Tensor | None,
+    pool: Sequence[Tensor],
+    activation: Activation,
+    outputs: Tensor | None = None,
+) -> Tensor:
+    """Run `kernel` (`loop`, `triton` or `grouped-mm`); gives `outputs`, a new tensor where it is None."""
+    outputs = torch.empty_like(rows, memory_format=torch.contiguous_format) if outputs is None else outputs
+    if rows.size(0) == 0:
+        return outputs
+    if kernel == "triton":
+        from fairseq_moe_ext.kernels.triton_mlp import run_triton  # imports triton, which may not be there
+
+        run_triton(rows, offsets, slots, pool, activation, outputs)
+    elif kernel == "grouped-mm":
+        run_grouped_mm(rows, offsets, slots, pool, activation, outputs)
+    else:
+        run_loop(rows, offsets, slots, pool, activation, outputs)
+    return outputs
