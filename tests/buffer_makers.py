@@ -21,20 +21,20 @@ _numbers = itertools.count()
 
 
 def resident_experts(
-    num_experts: int, dtype=torch.float32, held=None, seed: int = 0, activation=torch.tanh
+    num_experts: int, dtype=torch.float32, local=None, seed: int = 0, activation=torch.tanh
 ) -> ResidentExperts:
     torch.manual_seed(seed)
-    experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, activation, held=held)
+    experts = ResidentExperts(num_experts, MODEL_DIM, HIDDEN_DIM, activation, local=local)
     return experts.to(dtype).eval().requires_grad_(False)
 
 
-def make_store(kind: str, folder: Path | None, weights: list[list[Tensor]], dtype: torch.dtype, held):
+def make_store(kind: str, folder: Path | None, weights: list[list[Tensor]], dtype: torch.dtype, local):
     weights = [[part.clone() for part in parts] for parts in weights]  # the store's own
     if kind == "host":
         return HostStore(weights, dtype)
     if kind == "lazy":
         return FileStore(LazyTensors(weights), dtype)
-    file = open_or_build(folder / f"{next(_numbers)}.safetensors", held, weights, "fingerprint")
+    file = open_or_build(folder / f"{next(_numbers)}.safetensors", local, weights, "fingerprint")
     return FileStore(file, dtype) if kind == "file" else HostTier(FileStore(file, dtype), capacity=2)
 
 
@@ -49,15 +49,15 @@ def buffered_twin(
     ranking=None,
 ) -> BufferedExperts:
     """Started, with the resident experts' weights, in `dtype` before it takes them."""
-    held = resident.held
+    local = resident.local
 
     def make(weights, as_dtype):
-        assert len(weights) == len(held) and len(weights[0]) == len(EXPERT_KEYS)
-        return make_store(store, folder, weights, as_dtype, held)
+        assert len(weights) == len(local) and len(weights[0]) == len(EXPERT_KEYS)
+        return make_store(store, folder, weights, as_dtype, local)
 
     experts = BufferedExperts(
         resident.num_experts, MODEL_DIM, HIDDEN_DIM, resident.activation,
-        make_store=make, policy=policy, order=order, held=held,
+        make_store=make, policy=policy, order=order, local=local,
     )
     experts.to(dtype).eval().load_state_dict(resident.state_dict())
     experts.start(size, ranking)

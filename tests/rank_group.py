@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from processes import Process
 
-PATIENCE = 120  # seconds that a rank may take for one call
+TIMEOUT = 120  # seconds that a rank may take for one call
 PROGRAM = """
 import json, sys
 path, key, group, rank, world_size = sys.argv[1:]
@@ -58,7 +58,7 @@ class RankGroup:
         for end in self._ends:
             end.send((function, arguments))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while len(results) < self.world_size:
             waiting = {end: rank for rank, end in enumerate(self._ends) if rank not in results}
             answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.call import LayerCall
-from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
@@ -58,10 +58,10 @@ class Served:
 
 def split_layer(layer: MOELayer, placement: Placement, rank: int, world_size: int, exchange: Exchange) -> None:
     """Leave `layer` the experts of `rank` alone, and connect it with the other ranks."""
-    copies = ExpertCopies(placement, rank, world_size)
-    experts = layer.experts.share(copies.held[rank]).to(layer.experts.dtype)
+    replicas = Replicas(placement, rank, world_size)
+    experts = layer.experts.share(replicas.local[rank]).to(layer.experts.dtype)
     experts.load_state_dict(layer.experts.state_dict())
-    layer.use(experts=experts, dispatcher=over_ranks(layer.dispatcher, exchange.register(experts, copies)))
+    layer.use(experts=experts, dispatcher=over_ranks(layer.dispatcher, exchange.register(experts, replicas)))
 
 
 def serve(rank: int, world_size: int, job: Job) -> Served:

@@ -14,7 +14,7 @@ import commands
 from processes import Process
 from rank_commands import arguments_of
 
-PATIENCE = 30  # seconds in which all others must have ended
+TIMEOUT = 30  # seconds in which all others must have ended
 START = 120  # seconds until the first translation, on a slow machine
 # one sentence after another, each for long: time to be killed in
 LONG = ("--batch-size", "1", "--beam", "40", "--model-overrides", repr(commands.NLLB_OVERRIDES))
@@ -65,7 +65,7 @@ class Started:
 
     def all_end(self, but: int | None = None) -> list[int]:
         """Their exit codes, which must come in time."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         others = [process for number, process in enumerate(self.processes) if number != but]
         return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in others]
 

@@ -1,9 +1,9 @@
 """A layer's experts of which N are in fast memory; the others wait in a store.
 
-Legend: E = experts of the layer, H = experts held here, N = places in the buffer, S = slots, R = rows in expert order,
-D = model dim, F = hidden dim.
+Legend: E = experts of the layer, H = local experts, N = experts that the buffer keeps, S = slots, R = rows in expert
+order, D = model dim, F = hidden dim.
 
-There are two slots more than places: an expert on its way lies in one of them while the experts that it will push out
+There are two slots more than that: an expert on its way lies in one of them while the experts that it will push out
 still compute. Source: "Toward Efficient Inference for Mixture of Experts", section on expert buffering.
 """
 
@@ -58,8 +58,8 @@ class BufferedExperts(CalledByCounts):
     ResidentExperts are, once the model has its device and dtype. A started model may go to another dtype or device at
     any time between two calls, also between a call and its announcement.
 
-    policy, order: eviction.py. kernel: as of ResidentExperts. held: the numbers of the experts that lie here, rising;
-    None holds all.
+    policy, order: eviction.py. kernel: as of ResidentExperts. local: the numbers of the experts that lie here, rising;
+    None: all.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class BufferedExperts(CalledByCounts):
         make_store: MakeStore,
         policy: str,
         order: str,
-        held: Sequence[int] | None = None,
+        local: Sequence[int] | None = None,
         kernel: str = "auto",
     ):
         super().__init__(kernel)
         self.num_experts = num_experts
-        self.held = tuple(range(num_experts) if held is None else held)
+        self.local = tuple(range(num_experts) if local is None else local)
         self.activation = activation
         self.model_dim = model_dim
         self._dims = model_dim, hidden_dim
-        self._keys = ExpertKeys(num_experts, self.held, packed_shapes(len(self.held), *self._dims))
+        self._keys = ExpertKeys(num_experts, self.local, packed_shapes(len(self.local), *self._dims))
         self._make_store = make_store
         self._policy, self._order = policy, order
         self._store: ExpertStore | None = None
@@ -110,8 +110,8 @@ class BufferedExperts(CalledByCounts):
 
     @property
     def total_bytes(self) -> int:
-        """Of the weights of all experts held here."""
-        return len(self.held) * self.expert_bytes
+        """Of the weights of all local experts."""
+        return len(self.local) * self.expert_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -121,7 +121,7 @@ class BufferedExperts(CalledByCounts):
     @property
     def resident_experts(self) -> list[int]:
         """The numbers of the experts in the buffer."""
-        return [self.held[index] for index in self._buffer.resident]
+        return [self.local[index] for index in self._buffer.resident]
 
     @property
     def is_started(self) -> bool:
@@ -130,19 +130,19 @@ class BufferedExperts(CalledByCounts):
     def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
         """Make the slots of a buffer with `size` places, at most H, and fill it; another start begins anew.
 
-        ranking: experts' numbers; the first that are held are resident at the start; default: by rising number.
+        ranking: experts' numbers; the first that are local are resident at the start; default: by rising number.
         host_capacity: how many experts lie in main memory between the store and slots on a GPU; None: none.
         """
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
-        if not 1 <= size <= len(self.held):
-            raise ValueError(f"the buffer's size must be from 1 to the {len(self.held)} experts, got {size}")
+        if not 1 <= size <= len(self.local):
+            raise ValueError(f"the buffer's size must be from 1 to the {len(self.local)} experts, got {size}")
         self.stop()
-        self._slots = min(size + STAGING_SLOTS, len(self.held))
+        self._slots = min(size + STAGING_SLOTS, len(self.local))
         for name, shape in packed_shapes(self._slots, *self._dims).items():
             self.register_parameter(name, nn.Parameter(self._like.new_empty(shape), requires_grad=False))
-        index = {expert: number for number, expert in enumerate(self.held)}
-        ranked = [index[expert] for expert in (self.held if ranking is None else ranking) if expert in index]
+        index = {expert: number for number, expert in enumerate(self.local)}
+        ranked = [index[expert] for expert in (self.local if ranking is None else ranking) if expert in index]
         self._size, self._host_capacity = size, host_capacity
         self._empty()
         self._buffer = Buffer(size, self._policy, self._order, ranked[:size])
@@ -318,7 +318,7 @@ class BufferedExperts(CalledByCounts):
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
         shapes = packed_shapes(1, *self._dims)
-        for index, expert in enumerate(self.held):
+        for index, expert in enumerate(self.local):
             parts = [self._like.new_empty(shape[1:]) for shape in shapes.values()]
             self._store.load(index, parts)
             for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
@@ -329,7 +329,7 @@ class BufferedExperts(CalledByCounts):
     ):
         missing: list[str] = []
         misfits: list[str] = []
-        weights: list[list[Tensor]] = [[] for _ in self.held]
+        weights: list[list[Tensor]] = [[] for _ in self.local]
         for _, index, tensor in self._keys.fitting(state_dict, prefix, missing, misfits):
             weights[index].append(tensor)
         missing_keys += missing

@@ -26,10 +26,9 @@ Source: "Toward Efficient Inference for Mixture of Experts", section on expert b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
-POLICIES = ("lifo", "fifo", "lru", "lfu")
 ORDERS = ("resident-first", "ascending")
 # The pair with the fewest misses over all sizes of the models that docs/buffering.md names.
 DEFAULT_POLICY = "lfu"
@@ -37,6 +36,33 @@ DEFAULT_ORDER = "resident-first"
 # What a use counts for `lfu` falls by this factor with every batch, so that a new domain's experts find a place.
 AGEING = 0.95
 _NEVER = -1
+
+
+@dataclass
+class History:
+    """What a policy may know; turns count accesses.
+
+    entered: of the resident experts, the turn in which each came in, in that order. used: the turn of an expert's last
+    use. uses: how often it was used, old batches counting less.
+    """
+
+    entered: dict[int, int]
+    used: dict[int, int] = field(default_factory=dict)
+    uses: dict[int, float] = field(default_factory=dict)
+
+    def unused(self, expert: int) -> tuple:
+        """How long it was not used; of experts that never were, the one that came in last has the least claim."""
+        return -self.used.get(expert, _NEVER), self.entered[expert]
+
+
+# name -> what a resident expert is compared by: of those that are idle, the one with the largest is evicted. A new
+# policy is one more line here: flags, simulation and plots read their names off it
+POLICIES: dict[str, Callable[[History, int], tuple]] = {
+    "lifo": lambda history, expert: (history.entered[expert],),
+    "fifo": lambda history, expert: (-history.entered[expert],),
+    "lru": lambda history, expert: history.unused(expert),
+    "lfu": lambda history, expert: (-history.uses.get(expert, 0.0), *history.unused(expert)),
+}
 
 
 @dataclass(frozen=True)
@@ -69,51 +95,41 @@ class Buffer:
         if len(set(initial)) != len(initial) or len(initial) > size:
             raise ValueError(f"initial must be at most {size} different experts, got {list(initial)}")
         self.size = size
-        self._policy = policy
+        self._worth_evicting = POLICIES[policy]
         self._ascending = order == "ascending"
         self._turn = 0  # counts accesses
-        # the resident, each with the turn in which it came
-        self._entered = {expert: number - len(initial) for number, expert in enumerate(initial)}
-        self._used: dict[int, int] = {}  # the turn of the last use
-        self._uses: dict[int, float] = {}
+        self._history = History({expert: number - len(initial) for number, expert in enumerate(initial)})
 
     @property
     def resident(self) -> tuple[int, ...]:
         """In the order they came in."""
-        return tuple(self._entered)
+        return tuple(self._history.entered)
 
     def run(self, active: Iterable[int]) -> list[Access]:
         """Take the experts that are active in the next batch, in any order; their turns, in the order to compute."""
         active = sorted(active)
         if not self._ascending:
-            active.sort(key=lambda expert: expert not in self._entered)
-        if self._policy == "lfu":
-            self._uses = {expert: uses * AGEING for expert, uses in self._uses.items()}
+            active.sort(key=lambda expert: expert not in self._history.entered)
+        history = self._history
+        history.uses = {expert: uses * AGEING for expert, uses in history.uses.items()}
         in_batch = set(active)
         return [self._access(expert, in_batch) for expert in active]
 
     def _access(self, expert: int, in_batch: set[int]) -> Access:
         self._turn += 1
-        hit = expert in self._entered
-        evicted = None
+        history, evicted = self._history, None
+        hit = expert in history.entered
         if not hit:
-            if len(self._entered) == self.size:
-                evicted = max(self._entered, key=lambda resident: self._worth_evicting(resident, in_batch))
-                del self._entered[evicted]
-            self._entered[expert] = self._turn
-        self._used[expert] = self._turn
-        self._uses[expert] = self._uses.get(expert, 0.0) + 1.0
+            if len(history.entered) == self.size:
+                evicted = max(
+                    history.entered,
+                    key=lambda resident: (resident not in in_batch, *self._worth_evicting(history, resident)),
+                )
+                del history.entered[evicted]
+            history.entered[expert] = self._turn
+        history.used[expert] = self._turn
+        history.uses[expert] = history.uses.get(expert, 0.0) + 1.0
         return Access(expert, hit, evicted)
-
-    def _worth_evicting(self, expert: int, in_batch: set[int]) -> tuple:
-        idle = expert not in in_batch
-        if self._policy == "lifo":
-            return idle, self._entered[expert]
-        if self._policy == "fifo":
-            return idle, -self._entered[expert]
-        # of experts that were never used the one that came in last has the least claim
-        unused = (-self._used.get(expert, _NEVER), self._entered[expert])
-        return (idle, *unused) if self._policy == "lru" else (idle, -self._uses.get(expert, 0.0), *unused)
 
 
 def minimum_misses(batches: Sequence[Sequence[int]], size: int, order: str, initial: Sequence[int] = ()) -> int:

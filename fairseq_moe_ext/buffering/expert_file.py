@@ -1,6 +1,6 @@
 """A layer's experts in a safetensors file: written once, one tensor at a time, and read at their offsets.
 
-Legend: H = experts held here; parts = an expert's four tensors, in the order of EXPERT_KEYS.
+Legend: H = local experts; parts = an expert's four tensors, in the order of EXPERT_KEYS.
 The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes. Its metadata holds a fingerprint
 of what the file was made of and a CRC-32 per tensor; every read is checked.
 """
@@ -48,13 +48,15 @@ def other_files(folder: Path, name: str, file: Path) -> list[Path]:
     return sorted(found for found in folder.iterdir() if pattern.fullmatch(found.name) and found != file)
 
 
-def open_or_build(path: Path, held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> ExpertFile:
+def open_or_build(
+    path: Path, local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str
+) -> ExpertFile:
     """The file at `path` if it holds these experts, else after it was built anew.
 
-    held: H numbers of experts. weights: H experts' parts. fingerprint: equal for equal values of all of them.
+    local: H numbers of experts. weights: H experts' parts. fingerprint: equal for equal values of all of them.
     StoreError where the file is not theirs and cannot be written.
     """
-    layout = _layout(held, weights, fingerprint)
+    layout = _layout(local, weights, fingerprint)
     try:
         found = ExpertFile(path, layout)
         logger.info("experts are read from %s", path)
@@ -149,11 +151,11 @@ class ExpertFile:
         return found.st_size, found.st_mtime_ns
 
 
-def _layout(held: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> dict:
+def _layout(local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> dict:
     """The file's header but for the checksums."""
     layout: dict = {_METADATA: {"format": "pt", "fingerprint": fingerprint}}
     offset = 0
-    for expert, parts in zip(held, weights, strict=True):
+    for expert, parts in zip(local, weights, strict=True):
         for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
             end = offset + math.prod(part.shape) * part.element_size()
             entry = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}

@@ -1,6 +1,6 @@
 """The full set of a layer's experts in slower memory, from which slots are filled.
 
-Legend: H = experts held here; parts = an expert's four tensors, in the order of EXPERT_KEYS. Experts are meant by
+Legend: H = local experts; parts = an expert's four tensors, in the order of EXPERT_KEYS. Experts are meant by
 their index, 0 to H - 1.
 """
 

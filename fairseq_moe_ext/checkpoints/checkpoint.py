@@ -17,7 +17,7 @@ from fairseq_moe_ext.checkpoints.checkpoint_file import FileContent, read_file
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
 from fairseq_moe_ext.checkpoints.find_files import CheckpointFiles, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.fsdp_shards import read_rank_shard, read_shards
-from fairseq_moe_ext.checkpoints.loading import PATIENCE, Loading, ModelState
+from fairseq_moe_ext.checkpoints.loading import BAR_DELAY, Loading, ModelState
 from fairseq_moe_ext.checkpoints.rank_files import check_of_one_model, experts_per_file, global_experts
 from fairseq_moe_ext.checkpoints.state_keys import expert_count, is_expert_key
 
@@ -80,7 +80,7 @@ def _merge(files: CheckpointFiles, loading: Loading) -> FileContent:
     per_file = experts_per_file(state["model"], files.ranks[0])
     needed = _needed_ranks(files, num_experts, per_file)
     states = [state]
-    for file in tqdm(files.ranks[1:needed], desc="reading rank files", unit="file", delay=PATIENCE, leave=False):
+    for file in tqdm(files.ranks[1:needed], desc="reading rank files", unit="file", delay=BAR_DELAY, leave=False):
         states.append(read_rank_shard(file, loading))
         if experts_per_file(states[-1]["model"], file) != per_file:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.open_files import OpenFiles
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
-PATIENCE = 3.0  # seconds before a bar appears
+BAR_DELAY = 3.0  # seconds before a bar appears
 
 
 class Loading:
@@ -46,7 +46,7 @@ class Loading:
         start = time.perf_counter()
         if total is not None:
             self._bar = tqdm(
-                total=total, desc=f"loading {self.path}", unit="B", unit_scale=True, delay=PATIENCE, leave=False
+                total=total, desc=f"loading {self.path}", unit="B", unit_scale=True, delay=BAR_DELAY, leave=False
             )
         try:
             yield

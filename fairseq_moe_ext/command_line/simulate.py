@@ -29,7 +29,7 @@ from fairseq_moe_ext.command_line.parsing import NO_MATPLOTLIB, command_parser, 
 from fairseq_moe_ext.trace import load_trace
 
 COLUMNS = ("layer", "size", "order", "policy", "accesses", "misses", "miss_rate", "times_min")
-COLOURS = dict(zip((*POLICIES, MIN), ("tab:blue", "tab:orange", "tab:green", "tab:red", "black"), strict=True))
+COLOURS = {**{policy: f"C{number}" for number, policy in enumerate(POLICIES)}, MIN: "black"}
 MEAN, WORST = "mean", "worst"
 
 

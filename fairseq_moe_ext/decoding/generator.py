@@ -18,7 +18,7 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 from fairseq_moe_ext.decoding.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.decoding.left_out import check_max_tokens
 from fairseq_moe_ext.gating.layer import MOELayer
-from fairseq_moe_ext.ranks.group import TURN, Ranks
+from fairseq_moe_ext.ranks.group import RANK_BATCH, Ranks
 from fairseq_moe_ext.reporting.finite import FiniteSearch
 from fairseq_moe_ext.reporting.observer import Observer
 
@@ -42,7 +42,7 @@ class _CountedGeneration:
             self.repeat_ngram_blocker = RepeatBlock(self.repeat_ngram_blocker)
 
     def generate(self, models, sample, **kwargs):
-        hypotheses = take_turn(sample, lambda: self._generate_here(models, sample, **kwargs), self.nbest)
+        hypotheses = by_owner(sample, lambda: self._generate_here(models, sample, **kwargs), self.nbest)
         count_results(sample, hypotheses, self.observer)
         return hypotheses
 
@@ -156,13 +156,13 @@ def unpadded_batches(models: Iterable[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
-def take_turn(sample: dict, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:
+def by_owner(sample: dict, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:
     """A batch's hypotheses; under several ranks the batch knows whose turn it is to compute them.
 
     nbest: how many of each sentence are of use; None: all.
     """
-    turn = sample.get(TURN)
-    return compute() if turn is None else turn.result(compute, nbest)
+    rank_batch = sample.get(RANK_BATCH)
+    return compute() if rank_batch is None else rank_batch.result(compute, nbest)
 
 
 def count_results(sample: dict, hypotheses: list[list[dict]], observer: Observer | None = None) -> None:
@@ -267,10 +267,10 @@ class ServedBatches:
             if not batch:  # fairseq fills the last round of its shards with empty batches, and knows them by that
                 yield batch
                 continue
-            batch[TURN] = turn = self._ranks.turn(position, self._of_all)
-            if turn.is_ours:
-                self._observer.begin_batch(turn.number)
-            if turn.is_ours or self._ranks.shows_all:
+            batch[RANK_BATCH] = rank_batch = self._ranks.rank_batch(position, self._of_all)
+            if rank_batch.is_ours:
+                self._observer.begin_batch(rank_batch.number)
+            if rank_batch.is_ours or self._ranks.shows_all:
                 yield self._watched(batch)
         self._ranks.drain(self._total, self._last)
         if not self._last:

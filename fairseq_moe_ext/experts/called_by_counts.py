@@ -1,4 +1,4 @@
-"""What all experts' modules have in common. Legend: H = experts held here, N = rows in expert order, D = model dim."""
+"""What all experts' modules have in common. Legend: H = local experts, N = rows in expert order, D = model dim."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An expert's parts, packed for many experts, and their names in upstream's state dict.
 
-Legend: H = experts held here, D = model dim, F = hidden dim.
+Legend: H = local experts, D = model dim, F = hidden dim.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def packed_shapes(experts: int, model_dim: int, hidden_dim: int) -> dict[str, tu
 class ExpertKeys:
     """Which keys of a state dict are a layer's experts, and what is wrong with them.
 
-    held: the numbers of the experts that are wanted. shapes: of the packed parameters.
+    local: the numbers of the experts that are wanted. shapes: of the packed parameters.
     """
 
-    def __init__(self, num_experts: int, held: Sequence[int], shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(self, num_experts: int, local: Sequence[int], shapes: Mapping[str, tuple[int, ...]]):
         self._num_experts = num_experts
-        self._held = held
+        self._local = local
         self._shapes = shapes
 
     def fitting(
@@ -41,7 +41,7 @@ class ExpertKeys:
         """(packed parameter, index in it, the state dict's tensor) of every expert; the rest goes to the two lists."""
         for name, key in EXPERT_KEYS.items():
             shape = self._shapes[name][1:]
-            for index, expert in enumerate(self._held):
+            for index, expert in enumerate(self._local):
                 full_key = f"{prefix}{expert}.{key}"
                 if full_key not in state_dict:
                     missing_keys.append(full_key)

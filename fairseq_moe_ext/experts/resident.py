@@ -1,4 +1,4 @@
-"""All of a layer's experts in fast memory. Legend: H = experts held here, N = rows in expert order, D = model dim,
+"""All of a layer's experts in fast memory. Legend: H = local experts, N = rows in expert order, D = model dim,
 F = hidden dim.
 """
 
@@ -28,7 +28,7 @@ class ResidentExperts(CalledByCounts):
     Parameters are packed, (H, F, D), (H, F), (H, D, F), (H, D); the state dict has upstream's names and shapes
     (`{j}.fc1.weight` (F, D), ..., j the expert's number in the layer), so that checkpoints go both ways.
 
-    held: the numbers of the experts that lie here, rising; None holds all. A state dict's other experts are left alone.
+    local: the numbers of the experts that lie here, rising; None: all. A state dict's other experts are left alone.
 
     activation: elementwise, Tensor -> Tensor.
     activation_dropout: probability, in training, whether or not gradients are wanted, and where it is retained.
@@ -45,7 +45,7 @@ class ResidentExperts(CalledByCounts):
         activation: Activation = F.relu,
         activation_dropout: float = 0.0,
         initialize: bool = True,
-        held: Sequence[int] | None = None,
+        local: Sequence[int] | None = None,
         kernel: str = "auto",
         schedule: Schedule = AllResident(),
     ):
@@ -54,13 +54,13 @@ class ResidentExperts(CalledByCounts):
         self.totals = BufferCall()  # of all calls: nothing is fetched
         self.retains_dropout = False
         self.num_experts = num_experts
-        self.held = tuple(range(num_experts) if held is None else held)
-        if list(self.held) != sorted(set(self.held) & set(range(num_experts))):
-            raise ValueError(f"held must be rising numbers of experts below {num_experts}, got {self.held}")
-        shapes = packed_shapes(len(self.held), model_dim, hidden_dim)
+        self.local = tuple(range(num_experts) if local is None else local)
+        if list(self.local) != sorted(set(self.local) & set(range(num_experts))):
+            raise ValueError(f"local must be rising numbers of experts below {num_experts}, got {self.local}")
+        shapes = packed_shapes(len(self.local), model_dim, hidden_dim)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self._keys = ExpertKeys(num_experts, self.held, shapes)
+        self._keys = ExpertKeys(num_experts, self.local, shapes)
         self.model_dim = model_dim
         self.activation = activation
         self.activation_dropout = activation_dropout
@@ -81,11 +81,11 @@ class ResidentExperts(CalledByCounts):
         """Of one expert."""
         return sum(math.prod(parameter.shape[1:]) for parameter in self.parameters()) * self.dtype.itemsize
 
-    def share(self, held: Sequence[int]) -> ResidentExperts:
-        """A module for the experts `held` alone, its weights not set: a state dict is to follow."""
+    def share(self, local: Sequence[int]) -> ResidentExperts:
+        """A module for the experts `local` alone, its weights not set: a state dict is to follow."""
         hidden_dim, kept = self.fc1_weight.size(1), (self.activation, self.activation_dropout)
         return ResidentExperts(
-            self.num_experts, self.model_dim, hidden_dim, *kept, initialize=False, held=held, kernel=self.kernel
+            self.num_experts, self.model_dim, hidden_dim, *kept, initialize=False, local=local, kernel=self.kernel
         )
 
     def retain_dropout(self) -> None:
@@ -101,7 +101,7 @@ class ResidentExperts(CalledByCounts):
 
     @property
     def total_bytes(self) -> int:
-        """Of the weights of all experts held here."""
+        """Of the weights of all local experts."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
@@ -112,7 +112,7 @@ class ResidentExperts(CalledByCounts):
     @property
     def resident_experts(self) -> list[int]:
         """The numbers of the experts in fast memory."""
-        return list(self.held)
+        return list(self.local)
 
     def input_dtype(self, tokens: Tensor) -> torch.dtype:
         """In which `tokens` must come: under autocast in its dtype, as to a dense layer."""
@@ -153,7 +153,7 @@ class ResidentExperts(CalledByCounts):
         for name, key in EXPERT_KEYS.items():
             parameter = getattr(self, name)
             packed = parameter if keep_vars else parameter.detach()
-            for expert, weight in zip(self.held, packed.unbind(0), strict=True):
+            for expert, weight in zip(self.local, packed.unbind(0), strict=True):
                 destination[f"{prefix}{expert}.{key}"] = weight
 
     def _load_from_state_dict(

@@ -1,6 +1,6 @@
 """In what order a layer's experts are computed, and where they lie when their step comes.
 
-Legend: N = rows, H = experts held here, S = slots of the pool, D = model dim.
+Legend: N = rows, H = local experts, S = slots of the pool, D = model dim.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Experts(Protocol):
 
     num_experts: int
     model_dim: int
-    held: Sequence[int]
+    local: Sequence[int]
 
     @property
     def dtype(self) -> torch.dtype: ...

@@ -66,7 +66,7 @@ class ServedModel:
 
     def _experts_of_other_ranks(self, state: ModelState) -> list[str]:
         layers = self.moe_layers()
-        held = {f"{name}.experts.": set(layer.experts.held) for name, layer in layers.items()}
+        held = {f"{name}.experts.": set(layer.experts.local) for name, layer in layers.items()}
         matches = [match for match in map(EXPERT_KEY.match, state) if match and match.group(1) in held]
         # a number that no layer has is for loading to complain of
         return [

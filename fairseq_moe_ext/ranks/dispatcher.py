@@ -1,6 +1,6 @@
 """Tokens to experts on other ranks and back, as dispatchers of a layer.
 
-Legend: T = tokens, K = choices per token, E = experts, P = copies of experts over all ranks, C = slots per expert,
+Legend: T = tokens, K = choices per token, E = experts, P = replicas of experts over all ranks, C = slots per expert,
 N = rows, D = model dim.
 """
 
@@ -29,15 +29,15 @@ def over_ranks(dispatcher: Dispatcher, exchange: LayerExchange) -> Dispatcher:
 
 @dataclass(frozen=True)
 class RanksPlan:
-    """by_copy: the assignments in the order of copies. counts: P rows per copy. load: E of this rank's tokens."""
+    """by_replica: the assignments in the order of replicas. counts: P rows per replica. load: E, of this rank."""
 
-    by_copy: Plan
+    by_replica: Plan
     counts: list[int]
     load: Sequence[int]
 
     @property
     def routing(self) -> Routing:
-        return self.by_copy.routing
+        return self.by_replica.routing
 
 
 class Ranks:
@@ -57,17 +57,17 @@ class Ranks:
         return x, mask
 
     def plan(self, routing: Routing, call: Call) -> RanksPlan:
-        copies = self.exchange.copies
-        chosen = copies.choose(routing.expert_ids, routing.kept)
-        kept = chosen.masked_fill(~routing.kept, copies.num_copies).view(-1)
-        sizes = torch.bincount(kept, minlength=copies.num_copies + 1)[: copies.num_copies]
+        replicas = self.exchange.replicas
+        chosen = replicas.choose(routing.expert_ids, routing.kept)
+        kept = chosen.masked_fill(~routing.kept, replicas.num_replicas).view(-1)
+        sizes = torch.bincount(kept, minlength=replicas.num_replicas + 1)[: replicas.num_replicas]
         self.exchange.begin(sizes)  # they travel while the rows are sorted
-        plan = plan_by_expert(routing, call.gate.combine_weights(routing), chosen, copies.num_copies)
+        plan = plan_by_expert(routing, call.gate.combine_weights(routing), chosen, replicas.num_replicas)
         counts = sizes.tolist()
-        return RanksPlan(plan, counts, copies.fold(counts))
+        return RanksPlan(plan, counts, replicas.fold(counts))
 
     def run(self, planned: RanksPlan, call: Call) -> Tensor:
-        token_ids = planned.by_copy.token_ids[: sum(planned.counts)]
+        token_ids = planned.by_replica.token_ids[: sum(planned.counts)]
         rows = call.tokens.index_select(0, token_ids).to(call.experts.dtype)
         call.clock.lap("dispatch")
         outputs, figures = self.exchange.run(rows, planned.counts)
@@ -75,7 +75,7 @@ class Ranks:
         return outputs
 
     def combine(self, outputs: Tensor, planned: RanksPlan, call: Call) -> Tensor:
-        return weighted_sum(outputs, planned.by_copy.places, planned.by_copy.weights)
+        return weighted_sum(outputs, planned.by_replica.places, planned.by_replica.weights)
 
 
 class RankSlots:

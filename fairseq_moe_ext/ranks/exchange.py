@@ -8,7 +8,7 @@ computes for the others. A round is over at once when no rank is in a layer.
 Paper: "Toward Efficient Inference for Mixture of Experts", section on dynamic gating. Static gating sends the padded
 slots of every expert instead, as upstream does.
 
-Legend: R = ranks, P = copies of a layer's experts over all ranks, H = experts held here, N = rows sent, D = model dim,
+Legend: R = ranks, P = replicas of a layer's experts over all ranks, H = local experts, N = rows sent, D = model dim,
 E = experts, C = slots per expert.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.experts.gradients import without_gradients
 from fairseq_moe_ext.gating.call import Experts
-from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.ranks.faults import ExchangeError, interruption
 from fairseq_moe_ext.ranks.process_group import RankGroup
 
@@ -81,9 +81,9 @@ class Exchange:
         self._layers: list[LayerExchange] = []
         self._round: Round | None = None  # under way
 
-    def register(self, experts: Experts, copies: ExpertCopies) -> LayerExchange:
-        """The exchange of one more layer; `experts` are the ones held here."""
-        self._layers.append(LayerExchange(self, len(self._layers), experts, copies))
+    def register(self, experts: Experts, replicas: Replicas) -> LayerExchange:
+        """The exchange of one more layer; `experts` are the local ones."""
+        self._layers.append(LayerExchange(self, len(self._layers), experts, replicas))
         self.rows_computed.append(0)
         return self._layers[-1]
 
@@ -141,21 +141,21 @@ class Exchange:
 
     @property
     def message_size(self) -> int:
-        return HEADER + max((max(layer.copies.per_rank) for layer in self._layers), default=0)
+        return HEADER + max((max(layer.replicas.per_rank) for layer in self._layers), default=0)
 
 
 class LayerExchange:
     """One layer's end on this rank."""
 
-    def __init__(self, exchange: Exchange, number: int, experts: Experts, copies: ExpertCopies):
+    def __init__(self, exchange: Exchange, number: int, experts: Experts, replicas: Replicas):
         self.number = number
         self.experts = experts
-        self.copies = copies
+        self.replicas = replicas
         self._exchange = exchange
-        held = torch.tensor(copies.per_rank)
-        ranks = torch.repeat_interleave(torch.arange(len(held)), held)
+        local = torch.tensor(replicas.per_rank)
+        ranks = torch.repeat_interleave(torch.arange(len(local)), local)
         self._round: Round | None = None
-        self._place = torch.stack((ranks, torch.arange(len(ranks)) - (held.cumsum(0) - held)[ranks]))  # (2, P)
+        self._place = torch.stack((ranks, torch.arange(len(ranks)) - (local.cumsum(0) - local)[ranks]))  # (2, P)
 
     @property
     def rank(self) -> int:
@@ -165,14 +165,14 @@ class LayerExchange:
         return self._exchange.whole_rounds()
 
     def begin(self, counts: Tensor) -> None:
-        """Send the sizes, `counts` (P,) int64 rows per copy, while the caller sorts its rows; `run` ends the round."""
+        """Send the sizes, `counts` (P,) int64 rows per replica, while the caller sorts; `run` ends the round."""
         self._round = Round(self._exchange, self.number, alive=True, counts=counts, place=self._place)
 
     def run(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, RoundFigures]:
-        """rows (N, D) in the order of copies, counts P numbers that sum to N -> the experts' outputs (N, D)."""
+        """rows (N, D) in the order of replicas, counts P numbers that sum to N -> the experts' outputs (N, D)."""
         round_, self._round = self._round, None
         round_.receive_sizes()
-        sent = [sum(part) * _row_bytes(rows) for part in _split(counts, self.copies.per_rank)]
+        sent = [sum(part) * _row_bytes(rows) for part in _split(counts, self.replicas.per_rank)]
         returned = round_.exchange(rows.reshape(-1).view(torch.uint8), sent)
         outputs = returned.view(rows.dtype).view(rows.shape)
         return without_gradients("experts on several ranks", outputs, rows), round_.figures
@@ -183,14 +183,14 @@ class LayerExchange:
         round_ = Round(self._exchange, self.number, alive=True, capacity=capacity)
         round_.receive_sizes()
         largest = round_.largest_capacity if capacity else 0  # no tokens, hence no slots
-        chosen = self.copies.chosen_whole(self._exchange.rank)
+        chosen = self.replicas.chosen_whole(self._exchange.rank)
         order = torch.tensor(sorted(range(num_experts), key=chosen.__getitem__), device=slots.device)
         padded = slots.new_zeros(num_experts, largest, model_dim)
         padded[:, :capacity] = slots[order]
-        counts = [0] * self.copies.num_copies
-        for copy in chosen:
-            counts[copy] = largest
-        sent = [sum(part) * _row_bytes(slots) for part in _split(counts, self.copies.per_rank)]
+        counts = [0] * self.replicas.num_replicas
+        for replica in chosen:
+            counts[replica] = largest
+        sent = [sum(part) * _row_bytes(slots) for part in _split(counts, self.replicas.per_rank)]
         returned = round_.exchange(padded.view(-1).view(torch.uint8), sent)
         outputs = torch.empty_like(slots)
         outputs[order] = returned.view(slots.dtype).view(padded.shape)[:, :capacity]
@@ -199,11 +199,11 @@ class LayerExchange:
     def counts_from(self, source: int, message: Message, largest_capacity: int) -> list[int]:
         """H rows per expert that `source` sends."""
         if message.capacity == 0:
-            return message.counts[: self.copies.per_rank[self._exchange.rank]]
-        chosen = set(self.copies.chosen_whole(source))
-        first = sum(self.copies.per_rank[: self._exchange.rank])
-        held = range(first, first + self.copies.per_rank[self._exchange.rank])
-        return [largest_capacity if copy in chosen else 0 for copy in held]
+            return message.counts[: self.replicas.per_rank[self._exchange.rank]]
+        chosen = set(self.replicas.chosen_whole(source))
+        first = sum(self.replicas.per_rank[: self._exchange.rank])
+        local = range(first, first + self.replicas.per_rank[self._exchange.rank])
+        return [largest_capacity if replica in chosen else 0 for replica in local]
 
 
 class Round:
@@ -321,7 +321,7 @@ class Round:
 
 @dataclass(frozen=True)
 class _Arrivals:
-    """What one source sends in a round: for the layer that it is in, rows per expert held here."""
+    """What one source sends in a round: for the layer that it is in, rows per local expert."""
 
     layer: LayerExchange | None
     counts: list[int]

@@ -27,8 +27,8 @@ from fairseq_moe_ext.ranks.process_group import RankGroup, start_group
 
 logger = logging.getLogger("fairseq_moe_ext")
 
-TURN = "moe_turn"  # the key under which a batch carries its Turn
-DEFERENCE = 2.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
+RANK_BATCH = "moe_rank_batch"  # the key under which a batch carries its RankBatch
+GRACE_PERIOD = 2.0  # seconds for which the other ranks leave it to rank 0 to tell of an error
 
 
 def world_size() -> int:
@@ -61,7 +61,7 @@ def tell_errors_once(rank: int, size: int) -> None:
 
     def tell(kind, error, traceback):
         if rank > 0:
-            time.sleep(DEFERENCE)  # whoever starts the ranks ends them all when the first has ended
+            time.sleep(GRACE_PERIOD)  # whoever starts the ranks ends them all when the first has ended
         sys.stderr = sys.__stderr__  # torch.distributed's own hook keeps what is written while it runs
         print(f"rank {rank} of {size} failed:", file=sys.stderr)
         hook(kind, error, traceback)
@@ -101,9 +101,9 @@ class Ranks:
         """Which of R parts of the data set's batches is this rank's: those at part, part + R, ..."""
         return (self.rank - self._before) % self.world_size
 
-    def turn(self, position: int, of_all: bool) -> Turn:
+    def rank_batch(self, position: int, of_all: bool) -> RankBatch:
         """The turn of the batch at `position` among all batches of a data set, or among this rank's own."""
-        return Turn(self, self._before + (position if of_all else position * self.world_size + self.part))
+        return RankBatch(self, self._before + (position if of_all else position * self.world_size + self.part))
 
     def drain(self, batches: int = 0, last: bool = True) -> None:
         """Compute for the others until every rank is done with its share of a data set's `batches`.
@@ -173,7 +173,7 @@ class Ranks:
             self._hook(kind, error, traceback)
             return
         if error.fault is not None:
-            time.sleep(2 * DEFERENCE)  # the rank that failed tells more of it
+            time.sleep(2 * GRACE_PERIOD)  # the rank that failed tells more of it
             reason = error.fault
         else:
             lost = self._group.vanished()
@@ -184,7 +184,7 @@ class Ranks:
         os._exit(1)  # the group's threads would wait for ranks that are gone
 
 
-class Turn:
+class RankBatch:
     """One batch: whose it is, and how rank 0 comes by its result."""
 
     def __init__(self, ranks: Ranks, number: int):

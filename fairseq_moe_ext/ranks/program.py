@@ -113,10 +113,10 @@ class ProgramRanks:
                 self._break_off(error)
             raise
 
-    def turn(self, position: int, of_all: bool) -> OwnTurn:
+    def rank_batch(self, position: int, of_all: bool) -> OwnBatch:
         """The turn of the batch at `position` among all batches, or among this rank's own."""
         number = position if of_all else position * self.world_size + self.rank
-        return OwnTurn(number, number % self.world_size == self.rank)
+        return OwnBatch(number, number % self.world_size == self.rank)
 
     def drain(self, batches: int = 0, last: bool = True) -> None:
         """Compute for the others until every rank is done with its own batches; every call begins anew."""
@@ -234,7 +234,7 @@ class Call:
         return everything
 
 
-class OwnTurn:
+class OwnBatch:
     """One batch, whose owner computes it and keeps the result until all share theirs."""
 
     def __init__(self, number: int, is_ours: bool):

@@ -1,6 +1,6 @@
 """Expert buffering of a served model: which layers, how many experts, from which store.
 
-Legend: E = experts of a layer, H = experts held by this process, N = places in a layer's buffer.
+Legend: E = experts of a layer, H = local experts of this process, N = places in a layer's buffer.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class ExpertBuffer:
         for name, layer in layers.items():
             experts = layer.experts
             in_scope = settings.scope == "all" or name.startswith(f"{settings.scope}.")
-            fits = not experts.held or settings.size != AUTO and settings.size > len(experts.held)
+            fits = not experts.local or settings.size != AUTO and settings.size > len(experts.local)
             if not in_scope or fits:
                 experts.to_empty(device="cpu")
-                if in_scope and experts.held:
+                if in_scope and experts.local:
                     logger.info(
                         "%s: --expert-buffer-size %d is more than its %d experts: all of them are resident",
-                        name, settings.size, len(experts.held),
+                        name, settings.size, len(experts.local),
                     )
             else:
                 self._layers[name] = self._buffered(name, experts)
@@ -103,7 +103,7 @@ class ExpertBuffer:
             make_store=partial(self._make_store, name, experts),
             policy=self._settings.policy,
             order=self._settings.order,
-            held=experts.held,
+            local=experts.local,
             kernel=experts.kernel,
         )
 
@@ -128,11 +128,11 @@ class ExpertBuffer:
             return FileStore(LazyTensors(weights), dtype)
         folder = self._settings.store_dir or self.checkpoint.parent
         # ranks that hold other experts have files of their own
-        share = "" if len(experts.held) == experts.num_experts else f".{zlib.crc32(repr(experts.held).encode()):08x}"
+        share = "" if len(experts.local) == experts.num_experts else f".{zlib.crc32(repr(experts.local).encode()):08x}"
         named, values = f"{self.checkpoint.stem}.{name}{share}", fingerprint(weights)
         file = store_file(folder, named, values)
         is_new = not file.exists()
-        source = open_or_build(file, experts.held, weights, values)
+        source = open_or_build(file, experts.local, weights, values)
         if is_new:
             self._superseded += other_files(folder, named, file)
         return FileStore(source, dtype)
@@ -161,7 +161,7 @@ class ExpertBuffer:
         )
         logger.info(
             "%d MoE layers have %d of %d experts in a buffer on %s (%s, %s): %.2f of %.2f GB, the rest in the %s store",
-            len(self._layers), sum(sizes.values()), sum(len(layer.held) for layer in self._layers.values()), device,
+            len(self._layers), sum(sizes.values()), sum(len(layer.local) for layer in self._layers.values()), device,
             settings.policy, settings.order, kept / 1e9, total / 1e9, settings.store,
         )
         self._started = device, parameter.dtype
@@ -183,7 +183,7 @@ class ExpertBuffer:
         free = free_bytes(device) // (1 if device.type == "cuda" else self._local_ranks)
         a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
         fitting = int(AUTO_SHARE * free / a_place_each) - STAGING_SLOTS
-        sizes = {name: max(1, min(fitting, len(layer.held))) for name, layer in self._layers.items()}
+        sizes = {name: max(1, min(fitting, len(layer.local))) for name, layer in self._layers.items()}
         logger.info(
             "--expert-buffer-size auto: %d experts per layer, of %.2f GB that are free on %s",
             max(sizes.values()), free / 1e9, device,
@@ -201,7 +201,8 @@ class ExpertBuffer:
             room = int(AUTO_SHARE * free_host_bytes()) // self._local_ranks
         total = sum(layer.total_bytes for layer in self._layers.values())
         return {
-            name: max(1, min(room * len(layer.held) // total, len(layer.held))) for name, layer in self._layers.items()
+            name: max(1, min(room * len(layer.local) // total, len(layer.local)))
+            for name, layer in self._layers.items()
         }
 
 

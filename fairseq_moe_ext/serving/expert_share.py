@@ -11,8 +11,8 @@ import torch
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
-from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.limit import Limit
+from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.group import Ranks
@@ -67,14 +67,14 @@ def share_experts(
     places: per layer the ranks of every expert.
     """
     layers = model.moe_layers()
-    copies = {}
+    replicas = {}
     for name, layer in layers.items() if ranks is not None else ():
-        copies[name] = ExpertCopies(places[name], ranks.rank, ranks.world_size)
+        replicas[name] = Replicas(places[name], ranks.rank, ranks.world_size)
         with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
-            layer.use(experts=layer.experts.share(copies[name].held[ranks.rank]))
+            layer.use(experts=layer.experts.share(replicas[name].local[ranks.rank]))
     if buffer is not None:
         buffer.install(layers)
-    for name, each in copies.items():
+    for name, each in replicas.items():
         layer = layers[name]
         layer.use(dispatcher=over_ranks(layer.dispatcher, ranks.exchange.register(layer.experts, each)))
 
@@ -86,7 +86,7 @@ def limit_experts(
     num_ranks: int,
     rank: int | None,
 ) -> None:
-    """Give every MoE layer its capacity; of an expert's copies the first says which rank is its own.
+    """Give every MoE layer its capacity; of an expert's replicas the first says which rank is its own.
 
     rank: this process's; None: alone it counts as all of them.
     """

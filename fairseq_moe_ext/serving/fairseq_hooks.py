@@ -21,7 +21,7 @@ from fairseq.sequence_scorer import SequenceScorer
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
-from fairseq_moe_ext.decoding.generator import count_results, take_turn
+from fairseq_moe_ext.decoding.generator import by_owner, count_results
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.load_models import check_alone, load_models, overrides_of_command_line
 from fairseq_moe_ext.serving.ours import is_ours
@@ -76,7 +76,7 @@ def _replacing(original, replacement):
 
 def _score(original, scorer, models, sample, **kwargs):
     """fairseq-eval-lm makes its scorer by itself."""
-    hypotheses = take_turn(sample, lambda: original(scorer, models, sample, **kwargs))
+    hypotheses = by_owner(sample, lambda: original(scorer, models, sample, **kwargs))
     count_results(sample, hypotheses)
     return hypotheses
 

@@ -22,7 +22,7 @@ class BufferFlags(FairseqDataclass):
         metadata={"help": "experts per MoE layer in device memory, or `auto`: what fits; default: all of them"},
     )
     expert_buffer_scope: ChoiceEnum(SCOPES) = field(default="all", metadata={"help": "which layers are buffered"})
-    expert_eviction: ChoiceEnum(POLICIES) = field(
+    expert_eviction: ChoiceEnum(tuple(POLICIES)) = field(
         default=DEFAULT_POLICY,
         metadata={"help": "who leaves the buffer: the last or first that came in, the least recently or often used"},
     )
@@ -49,7 +49,7 @@ def check_buffer_flags(flags: Any) -> None:
     """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
     for name, known in (
         ("expert_buffer_scope", SCOPES),
-        ("expert_eviction", POLICIES),
+        ("expert_eviction", tuple(POLICIES)),
         ("expert_order", ORDERS),
         ("expert_store", STORES),
     ):

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from fairseq import utils
 
-from fairseq_moe_ext.ranks.group import DEFERENCE, local_ranks, tell_errors_once, world_size
+from fairseq_moe_ext.ranks.group import GRACE_PERIOD, local_ranks, tell_errors_once, world_size
 from fairseq_moe_ext.ranks.launch import start_ranks
 from fairseq_moe_ext.reporting.error_sentences import tell_in_a_sentence
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
@@ -104,7 +104,7 @@ def _print_nothing(parser: ArgumentParser) -> None:
     if "--results-path" in options:
         options["--results-path"].type = lambda _text: None
     options["--log-format"].type = lambda _text: "none"
-    parser.error = lambda _message: (time.sleep(DEFERENCE), sys.exit(2))
+    parser.error = lambda _message: (time.sleep(GRACE_PERIOD), sys.exit(2))
 
 
 def _choose_gpu(parser: ArgumentParser) -> None:

@@ -33,13 +33,13 @@ from fairseq_moe_ext.decoding.generator import (
     MoESequenceGenerator,
     MoESequenceGeneratorWithAlignment,
     ServedEpoch,
+    by_owner,
     keep_every_sentence,
-    take_turn,
 )
 from fairseq_moe_ext.decoding.left_out import keep_fitting
 from fairseq_moe_ext.decoding.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
-from fairseq_moe_ext.ranks.group import TURN, Rank, Ranks, served_ranks, world_size
+from fairseq_moe_ext.ranks.group import RANK_BATCH, Rank, Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving import fairseq_hooks
@@ -334,8 +334,8 @@ class ServingTask:
             return compute(sample, model, criterion)
         if not sample:  # fills up this rank's part
             return 0, 0, {}
-        here = {key: value for key, value in sample.items() if key != TURN}  # a search has no turn of its own
-        ((result,),) = take_turn(sample, lambda: [[compute(here, model, criterion)]])
+        here = {key: value for key, value in sample.items() if key != RANK_BATCH}  # a search has no turn of its own
+        ((result,),) = by_owner(sample, lambda: [[compute(here, model, criterion)]])
         return result
 
     def reduce_metrics(self, logging_outputs, criterion):

@@ -25,7 +25,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 from fairseq_moe_ext.balancing.placement import contiguous  # noqa: E402
 from fairseq_moe_ext.experts.resident import ResidentExperts  # noqa: E402
 from fairseq_moe_ext.gating import MOELayer, Top2Gate  # noqa: E402
-from fairseq_moe_ext.gating.copies import ExpertCopies  # noqa: E402
+from fairseq_moe_ext.gating.replicas import Replicas  # noqa: E402
 from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for  # noqa: E402
 from fairseq_moe_ext.ranks.dispatcher import over_ranks  # noqa: E402
 from fairseq_moe_ext.ranks.exchange import Exchange  # noqa: E402
@@ -74,11 +74,11 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
 def shared_layer(gating: str, exchange: Exchange, args: argparse.Namespace) -> MOELayer:
     """A random layer, the same on every rank, with this rank's experts."""
     torch.manual_seed(0)
-    copies = ExpertCopies(contiguous(args.experts, args.ranks), exchange.rank, args.ranks)
+    replicas = Replicas(contiguous(args.experts, args.ranks), exchange.rank, args.ranks)
     gate = Top2Gate(args.model_dim, args.experts, second_expert_policy="all")
-    experts = ResidentExperts(args.experts, args.model_dim, args.hidden_dim, held=copies.held[exchange.rank])
+    experts = ResidentExperts(args.experts, args.model_dim, args.hidden_dim, local=replicas.local[exchange.rank])
     alone = dispatcher_for(gating, StaticOptions(args.capacity_fraction, count_padding=False))
-    return MOELayer(gate, experts, over_ranks(alone, exchange.register(experts, copies))).eval().requires_grad_(False)
+    return MOELayer(gate, experts, over_ranks(alone, exchange.register(experts, replicas))).eval().requires_grad_(False)
 
 
 def timed(call, rounds: int) -> tuple[float, float]:

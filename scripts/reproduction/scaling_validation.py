@@ -24,7 +24,7 @@ from fairseq_moe_ext.balancing.load import shares
 from fairseq_moe_ext.balancing.placement import contiguous
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer, Top2Gate
-from fairseq_moe_ext.gating.copies import ExpertCopies
+from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for
 from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.exchange import Exchange
@@ -174,17 +174,17 @@ def routed_layer(request: LayerRequest, exchange: Exchange) -> MOELayer:
     """With this rank's experts, random but the same on every rank, and a gate that reads a token's first E columns."""
     torch.manual_seed(0)
     experts = len(request.placement)
-    copies = ExpertCopies([(rank,) for rank in request.placement], exchange.rank, exchange.world_size)
+    replicas = Replicas([(rank,) for rank in request.placement], exchange.rank, exchange.world_size)
     gate = Top2Gate(request.model_dim, experts, second_expert_policy="all")
     with torch.no_grad():
         gate.wg.weight.zero_()
         gate.wg.weight[:, :experts].fill_diagonal_(4.0)
-    held = ResidentExperts(experts, request.model_dim, request.hidden_dim, held=copies.held[exchange.rank])
+    held = ResidentExperts(experts, request.model_dim, request.hidden_dim, local=replicas.local[exchange.rank])
     layer = MOELayer(gate, held, dispatcher_for(request.gating, StaticOptions(request.fraction))).eval()
     layer.requires_grad_(False)
     layer.prepare_for_serving(0)
     if exchange.world_size > 1:
-        layer.use(dispatcher=over_ranks(layer.dispatcher, exchange.register(held, copies)))
+        layer.use(dispatcher=over_ranks(layer.dispatcher, exchange.register(held, replicas)))
     return layer
 
 

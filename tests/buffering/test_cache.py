@@ -88,8 +88,8 @@ def test_outputs_are_the_resident_ones_for_every_activation(name, dtype, threads
 
 @pytest.mark.parametrize("prefetched", [True, False])
 def test_a_share_of_the_experts(tmp_path, prefetched):
-    """Counts are those of the experts held here; a ranking by global number sees only them."""
-    resident = resident_experts(9, held=(2, 3, 7))
+    """Counts are those of the local experts; a ranking by global number sees only them."""
+    resident = resident_experts(9, local=(2, 3, 7))
     buffered = buffered_twin(resident, 1, "file", tmp_path, ranking=[8, 7, 2, 0, 3])
     for counts in ([0, 0, 2], [1, 2, 0], [1, 1, 1]):
         rows = rows_for(counts)

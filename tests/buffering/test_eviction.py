@@ -174,3 +174,12 @@ def test_bad_arguments_are_named(arguments, words):
     if words.startswith("order"):
         with pytest.raises(ValueError, match=words):
             minimum_misses([], 2, "falling")
+
+
+def test_a_policy_is_one_line(monkeypatch):
+    """Its name is known wherever there is a choice of policies."""
+    monkeypatch.setitem(POLICIES, "smallest", lambda history, expert: (-expert,))
+    buffer = Buffer(2, "smallest", "ascending", initial=[1, 2])
+    assert [access.evicted for access in buffer.run([0])] == [1]
+    with pytest.raises(ValueError, match="policy must be one of lifo, fifo, lru, lfu, smallest, got 'largest'"):
+        Buffer(2, "largest", "ascending")

@@ -22,7 +22,7 @@ def on_gpu(resident, size, store, folder, order):
     def make(weights, dtype):
         if store == "lazy":
             return FileStore(LazyTensors([[part.clone() for part in parts] for parts in weights]), dtype)
-        return make_store("file" if tier else "host", folder, weights, dtype, resident.held)
+        return make_store("file" if tier else "host", folder, weights, dtype, resident.local)
 
     experts = BufferedExperts(
         resident.num_experts, *resident.fc1_weight.shape[:0:-1], resident.activation,

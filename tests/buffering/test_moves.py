@@ -176,7 +176,7 @@ def test_a_started_model_goes_to_a_gpu_and_back(tmp_path, store, prefetched):
     resident = resident_experts(6)
 
     def make(weights, dtype):
-        return make_store(store, tmp_path, weights, dtype, resident.held)
+        return make_store(store, tmp_path, weights, dtype, resident.local)
 
     buffered = BufferedExperts(6, 6, 5, torch.tanh, make_store=make, policy="lru", order="resident-first").eval()
     buffered.load_state_dict(resident.state_dict())

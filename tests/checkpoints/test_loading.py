@@ -84,7 +84,7 @@ def test_seconds_and_bytes_are_in_the_report(lm, tmp_path, new_format):
 @pytest.mark.parametrize(("patience", "is_shown"), [(0.0, True), (60.0, False)])
 def test_a_bar_appears_where_it_takes_long(lm, tmp_path, monkeypatch, capfd, patience, is_shown):
     data, content = lm
-    monkeypatch.setattr(loading, "PATIENCE", patience)
+    monkeypatch.setattr(loading, "BAR_DELAY", patience)
     torch.save(content, tmp_path / "X.pt")
     served_state(data, tmp_path / "X.pt")
     output = capfd.readouterr()

@@ -237,7 +237,7 @@ def scaled_identity(layer, rank: int) -> None:
     with torch.no_grad():
         for parameter in layer.experts.parameters():
             parameter.zero_()
-        for place, expert in enumerate(layer.experts.held):
+        for place, expert in enumerate(layer.experts.local):
             layer.experts.fc1_weight[place] = torch.eye(layer.experts.model_dim)
             layer.experts.fc2_weight[place] = torch.eye(layer.experts.model_dim) * (FACTOR * rank + expert + 1)
 
@@ -253,7 +253,7 @@ def travel(rank, world_size, placement, expert_ids_of_ranks, kept_of_ranks):
     routing = Routing(expert_ids, kept, kept.float(), torch.zeros(expert_ids.size(0), len(placement)))
     call = of_layer.Call(tokens, None, 1, False, False, layer.gate, layer.experts, of_layer.Clock(False))
     planned = layer.dispatcher.plan(routing, call)
-    assignments = planned.by_copy.assignments[: sum(planned.counts)]
+    assignments = planned.by_replica.assignments[: sum(planned.counts)]
     rows = tokens[assignments // kept.size(1)]
     with torch.no_grad():
         outputs = layer.dispatcher.run(planned, call)

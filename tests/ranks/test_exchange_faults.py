@@ -20,14 +20,14 @@ SECONDS = 20  # for all ranks to end, on a machine that does much else
 PLACES = {
     "dynamic": {
         "gate": lambda layer: (layer.gate, "forward"),
-        "dispatch": lambda layer: (layer.dispatcher.exchange.copies, "fold"),
+        "dispatch": lambda layer: (layer.dispatcher.exchange.replicas, "fold"),
         "prefetch": lambda layer: (layer.experts, "prefetch"),
         "experts": lambda layer: (layer.experts, "forward"),
         "combine": lambda layer: (layer, "_mask_outputs"),
     },
     "static": {
         "gate": lambda layer: (layer.gate, "forward"),
-        "slots": lambda layer: (layer.dispatcher.exchange.copies, "chosen_whole"),
+        "slots": lambda layer: (layer.dispatcher.exchange.replicas, "chosen_whole"),
         "experts": lambda layer: (layer.experts, "forward"),
         "combine": lambda layer: (layer, "_mask_outputs"),
     },

@@ -128,9 +128,9 @@ def _exchange_results(ranks, nbest):
 
     found = []
     for number in range(8):
-        turn = ranks.turn(number, of_all=True)
-        if turn.is_ours or ranks.rank == 0:
-            found.append(turn.result(partial(result, number), nbest))
+        rank_batch = ranks.rank_batch(number, of_all=True)
+        if rank_batch.is_ours or ranks.rank == 0:
+            found.append(rank_batch.result(partial(result, number), nbest))
     ranks.drain()
     if ranks.rank > 0:
         return ranks.leave()

@@ -178,11 +178,11 @@ def layer_with(held, settings: BufferSettings):
     torch.manual_seed(0)
     state = ResidentExperts(4, 6, 5).state_dict()
     with torch.device("meta"):
-        layer = MOELayer(Top2Gate(6, 4), ResidentExperts(4, 6, 5, held=held))
+        layer = MOELayer(Top2Gate(6, 4), ResidentExperts(4, 6, 5, local=held))
     layer.gate.to_empty(device="cpu")
     buffer = ExpertBuffer(settings)
     buffer.install({"decoder.layers.1.moe_layer": layer})
-    resident = ResidentExperts(4, 6, 5, held=held)
+    resident = ResidentExperts(4, 6, 5, local=held)
     for experts in (layer.experts, resident):
         experts.eval().load_state_dict(state)
     return layer, resident, buffer

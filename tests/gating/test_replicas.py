@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_moe_ext.balancing.placement import contiguous, experts_of_rank
-from fairseq_moe_ext.gating.copies import ExpertCopies
 from fairseq_moe_ext.gating.plan import plan_by_expert
+from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.gating.routing import Routing
 
 UNEVEN = [[0], [0], [0], [1], [3]]  # of four ranks, the third without an expert
@@ -30,29 +30,29 @@ def placements(draw):
 
 
 def test_by_hand():
-    copies = ExpertCopies(REPLICAS, rank=0, world_size=3)
-    assert copies.held == [(0, 2), (0, 3), (0, 1, 2)]
-    assert (copies.per_rank, copies.num_copies, copies.num_experts) == ([2, 2, 3], 7, 4)
-    # copies 0 to 6 are of experts 0 2 | 0 3 | 0 1 2
-    assert copies.choose(torch.tensor([[0, 2], [0, 1], [0, 3], [2, 0]])).tolist() == [[0, 1], [2, 5], [4, 3], [6, 0]]
-    assert copies.fold([1, 10, 2, 100, 3, 1000, 20]) == [6, 1000, 30, 100]
-    assert [copies.chosen_whole(rank) for rank in range(3)] == [[0, 5, 1, 3], [2, 5, 6, 3], [4, 5, 1, 3]]
+    replicas = Replicas(REPLICAS, rank=0, world_size=3)
+    assert replicas.local == [(0, 2), (0, 3), (0, 1, 2)]
+    assert (replicas.per_rank, replicas.num_replicas, replicas.num_experts) == ([2, 2, 3], 7, 4)
+    # replicas 0 to 6 are of experts 0 2 | 0 3 | 0 1 2
+    assert replicas.choose(torch.tensor([[0, 2], [0, 1], [0, 3], [2, 0]])).tolist() == [[0, 1], [2, 5], [4, 3], [6, 0]]
+    assert replicas.fold([1, 10, 2, 100, 3, 1000, 20]) == [6, 1000, 30, 100]
+    assert [replicas.chosen_whole(rank) for rank in range(3)] == [[0, 5, 1, 3], [2, 5, 6, 3], [4, 5, 1, 3]]
 
 
 def test_ranks_begin_with_different_copies():
-    """Else a few assignments from each of many ranks would all go to the first copy."""
+    """Else a few assignments from each of many ranks would all go to the first replica."""
     lone = torch.tensor([[0]])
-    begun = [ExpertCopies([[0, 1, 2]], rank, world_size=3).choose(lone).item() for rank in range(3)]
+    begun = [Replicas([[0, 1, 2]], rank, world_size=3).choose(lone).item() for rank in range(3)]
     assert sorted(begun) == [0, 1, 2]
 
 
 def test_padding_takes_no_turn():
-    """Else, every second token being padding, all assignments would go to the same one of two copies."""
+    """Else, every second token being padding, all assignments would go to the same one of two replicas."""
     kept = torch.tensor([[True], [False]] * 4)
     routing = Routing(torch.zeros(8, 1, dtype=torch.int64), kept, kept.float(), torch.ones(8, 1))
-    copies = ExpertCopies([[0, 1]], rank=0, world_size=2)
-    chosen = copies.choose(routing.expert_ids, routing.kept)
-    assert plan_by_expert(routing, routing.weights, chosen, copies.num_copies).load == [2, 2]
+    replicas = Replicas([[0, 1]], rank=0, world_size=2)
+    chosen = replicas.choose(routing.expert_ids, routing.kept)
+    assert plan_by_expert(routing, routing.weights, chosen, replicas.num_replicas).load == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_padding_takes_no_turn():
 )
 def test_held(placement, world_size):
     for rank in range(world_size):
-        copies = ExpertCopies(placement, rank, world_size)
-        assert copies.held == [experts_of_rank(placement, each) for each in range(world_size)]
-        in_order = [(each, expert) for each, held in enumerate(copies.held) for expert in held]
+        replicas = Replicas(placement, rank, world_size)
+        assert replicas.local == [experts_of_rank(placement, each) for each in range(world_size)]
+        in_order = [(each, expert) for each, held in enumerate(replicas.local) for expert in held]
         assert in_order == copies_in_order(placement, world_size)
-        assert copies.per_rank == [len(held) for held in copies.held]
+        assert replicas.per_rank == [len(held) for held in replicas.local]
 
 
 @examples(150)
@@ -79,12 +79,12 @@ def test_every_kept_assignment_goes_to_a_copy_of_its_expert_and_all_copies_get_a
     kept = torch.rand(expert_ids.shape, generator=generator) >= share
     in_order = copies_in_order(placement, world_size)
     for rank in range(world_size):
-        chosen = ExpertCopies(placement, rank, world_size).choose(expert_ids, kept)
+        chosen = Replicas(placement, rank, world_size).choose(expert_ids, kept)
         assert chosen.shape == expert_ids.shape
-        assert [in_order[copy][1] for copy in chosen[kept].tolist()] == expert_ids[kept].tolist()
+        assert [in_order[replica][1] for replica in chosen[kept].tolist()] == expert_ids[kept].tolist()
         received = torch.bincount(chosen[kept], minlength=len(in_order)).tolist()
         for expert in range(len(placement)):
-            counts = [received[copy] for copy, (_, of) in enumerate(in_order) if of == expert]
+            counts = [received[replica] for replica, (_, of) in enumerate(in_order) if of == expert]
             assert max(counts) - min(counts) <= 1
             assert sum(counts) == int((expert_ids[kept] == expert).sum())
 
@@ -98,7 +98,7 @@ def test_folding_sums_what_an_experts_copies_did(where, seed):
     wanted = [0] * len(placement)
     for (_, expert), count in zip(in_order, counts, strict=True):
         wanted[expert] += count
-    assert ExpertCopies(placement, 0, world_size).fold(counts) == wanted
+    assert Replicas(placement, 0, world_size).fold(counts) == wanted
 
 
 @examples(100)
@@ -106,13 +106,14 @@ def test_folding_sums_what_an_experts_copies_did(where, seed):
 def test_static_gating_takes_one_copy_per_expert_and_ranks_go_round_them(where):
     placement, world_size = where
     in_order = copies_in_order(placement, world_size)
-    copies = ExpertCopies(placement, 0, world_size)
-    chosen = [copies.chosen_whole(rank) for rank in range(world_size)]
-    assert all([in_order[copy][1] for copy in row] == list(range(len(placement))) for row in chosen)
+    replicas = Replicas(placement, 0, world_size)
+    chosen = [replicas.chosen_whole(rank) for rank in range(world_size)]
+    assert all([in_order[replica][1] for replica in row] == list(range(len(placement))) for row in chosen)
     for expert, ranks in enumerate(placement):
-        counts = [[row[expert] for row in chosen].count(copy) for copy, (_, of) in enumerate(in_order) if of == expert]
+        taken = [row[expert] for row in chosen]
+        counts = [taken.count(replica) for replica, (_, of) in enumerate(in_order) if of == expert]
         assert len(counts) == len(ranks) and max(counts) - min(counts) <= 1
     # every rank knows what another has chosen
-    assert [ExpertCopies(placement, rank, world_size).chosen_whole(0) for rank in range(world_size)] == [
+    assert [Replicas(placement, rank, world_size).chosen_whole(0) for rank in range(world_size)] == [
         chosen[0]
     ] * world_size
