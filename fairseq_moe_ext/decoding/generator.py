@@ -67,7 +67,8 @@ class RepeatBlock(torch.nn.Module):
     """fairseq's `--no-repeat-ngram-size`, of the tokens so far.
 
     fairseq looks for the last words at the end of a buffer that is still empty there, so that without its CUDA
-    extension the option does nothing; of single words, nor does it with it.
+    extension the option does nothing; of single words, nor does it with it. A word that a prefix or the end of the
+    longest hypothesis forces may repeat what it wants: without it the beam could never end.
     """
 
     def __init__(self, block: torch.nn.Module):
@@ -76,9 +77,13 @@ class RepeatBlock(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor, lprobs: torch.Tensor, bsz: int, beam_size: int, step: int) -> torch.Tensor:
         """tokens: (bsz * beam_size, places), the first and `step` generated ones. lprobs: (bsz * beam_size, V)."""
+        forced = (lprobs > -math.inf).sum(dim=1, keepdim=True) == 1  # (bsz * beam_size, 1)
+        value, word = lprobs.max(dim=1, keepdim=True)
         if self._block.no_repeat_ngram_size == 1:
-            return lprobs.scatter_(1, tokens[:, 1 : step + 1], -math.inf)
-        return self._block(tokens[:, : step + 1].contiguous(), lprobs, bsz, beam_size, step)
+            lprobs.scatter_(1, tokens[:, 1 : step + 1], -math.inf)
+        else:
+            lprobs = self._block(tokens[:, : step + 1].contiguous(), lprobs, bsz, beam_size, step)
+        return lprobs.scatter_(1, word, torch.where(forced, value, lprobs.gather(1, word)))
 
 
 class MoESequenceGenerator(_CountedGeneration, SequenceGenerator):

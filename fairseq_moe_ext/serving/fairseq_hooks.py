@@ -24,7 +24,7 @@ from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
 from fairseq_moe_ext.decoding.generator import by_owner, count_results
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.load_models import check_alone, load_models, overrides_of_command_line
-from fairseq_moe_ext.serving.ours import is_ours
+from fairseq_moe_ext.serving.ours import is_ours, is_served_task
 from fairseq_moe_ext.serving.served_state import served_state
 
 # whether the models that fairseq is loading are this plugin's; None: nobody has said
@@ -94,7 +94,8 @@ def _load_models(
         with serving(getattr(task, "serves_experts", False)):
             return original(filenames, arg_overrides, task, *rest)
     paths = [_with_suffix(name, suffix) for name in filenames]
-    if num_shards > 1 or not all(map(is_ours, paths)):
+    asked_for = fairseqs_command() == "validate" and is_served_task((arg_overrides or {}).get("task"))  # dense ones too
+    if num_shards > 1 or not (asked_for or all(map(is_ours, paths))):
         with serving(False):
             return original(filenames, arg_overrides, task, *rest)
     # a command's ranks may load a second model (--lm-path), and fairseq-validate has no task before its model

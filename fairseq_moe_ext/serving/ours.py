@@ -33,6 +33,11 @@ def is_ours(path: str) -> bool:
         return False
 
 
+def is_served_task(name: str | None) -> bool:
+    """Whether a task of this plugin bears the name."""
+    return name in TASK_REGISTRY and name not in _fairseqs()
+
+
 def _fairseqs() -> Iterator[str]:
     for registry in (TASK_REGISTRY, ARCH_MODEL_REGISTRY):
         for name, registered in registry.items():

@@ -14,7 +14,9 @@ from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
 from fairseq_moe_ext.kernels.choice import AMPERE
+from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.tasks.flags import check_flags
+from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, VALIDATE
 from fairseq_moe_ext.torch_versions import triton_is_interpreted
 
 # options that name a file which fairseq or the plugin reads, by their names in a parsed command line
@@ -34,6 +36,7 @@ def check_command(args: Namespace) -> None:
     if args.distributed_world_size <= 1:  # else the ranks that are started look at their flags
         check_flags(args)
     _check_data(args)
+    check_asserted(fairseqs_command(), args)
     on_cpu = bool(getattr(args, "cpu", False))
     check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), on_cpu)
     check_host_memory_flag(str(getattr(args, "expert_host_memory", "auto")), on_cpu)
@@ -65,6 +68,19 @@ def _check_data(args: Namespace) -> None:
 def with_suffix(path: str, args: Namespace) -> str:
     """The path as fairseq reads it under `--checkpoint-suffix`."""
     return path.replace(".pt", (getattr(args, "checkpoint_suffix", None) or "") + ".pt")
+
+
+def check_asserted(command: str | None, args: Namespace) -> None:
+    """ValueError at what fairseq's command asserts of its options; command: None is for none of fairseq's."""
+    if command in (GENERATE, INTERACTIVE) and args.sampling and args.nbest != args.beam:
+        raise ValueError(f"--sampling needs --nbest equal to --beam, got {args.nbest} and {args.beam}")
+    if command == GENERATE and args.replace_unk is not None and str(args.dataset_impl) != "raw":
+        raise ValueError(f"--replace-unk needs --dataset-impl raw in fairseq-generate, got {args.dataset_impl}")
+    if command == INTERACTIVE and (args.batch_size or 1) > max(args.buffer_size, 1):
+        values = f"{args.batch_size} and {args.buffer_size}"
+        raise ValueError(f"--batch-size must be at most --buffer-size in fairseq-interactive, got {values}")
+    if command == VALIDATE and args.max_tokens is None and args.batch_size is None:
+        raise ValueError("--max-tokens or --batch-size must be given in fairseq-validate, got neither")
 
 
 def check_kernel_flag(kernel: str, on_cpu: bool) -> None:

@@ -45,6 +45,8 @@ EXCLUDES = (
     *((option, "match_source_len") for option in ("max_len_a", "max_len_b")),
     *((option, "score_reference") for option in _OF_SEARCH),
     ("replace_unk", "post_process"),  # words are aligned as the dictionary has them
+    # fairseq's search under constraints may end with fewer hypotheses than beams, of which its aligner takes all
+    *((option, "constraints") for option in ("replace_unk", "print_alignment")),
     *((option, "continuous_batching") for option in (*NOT_OF_ONE_SENTENCE, "replace_unk")),
 )
 

@@ -3,6 +3,7 @@
 Both generators run over the same served models; the plugin's is the one that its task builds from the command line.
 """
 
+import math
 from argparse import Namespace
 from copy import deepcopy
 
@@ -10,13 +11,15 @@ import commands
 import numpy as np
 import pytest
 import torch
+from data_makers import LM_TRAINING, untrained_checkpoint, write_data
 from fairseq import checkpoint_utils, search, tasks
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
+from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq.token_generation_constraints import pack_constraints
 from ties import of_tokens, paired
 
-from fairseq_moe_ext.decoding.generator import MoESequenceGenerator, MoESequenceGeneratorWithAlignment
+from fairseq_moe_ext.decoding.generator import MoESequenceGenerator, MoESequenceGeneratorWithAlignment, RepeatBlock
 from fairseq_moe_ext.models.moe_transformer_lm import MoETransformerLanguageModel, moe_transformer_lm_tiny
 
 MODELS = ("mt_plain", "mt_nllb_ws2")
@@ -144,6 +147,30 @@ def test_no_ngram_is_repeated(served, size):
     found = served.ours("--min-len", "25", "--no-repeat-ngram-size", str(size))
     assert any(repeated(tokens, size) for tokens in best(repeating))  # else the option has nothing to do
     assert not any(repeated(tokens, size) for tokens in best(found))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_prefix_may_repeat_what_a_hypothesis_may_not(size):
+    """Or else its sentence could never end: fairseq's search dies of it."""
+    block = RepeatBlock(NGramRepeatBlock(size))
+    tokens = torch.tensor([[2, 5, 4, 5], [2, 5, 4, 5], [2, 5, 4, 5]])
+    lprobs = torch.full((3, 8), -math.inf)
+    lprobs[0, 4] = -3.0  # a prefix's next word
+    lprobs[1, [4, 6]] = torch.tensor([-1.0, -2.0])
+    lprobs[2, 2] = -4.0  # the end at the greatest length
+    found = block(tokens, lprobs.clone(), 3, 1, 3)
+    assert torch.equal(found[[0, 2]], lprobs[[0, 2]])
+    assert found[1, 4] == -math.inf and found[1, 6] == -2
+
+
+def test_prompts_that_repeat_ngrams_end(tmp_path):
+    data = write_data(tmp_path / "data", splits={"train": 8, "valid": 6, "test": 24})
+    untrained_checkpoint(tmp_path / "X.pt", data, *LM_TRAINING)
+    given = ("--task", "moe_language_modeling", "--tokens-per-sample", "16", "--sample-break-mode", "eos", "--cpu")
+    more = ("--max-len-b", "15", "--no-repeat-ngram-size", "2", "--num-workers", "0", "--path", tmp_path / "X.pt")
+    found = commands.generate(data, *given, *more)
+    assert len(found.hypotheses()) == 24
+    assert any(repeated(text.split(), 2) for _, text in found.hypotheses())  # a prompt's own
 
 
 def best(hypotheses: list) -> list[list[int]]:

@@ -91,6 +91,18 @@ def test_a_multilingual_model_in_all_its_directions(shared_goldens, pairs):
     assert math.isfinite(found["loss"])
 
 
+def test_a_dense_checkpoint_has_fairseqs_own_loss(tmp_path, monkeypatch):
+    """It is read by the plugin's safe loader; fairseq's own takes no Namespace unless it is told to trust the file."""
+    words = ("-s", "en", "-t", "de", "--max-source-positions", "64", "--max-target-positions", "64")
+    data = write_data(tmp_path / "data-bin", ("en", "de"), splits={"train": 8, "valid": 8, "test": 16})
+    untrained_checkpoint(tmp_path / "X.pt", data, "--task", "translation", "--arch", "transformer_tiny", *words)
+    found = validate(tmp_path, "moe_translation", *words, path="X.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    wanted = validate(tmp_path, "translation", *words, path="X.pt", user_dir=None)
+    found.pop("wps"), wanted.pop("wps")
+    assert found == wanted and found["loss"] > 1
+
+
 # --- several ranks
 
 

@@ -13,7 +13,7 @@ from option_runs import PARSERS
 
 from fairseq_moe_ext.kernels import choice
 from fairseq_moe_ext.tasks import command_check
-from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI
+from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI, VALIDATE
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,23 @@ def test_every_file_that_an_option_names_must_be_there(model, flags, command):
     args = options.parse_args_and_arch(PARSERS[command](), arguments)
     with pytest.raises(ValueError, match=f"^{flags[-1]} no/such file: no such file$"):
         command_check.check_command(args)  # which looks at the checkpoint later
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        (GENERATE, ("--sampling",), "--sampling needs --nbest equal to --beam, got 1 and 5"),
+        (INTERACTIVE, ("--sampling", "--beam", "2"), "--sampling needs --nbest equal to --beam, got 1 and 2"),
+        (GENERATE, ("--replace-unk",), "--replace-unk needs --dataset-impl raw in fairseq-generate, got None"),
+        (INTERACTIVE, ("--batch-size", "2"), "--batch-size must be at most --buffer-size in fairseq-interactive"),
+        (VALIDATE, (), "--max-tokens or --batch-size must be given in fairseq-validate, got neither"),
+    ],
+)
+def test_what_fairseq_asserts_of_options_is_a_sentence(model, command, flags, words):
+    data, checkpoint = model
+    given = ("--path", checkpoint, "--task", MT, "-s", "en", "-t", "de", "--cpu", "--num-workers", "0")
+    done = commands.run(command, data, *given, *flags, check=False)
+    assert done.returncode == 1 and words in sentence(done.stderr)
 
 
 def test_a_missing_data_folder_and_input_file(model):

@@ -260,6 +260,8 @@ def test_training_refuses_what_is_for_serving(flag):
         (GENERATE, MT, "--lm-weight 0.5", "--lm-weight needs --lm-path"),
         (GENERATE, MT, "--num-shards 2 --shard-id 2", "--shard-id must be at least 0 and below --num-shards"),
         (GENERATE, MT, "--unnormalized --lenpen 2", "--lenpen must not go with --unnormalized"),
+        (INTERACTIVE, MT, "--constraints --replace-unk", "--replace-unk must not go with --constraints"),
+        (INTERACTIVE, MT, "--constraints --print-alignment", "--print-alignment must not go with --constraints"),
         (GENERATE, MULTI, "--dataset-impl raw", "--dataset-impl must not be raw"),
         (EVAL_LM, LM, "--context-window 1024", "--context-window must be below --tokens-per-sample, got 1024 and 1024"),
         (EVAL_LM, LM, "--post-process sentencepiece", "--post-process must be subword_nmt"),
