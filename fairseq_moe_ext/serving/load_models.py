@@ -19,6 +19,7 @@ from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, Che
 from fairseq_moe_ext.ranks.group import world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
+from fairseq_moe_ext.serving.device_flags import check_device_flags
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
@@ -104,6 +105,7 @@ def load_models(
     options = {**_of_checkpoint(state, with_data=of_parser), **options}
     data = os.fspath(Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options, every=of_parser)
+    check_device_flags(args)
     task = _set_up(args, not of_parser, ranks)
     if observer is not None:
         task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace, ranks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from importlib.util import find_spec
 
 import torch
 from fairseq import utils
@@ -13,11 +12,10 @@ from fairseq import utils
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
-from fairseq_moe_ext.kernels.choice import AMPERE
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
+from fairseq_moe_ext.serving.device_flags import check_device_flags
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, VALIDATE
-from fairseq_moe_ext.torch_versions import triton_is_interpreted
 
 # options that name a file which fairseq or the plugin reads, by their names in a parsed command line
 _FILES = (
@@ -37,9 +35,7 @@ def check_command(args: Namespace) -> None:
         check_flags(args)
     _check_data(args)
     check_asserted(fairseqs_command(), args)
-    on_cpu = bool(getattr(args, "cpu", False))
-    check_kernel_flag(str(getattr(args, "moe_kernel", "auto")), on_cpu)
-    check_host_memory_flag(str(getattr(args, "expert_host_memory", "auto")), on_cpu)
+    check_device_flags(args)
     device = getattr(args, "device_id", 0) or 0
     if torch.cuda.is_available() and not args.cpu and device >= torch.cuda.device_count():
         raise ValueError(f"--device-id must be below the number of GPUs, {torch.cuda.device_count()}, got {device}")
@@ -81,32 +77,6 @@ def check_asserted(command: str | None, args: Namespace) -> None:
         raise ValueError(f"--batch-size must be at most --buffer-size in fairseq-interactive, got {values}")
     if command == VALIDATE and args.max_tokens is None and args.batch_size is None:
         raise ValueError("--max-tokens or --batch-size must be given in fairseq-validate, got neither")
-
-
-def check_kernel_flag(kernel: str, on_cpu: bool) -> None:
-    """ValueError where `--moe-kernel` is Triton's and cannot run; on_cpu: whether the user asked for the CPU."""
-    if kernel != "triton" or find_spec("triton") is not None and triton_is_interpreted():
-        return
-    if (got := _no_gpu(on_cpu)) is not None:
-        raise ValueError(f"--moe-kernel triton needs a GPU, got {got}: auto or loop serve on a CPU")
-    if (capability := torch.cuda.get_device_capability()) < AMPERE:
-        raise ValueError(
-            f"--moe-kernel triton needs a GPU of compute capability {AMPERE[0]}.{AMPERE[1]} or newer, got "
-            f"{capability[0]}.{capability[1]}"
-        )
-
-
-def check_host_memory_flag(size: str, on_cpu: bool) -> None:
-    """ValueError where `--expert-host-memory` is given on a CPU, whose buffer is in main memory itself."""
-    if size != "auto" and (got := _no_gpu(on_cpu)) is not None:
-        raise ValueError(f"--expert-host-memory {size} needs a GPU, got {got}: it lies between the disk store and one")
-
-
-def _no_gpu(on_cpu: bool) -> str | None:
-    """What keeps a command from serving on a GPU; on_cpu: whether the user asked for the CPU."""
-    if on_cpu:
-        return "--cpu"
-    return None if torch.cuda.is_available() else "a machine where PyTorch finds none"
 
 
 def check_ranks(path: str, ranks: int, placement: str | None) -> None:

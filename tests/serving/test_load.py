@@ -13,6 +13,7 @@ from python_served import PIECES, dense_checkpoint, interactive, lines_of
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, ClosedError
+from fairseq_moe_ext.serving import device_flags
 from fairseq_moe_ext.serving.keyword_options import (
     BATCHES,
     FLAGS,
@@ -193,6 +194,16 @@ def test_options_that_cannot_be_are_refused_by_name(shared_goldens, call, words)
     folder = shared_goldens / "mt_plain"
     with pytest.raises(OptionError, match=words):
         moe.load(folder / "checkpoint_merged.pt", data=folder / "data-bin", **call)
+
+
+def test_flags_of_a_gpu_are_refused_on_a_cpu(shared_goldens, monkeypatch):
+    monkeypatch.setattr(device_flags, "triton_is_interpreted", lambda: False)
+    folder = shared_goldens / "mt_plain"
+    disk = {"expert_buffer_size": 2, "expert_store": "disk"}
+    for call in ({"moe_kernel": "triton"}, {"expert_host_memory": "2G", **disk}):
+        name, value = next((f"--{name.replace('_', '-')}", value) for name, value in call.items())
+        with pytest.raises(ValueError, match=f"{name} {value} needs a GPU, got --cpu"):
+            moe.load(folder / "checkpoint_merged.pt", data=folder / "data-bin", cpu=True, **call)
 
 
 @pytest.mark.parametrize(

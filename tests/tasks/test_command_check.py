@@ -12,6 +12,7 @@ from fairseq import options
 from option_runs import PARSERS
 
 from fairseq_moe_ext.kernels import choice
+from fairseq_moe_ext.serving import device_flags
 from fairseq_moe_ext.tasks import command_check
 from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI, VALIDATE
 
@@ -191,18 +192,18 @@ def test_a_program_of_the_users_own_is_never_started_again(model, tmp_path, name
 
 
 def test_triton_is_refused_where_no_gpu_can_run_it(monkeypatch):
-    monkeypatch.setattr(command_check, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(device_flags, "triton_is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU, got a machine where PyTorch finds none"):
-        command_check.check_kernel_flag("triton", on_cpu=False)
+        device_flags.check_kernel_flag("triton", on_cpu=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(ValueError, match=r"of compute capability 8.0 or newer, got 7.0"):
-        command_check.check_kernel_flag("triton", on_cpu=False)
+        device_flags.check_kernel_flag("triton", on_cpu=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: choice.AMPERE)
-    command_check.check_kernel_flag("triton", on_cpu=False)
+    device_flags.check_kernel_flag("triton", on_cpu=False)
     with pytest.raises(ValueError, match="got --cpu"):
-        command_check.check_kernel_flag("triton", on_cpu=True)
+        device_flags.check_kernel_flag("triton", on_cpu=True)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
