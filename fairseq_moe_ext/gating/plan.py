@@ -43,7 +43,7 @@ class Plan:
     @property
     def places(self) -> Tensor:
         """(T, K) int64, the row of each assignment; -1 where it is not kept."""
-        places = torch.full_like(self.weights, -1, dtype=torch.int64).view(-1)
+        places = torch.empty_like(self.assignments)
         places[self.assignments] = torch.arange(self.assignments.numel(), device=places.device)
         return places.view_as(self.weights).masked_fill(~self.routing.kept, -1)
 

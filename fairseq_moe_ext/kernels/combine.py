@@ -16,7 +16,8 @@ def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """
     if outputs.size(0) == 0:  # no tokens, or none that has an expert
         return outputs if weights.size(0) == 0 else outputs.new_zeros(weights.size(0), outputs.size(1))
-    if not torch.is_grad_enabled() and hardware_of(outputs.device).triton:
+    is_float64 = outputs.dtype == torch.float64  # the kernel sums in float32
+    if not is_float64 and not torch.is_grad_enabled() and hardware_of(outputs.device).triton:
         from fairseq_moe_ext.kernels import triton_mlp  # imports triton, which may not be there
 
         return triton_mlp.weighted_sum(outputs, places, weights)
