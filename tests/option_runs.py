@@ -177,6 +177,10 @@ def _listening(stream: io.StringIO) -> Iterator[None]:
     level, disabled = root.level, logging.root.manager.disable
     logging.disable(logging.NOTSET)
     root.setLevel(logging.INFO)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("fairseq") and isinstance(logger, logging.Logger):  # whoever ran before may have muted it
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
     root.addHandler(handler)
     try:
         with patch.object(validate, "reset_logging"):  # fairseq-validate takes every second handler away with it

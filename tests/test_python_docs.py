@@ -60,7 +60,7 @@ def test_the_examples_run(folder, monkeypatch, capsys):
     assert "buffer_size must not be given" in refused[1]
     assert "tokens_per_sample must go with a model of moe_language_modeling" in refused[2]
     assert len(several) == 3 and float(several[2].split()[0]) < 0
-    assert len(multilingual) == 1 and len(language_model) == 2 and float(language_model[0].split()[0]) > 1
+    assert len(multilingual) == 2 and len(language_model) == 2 and float(language_model[0].split()[0]) > 1
     assert len(hub) == 1
 
 

@@ -38,7 +38,7 @@ def run_ranks(function, size: int, *arguments, killed: tuple[int, ...] = ()) -> 
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
-        process.join(60)
+        process.join(180)  # of which two cores that others use may take most
         alive = process.is_alive()
         process.kill()
         assert not alive and process.exitcode == (-signal.SIGKILL if rank in killed else 0), (rank, process.exitcode)
