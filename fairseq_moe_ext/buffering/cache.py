@@ -27,7 +27,7 @@ from fairseq_moe_ext.buffering.store import ExpertStore
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.gradients import without_gradients
-from fairseq_moe_ext.experts.parts import EXPERT_KEYS, ExpertKeys, packed_shapes
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS, packed_shapes
 from fairseq_moe_ext.experts.schedule import Step, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
@@ -75,22 +75,15 @@ class BufferedExperts(CalledByCounts):
         local: Sequence[int] | None = None,
         kernel: str = "auto",
     ):
-        super().__init__(kernel)
-        self.num_experts = num_experts
-        self.local = tuple(range(num_experts) if local is None else local)
-        self.activation = activation
-        self.model_dim = model_dim
-        self._dims = model_dim, hidden_dim
-        self._keys = ExpertKeys(num_experts, self.local, packed_shapes(len(self.local), *self._dims))
+        super().__init__(num_experts, model_dim, hidden_dim, activation, local, kernel)
         self._make_store = make_store
         self._policy, self._order = policy, order
         self._store: ExpertStore | None = None
         self._source: ExpertStore | None = None  # what slots are filled from: the store, or main memory before it
         self._host_capacity: int | None = None
         self._lane: CopyLane | None = None  # None until the start
-        self._batch: _Batch | None = None  # between announcement and call
+        self._batch: _Batch | None = None  # between prefetch and call
         self.last_call = BufferCall()
-        self.totals = BufferCall()  # of all calls
         # follows the model's dtype and device, which the slots take
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
@@ -105,7 +98,7 @@ class BufferedExperts(CalledByCounts):
     @property
     def expert_bytes(self) -> int:
         """Of one expert, as it lies in a slot."""
-        shapes = packed_shapes(1, *self._dims).values()
+        shapes = packed_shapes(1, self.model_dim, self.hidden_dim).values()
         return sum(map(math.prod, shapes)) * self._like.element_size()
 
     @property
@@ -139,7 +132,7 @@ class BufferedExperts(CalledByCounts):
             raise ValueError(f"the buffer's size must be from 1 to the {len(self.local)} experts, got {size}")
         self.stop()
         self._slots = min(size + STAGING_SLOTS, len(self.local))
-        for name, shape in packed_shapes(self._slots, *self._dims).items():
+        for name, shape in packed_shapes(self._slots, self.model_dim, self.hidden_dim).items():
             self.register_parameter(name, nn.Parameter(self._like.new_empty(shape), requires_grad=False))
         index = {expert: number for number, expert in enumerate(self.local)}
         ranked = [index[expert] for expert in (self.local if ranking is None else ranking) if expert in index]
@@ -163,8 +156,7 @@ class BufferedExperts(CalledByCounts):
 
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
         """Which kernel computes rows of `dtype` on `device` (kernels/choice.py)."""
-        model_dim, hidden_dim = self._dims
-        return choose_kernel(self.kernel, device, dtype, (hidden_dim, model_dim), slots=True)
+        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim), slots=True)
 
     def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""
@@ -317,7 +309,7 @@ class BufferedExperts(CalledByCounts):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
-        shapes = packed_shapes(1, *self._dims)
+        shapes = packed_shapes(1, self.model_dim, self.hidden_dim)
         for index, expert in enumerate(self.local):
             parts = [self._like.new_empty(shape[1:]) for shape in shapes.values()]
             self._store.load(index, parts)

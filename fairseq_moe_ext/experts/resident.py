@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.gradients import wants_gradients
-from fairseq_moe_ext.experts.parts import EXPERT_KEYS, ExpertKeys, packed_shapes
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS, packed_shapes
 from fairseq_moe_ext.experts.schedule import AllResident, Schedule, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
@@ -49,20 +48,11 @@ class ResidentExperts(CalledByCounts):
         kernel: str = "auto",
         schedule: Schedule = AllResident(),
     ):
-        super().__init__(kernel)
+        super().__init__(num_experts, model_dim, hidden_dim, activation, local, kernel)
         self._schedule = schedule
-        self.totals = BufferCall()  # of all calls: nothing is fetched
         self.retains_dropout = False
-        self.num_experts = num_experts
-        self.local = tuple(range(num_experts) if local is None else local)
-        if list(self.local) != sorted(set(self.local) & set(range(num_experts))):
-            raise ValueError(f"local must be rising numbers of experts below {num_experts}, got {self.local}")
-        shapes = packed_shapes(len(self.local), model_dim, hidden_dim)
-        for name, shape in shapes.items():
+        for name, shape in packed_shapes(len(self.local), model_dim, hidden_dim).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self._keys = ExpertKeys(num_experts, self.local, shapes)
-        self.model_dim = model_dim
-        self.activation = activation
         self.activation_dropout = activation_dropout
         self._initialized = initialize
         if initialize:
@@ -83,9 +73,9 @@ class ResidentExperts(CalledByCounts):
 
     def share(self, local: Sequence[int]) -> ResidentExperts:
         """A module for the experts `local` alone, its weights not set: a state dict is to follow."""
-        hidden_dim, kept = self.fc1_weight.size(1), (self.activation, self.activation_dropout)
+        kept = self.activation, self.activation_dropout
         return ResidentExperts(
-            self.num_experts, self.model_dim, hidden_dim, *kept, initialize=False, local=local, kernel=self.kernel
+            self.num_experts, self.model_dim, self.hidden_dim, *kept, initialize=False, local=local, kernel=self.kernel
         )
 
     def retain_dropout(self) -> None:
@@ -125,7 +115,7 @@ class ResidentExperts(CalledByCounts):
         """Which kernel computes rows of `dtype` on `device` where no gradients are wanted (kernels/choice.py)."""
         if self.retains_dropout:
             return "loop"
-        return choose_kernel(self.kernel, device, dtype, self.fc1_weight.shape[1:], slots=False)
+        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim), slots=False)
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
         pool = list(self.parameters())

@@ -43,8 +43,8 @@ class Plan:
     @property
     def places(self) -> Tensor:
         """(T, K) int64, the row of each assignment; -1 where it is not kept."""
-        places = torch.empty_like(self.assignments)
-        places[self.assignments] = torch.arange(self.assignments.numel(), device=places.device)
+        rows = torch.arange(self.assignments.numel(), device=self.assignments.device)
+        places = torch.empty_like(rows).scatter_(0, self.assignments, rows)
         return places.view_as(self.weights).masked_fill(~self.routing.kept, -1)
 
     @cached_property

@@ -9,6 +9,7 @@ rows, D = model dim.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class SlotsPlan:
         return torch.bincount(routing.expert_ids[routing.kept], minlength=routing.num_experts).tolist()
 
 
-class Slots:
+class Slots(ABC):
     """What dense and sparse share."""
 
     gating = "static"
@@ -115,25 +116,29 @@ class Slots:
         return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))), mask
 
     def plan(self, routing: Routing, call: Call) -> SlotsPlan:
-        options, (num_tokens, num_choices) = self.options, routing.expert_ids.shape
-        counted = num_tokens
+        capacity = self.capacity(routing, call)
+        call.experts.prefetch([capacity] * routing.num_experts)  # copies go on while slots are assigned
+        return self.assigned(routing, capacity, call)
+
+    def capacity(self, routing: Routing, call: Call) -> int:
+        """C of this call."""
+        options, (counted, num_choices) = self.options, routing.expert_ids.shape
         if options.max_positions is not None and options.capacity_fraction > 0 and not call.training:
             counted = call.num_sentences * options.max_positions
-        capacity = static_capacity(
-            counted, routing.num_experts, num_choices, options.capacity_fraction, call.training
-        )
-        slots = assign_slots(routing, options.batch_prioritized and num_choices > 1)
+        return static_capacity(counted, routing.num_experts, num_choices, options.capacity_fraction, call.training)
+
+    def assigned(self, routing: Routing, capacity: int, call: Call) -> SlotsPlan:
+        """The plan under a capacity, without what finds no slot."""
+        slots = assign_slots(routing, self.options.batch_prioritized and routing.expert_ids.size(1) > 1)
         routing = routing.keep_only(slots < capacity)
         call.clock.lap("capacity")
         weights = call.gate.combine_weights(routing)
         return SlotsPlan(routing, capacity, weights, self._way(routing, slots, weights, capacity, call))
 
     def run(self, planned: SlotsPlan, call: Call) -> Tensor:
-        counts = [planned.capacity] * planned.routing.num_experts
-        call.experts.prefetch(counts)
         rows = self.rows(planned, call)
         call.clock.lap("dispatch")
-        outputs = call.experts(rows, counts)
+        outputs = call.experts(rows, [planned.capacity] * planned.routing.num_experts)
         call.clock.lap("experts")
         return outputs
 
@@ -144,11 +149,17 @@ class Slots:
             tokens = tokens.masked_fill(call.padding_mask.unsqueeze(1), 0)
         return self._fill(tokens, planned)
 
+    @abstractmethod
     def _way(self, routing: Routing, slots: Tensor, weights: Tensor, capacity: int, call: Call) -> Tensor:
-        raise NotImplementedError
+        """SlotsPlan.way."""
 
+    @abstractmethod
     def _fill(self, tokens: Tensor, planned: SlotsPlan) -> Tensor:
-        raise NotImplementedError
+        """tokens (T, D) -> every expert's slots (E * C, D), empty ones zero."""
+
+    @abstractmethod
+    def combine(self, outputs: Tensor, planned: SlotsPlan, call: Call) -> Tensor:
+        """outputs (E * C, D) -> their weighted sum per token (T, D)."""
 
 
 class DenseSlots(Slots):

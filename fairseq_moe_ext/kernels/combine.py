@@ -22,10 +22,9 @@ def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
         return triton_mlp.weighted_sum(outputs, places, weights)
     wide = torch.promote_types(outputs.dtype, torch.float32)
-    rows, is_absent, weights = places.clamp_min(0), places < 0, weights.to(wide)
-    total = None
-    for choice in range(weights.size(1)):
-        part = outputs.index_select(0, rows[:, choice]).to(wide)
-        part = part.mul_(weights[:, choice : choice + 1]).masked_fill_(is_absent[:, choice : choice + 1], 0)
-        total = part if total is None else total.add_(part)
+    parts = outputs.index_select(0, places.clamp_min(0).view(-1)).to(wide).view(*places.shape, -1)  # (T, K, D)
+    parts = parts.mul_(weights.to(wide).unsqueeze(2)).masked_fill_((places < 0).unsqueeze(2), 0)
+    total, *others = parts.unbind(1)
+    for other in others:
+        total = total + other
     return total.to(outputs.dtype)

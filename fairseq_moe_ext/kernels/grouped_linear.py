@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,16 +35,16 @@ ANY_ROWS = 2**62
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of X experts; all (X,) int32 on the CPU.
+    """The rows of X experts; all (X,) int32, contiguous.
 
     sources, targets: the first row of each expert, in what is read and in what is filled. counts: how many rows.
     slots: where its weight lies. num_rows: the sum of counts.
     """
 
-    sources: Tensor
-    targets: Tensor
-    counts: Tensor
-    slots: Tensor
+    sources: np.ndarray
+    targets: np.ndarray
+    counts: np.ndarray
+    slots: np.ndarray
     num_rows: int
 
     def back(self) -> Groups:
@@ -153,12 +154,12 @@ def run_kernel(
     """
     kernel = load_kernel()
     weight, bias = weight.contiguous(), bias.contiguous()
-    numbers = [each.contiguous() for each in (groups.sources, groups.targets, groups.counts, groups.slots)]
+    numbers = groups.sources, groups.targets, groups.counts, groups.slots
 
     def run(first: int, end: int) -> None:
         kernel(
             rows.data_ptr(),
-            *(each.data_ptr() + first * each.itemsize for each in numbers),
+            *(each.ctypes.data + first * each.itemsize for each in numbers),
             end - first,
             most,
             weight.data_ptr(),
@@ -177,19 +178,18 @@ def run_kernel(
         other.result()
 
 
-def _shares(counts: Tensor, most: int, threads: int) -> list[tuple[int, int]]:
+def _shares(counts: np.ndarray, most: int, threads: int) -> list[tuple[int, int]]:
     """At most `threads` ranges of experts, each of about as much work: a weight's reading, and a product per row; of
     those with more rows than `most` there is none.
 
-    >>> _shares(torch.tensor([1, 1, 50, 5, 1]), 48, 2)
+    >>> _shares(np.array([1, 1, 50, 5, 1]), 48, 2)
     [(0, 3), (3, 5)]
     """
-    if threads == 1 or counts.numel() == 1:
-        return [(0, counts.numel())]
-    counts = counts.long()  # ANY_ROWS is beyond int32
-    work = torch.where((counts > 0) & (counts <= most), 8 + counts, 0).cumsum(0)
-    bounds = torch.searchsorted(work, work[-1] * torch.arange(1, threads) / threads, right=True).tolist()
-    edges = sorted({0, *bounds, counts.numel()})
+    if threads == 1 or len(counts) == 1:
+        return [(0, len(counts))]
+    work = np.where((counts > 0) & (counts <= most), 8 + counts, 0).cumsum()
+    bounds = np.searchsorted(work, work[-1] * np.arange(1, threads) / threads, side="right").tolist()
+    edges = sorted({0, *bounds, len(counts)})
     return list(zip(edges, edges[1:], strict=False))
 
 

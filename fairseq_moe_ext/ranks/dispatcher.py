@@ -19,7 +19,8 @@ from fairseq_moe_ext.gating.plan import Plan, plan_by_expert
 from fairseq_moe_ext.gating.routing import Routing
 from fairseq_moe_ext.gating.slots import Slots, SlotsPlan
 from fairseq_moe_ext.kernels.combine import weighted_sum
-from fairseq_moe_ext.ranks.exchange import LayerExchange, RoundFigures
+from fairseq_moe_ext.ranks.exchange import LayerExchange
+from fairseq_moe_ext.ranks.round import RoundFigures
 
 
 def over_ranks(dispatcher: Dispatcher, exchange: LayerExchange) -> Dispatcher:
@@ -98,7 +99,7 @@ class RankSlots:
         return self.slots.batch(x, mask, training, serving)
 
     def plan(self, routing: Routing, call: Call) -> SlotsPlan:
-        return self.slots.plan(routing, call)
+        return self.slots.assigned(routing, self.slots.capacity(routing, call), call)  # the exchange tells the experts
 
     def run(self, planned: SlotsPlan, call: Call) -> Tensor:
         rows = self.slots.rows(planned, call)

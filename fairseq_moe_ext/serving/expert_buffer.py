@@ -94,11 +94,10 @@ class ExpertBuffer:
             self._rankings = self._read_profile(settings.profile)
 
     def _buffered(self, name: str, experts: ResidentExperts) -> BufferedExperts:
-        _, hidden_dim, model_dim = experts.fc1_weight.shape
         return BufferedExperts(
             experts.num_experts,
-            model_dim,
-            hidden_dim,
+            experts.model_dim,
+            experts.hidden_dim,
             experts.activation,
             make_store=partial(self._make_store, name, experts),
             policy=self._settings.policy,

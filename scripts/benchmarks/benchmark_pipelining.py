@@ -20,12 +20,13 @@ import torch.multiprocessing as multiprocessing
 from benchmark_exchange import shared_layer
 from torch import Tensor
 
-from fairseq_moe_ext.ranks.exchange import IDLE, Exchange, Round, _Arrivals
+from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
+from fairseq_moe_ext.ranks.round import IDLE, Arrivals, Round
 
 # tokens of a rank, experts, model dim, hidden dim
 SHAPES = ((1024, 64, 256, 1024), (64, 64, 256, 1024), (1024, 32, 512, 2048), (4096, 16, 256, 512))
-NOTHING = _Arrivals(None, [], 0)
+NOTHING = Arrivals(None, [], 0)
 
 
 def pipelined(self: Round, sent: Tensor, sent_bytes: list[int]) -> Tensor:

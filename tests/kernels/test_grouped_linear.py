@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,8 @@ def one_by_one(rows, counts, weight, bias, relu):
 
 
 def groups_of(counts):
-    starts = Offsets.of_counts(counts).on_host[:-1]
-    slots = torch.arange(len(counts), dtype=torch.int32)
-    return Groups(starts, starts, torch.tensor(counts, dtype=torch.int32), slots, sum(counts))
+    starts = Offsets.of_counts(counts).on_host[:-1].numpy()
+    return Groups(starts, starts, np.array(counts, np.int32), np.arange(len(counts), dtype=np.int32), sum(counts))
 
 
 def linear(rows, counts, weight, bias, relu=False):
@@ -212,7 +212,7 @@ def test_threads_share_the_experts(monkeypatch, choice, dtype, threads):
     with torch_threads(threads):
         result = by_kernel(choice, arguments[0], counts, *arguments[1:])
     assert torch.equal(result, expected)
-    shares = grouped_linear._shares(torch.tensor(counts), ANY_ROWS, threads)
+    shares = grouped_linear._shares(np.array(counts), ANY_ROWS, threads)
     assert sorted(experts for _, experts in calls) == sorted(end - first for first, end in shares)
     assert len({thread for thread, _ in calls}) > 1
 
@@ -221,7 +221,7 @@ def test_threads_share_the_experts(monkeypatch, choice, dtype, threads):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(1, 12))
 @example([60, 60, 60, 0, 0, 0, 0, 0, 0], 3)
 def test_shares_are_all_experts_once_and_of_about_as_much_work(counts, threads):
-    parts = grouped_linear._shares(torch.tensor(counts), ANY_ROWS, threads)
+    parts = grouped_linear._shares(np.array(counts), ANY_ROWS, threads)
     assert len(parts) <= threads
     assert [expert for first, end in parts for expert in range(first, end)] == list(range(len(counts)))
     work = [8 * (count > 0) + count for count in counts]  # a weight's reading, and its rows
@@ -271,7 +271,7 @@ def test_rows_come_from_and_go_anywhere_and_weights_lie_in_any_slot(choice, dtyp
     counts, sources, targets, slots = [2, FEW_ROWS + 3, 5], [60, 2, 0], [0, 5, 70], [3, 0, 1]
     rows, weight, bias = make([70, 0, 0, 0], 37, 11, dtype)
     outputs = rows.new_full((80, 11), float("nan"))
-    groups = Groups(*(torch.tensor(each, dtype=torch.int32) for each in (sources, targets, counts, slots)), sum(counts))
+    groups = Groups(*(np.array(each, np.int32) for each in (sources, targets, counts, slots)), sum(counts))
     with asking_for(choice):
         grouped_linear.grouped_linear(rows, weight, bias, groups, outputs)
         for count, source, target, slot in zip(counts, sources, targets, slots, strict=True):
