@@ -130,6 +130,13 @@ class RankGroup:
             nccl.abort()
         self._backends.clear()
 
+    def forget_store(self) -> None:
+        """After the end, where the store is this process's alone.
+
+        A store has a thread, for which whoever frees it waits: a forked child, which has none, would hang.
+        """
+        self._store = dist.HashStore()
+
     def _backend(self, tensor: Tensor) -> dist.ProcessGroup:
         backend = self._backends.get(tensor.device.type)
         if backend is None:

@@ -155,7 +155,7 @@ class ProgramRanks:
             if self.exchange.fault is None:
                 self.exchange.fault = f"rank {self.rank} of {self.world_size} has closed the model"
                 self._group.leave_word(self.exchange.fault)
-            self._group.end()
+            self._end_group()
 
     def _write(self, write: Callable[[], None], in_step: bool) -> None:
         try:

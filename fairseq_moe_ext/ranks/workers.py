@@ -86,6 +86,7 @@ class StartedRanks(ProgramRanks):
             super().end(*args, **kwargs)
         finally:
             self._end_workers()
+            self._group.forget_store()
 
     def _wait_for_start(self, store: dist.Store) -> None:
         while missing := [rank for rank in range(1, len(self._workers) + 1) if not store.check([f"started/{rank}"])]:

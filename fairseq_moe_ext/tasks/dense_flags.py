@@ -9,12 +9,13 @@ from fairseq_moe_ext.tasks.buffer_flags import BufferFlags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags
 from fairseq_moe_ext.tasks.flags import MoEFlags
 
+_OF_THE_LAYER = {item.name: item for item in fields(MoEFlags)}
 _NEED_EXPERTS = (
     *(item for kind in (CapacityFlags, BufferFlags) for item in fields(kind) if item.name != "_name"),
-    *(
-        item
-        for item in fields(MoEFlags)
-        if item.name in ("moe_eval_capacity_token_fraction", "moe_kernel", "expert_placement")
+    # static gating last: some of the others ask for it
+    *map(
+        _OF_THE_LAYER.__getitem__,
+        ("moe_eval_capacity_token_fraction", "moe_kernel", "expert_placement", "moe_gating"),
     ),
 )
 

@@ -1,9 +1,12 @@
 """`load(..., distributed_world_size=R)`: a program starts the other ranks itself, and they end with it."""
 
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +60,38 @@ def test_a_program_starts_the_other_ranks_and_ends_them(load):
 @pytest.mark.parametrize("count", [0, -1, "2", 1.5])
 def test_the_number_of_ranks_is_checked(load, count):
     assert error_of(lambda: load(ranks=count))[1] == f"distributed_world_size must be a number of ranks, got {count!r}"
+
+
+def _collect_beside_threads() -> None:
+    """Threads of a fork take the places of its parent's: whoever waits for one of those waits for one of these."""
+    for _ in range(16):
+        threading.Thread(target=time.sleep, args=(10 * SECONDS,), daemon=True).start()
+    gc.collect()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_forked_child_may_collect_what_a_closed_model_has_left(load, killed):
+    gc.collect()
+    gc.disable()
+    try:
+        served = load()
+        lines = lines_of(served)[:2]
+        if killed:
+            workers_of(served)[0].kill()
+            assert error_of(lambda: served.translate(lines))[0] == "ExchangeError"
+        else:
+            served.translate(lines)
+        held = [served._parts.ranks]
+        held.append(held)  # so that nothing but a collection frees them
+        served.close()
+        del held
+        child = multiprocessing.get_context("fork").Process(target=_collect_beside_threads)
+        child.start()
+    finally:
+        gc.enable()
+    child.join(SECONDS)
+    child.kill()
+    assert child.exitcode == 0
 
 
 @pytest.mark.slow

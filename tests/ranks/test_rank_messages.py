@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ def _serve(environment: dict[str, str], answers, function, arguments: tuple) -> 
     os.environ.update(environment)
     served_ranks.cache_clear()  # of the process that was forked
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(150, exit=True, file=sys.__stderr__)  # whoever hangs says where
     try:
         answers.put(function(served_ranks(), *arguments))
     except SystemExit:  # of a rank that leaves

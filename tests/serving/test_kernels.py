@@ -47,7 +47,10 @@ def test_a_kernel_that_would_compute_nothing(loader):
 @pytest.mark.grouped_mm
 def test_a_kernel_for_the_layers_that_are_resident(loader):
     flags = ("--expert-buffer-size", "2", "--expert-buffer-scope", "encoder")
-    loader.load("mt_nllb_ws2", {}, "--moe-kernel", "grouped-mm", *flags)
+    layers = loader.load("mt_nllb_ws2", {}, "--moe-kernel", "grouped-mm", *flags).moe_layers()
+    cpu = torch.device("cpu"), torch.float32
+    found = {(name.split(".")[0], layer.experts.kernel_for(*cpu)) for name, layer in layers.items()}
+    assert found == {("encoder", "loop"), ("decoder", "grouped-mm")}  # those in a buffer lie in slots
 
 
 def test_by_default_the_device_decides(loader):

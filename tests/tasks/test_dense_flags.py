@@ -16,6 +16,7 @@ FLAGS = [
     ("--moe-capacity-factor", "1.5"),
     ("--expert-buffer-size", "2"),
     ("--moe-kernel", "loop"),
+    ("--moe-gating", "static"),
     ("--moe-eval-capacity-token-fraction", "0.5", "--moe-gating", "static"),
 ]
 
