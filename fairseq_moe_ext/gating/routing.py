@@ -7,6 +7,7 @@ The rules are those of upstream's `modules/moe/top1gate.py` and `top2gate.py` (f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,11 @@ class Gate(nn.Module):
         self.wg = nn.Linear(model_dim, num_experts, bias=False)
         self.use_fp32 = use_fp32
 
+    @classmethod
+    def of_model(cls, moe: Any, model_dim: int) -> Gate | None:
+        """The gate of a model whose fields `moe` has, by upstream's names; None where it has another kind."""
+        raise TypeError(f"{cls.__name__} does not say which models have it")
+
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (T, D) -> logits (T, E), probabilities (T, E)."""
         if self.use_fp32:
@@ -108,6 +114,10 @@ class Top1Gate(Gate):
 
     num_choices = 1
 
+    @classmethod
+    def of_model(cls, moe: Any, model_dim: int) -> Top1Gate | None:
+        return cls(model_dim, moe.moe_expert_count, moe.moe_gating_use_fp32) if moe.moe_top1_expert else None
+
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
         _, probabilities = self.score(tokens)
         expert_ids = probabilities.argmax(dim=1, keepdim=True)
@@ -144,6 +154,18 @@ class Top2Gate(Gate):
         self.normalize_before_dropping = normalize_before_dropping
         self._seed: int | None = None
         self._generator: torch.Generator | None = None
+
+    @classmethod
+    def of_model(cls, moe: Any, model_dim: int) -> Top2Gate | None:
+        if moe.moe_top1_expert:
+            return None
+        return cls(
+            model_dim,
+            moe.moe_expert_count,
+            moe.moe_gating_use_fp32,
+            moe.moe_second_expert_policy,
+            moe.moe_normalize_gate_prob_before_dropping,
+        )
 
     def seed(self, seed: int) -> None:
         self._seed, self._generator = seed, None
@@ -184,3 +206,11 @@ def _normalize(weights: Tensor) -> Tensor:
     """(T, K) weights divided by their sum, which is held above the dtype's eps."""
     total = weights.sum(dim=1, keepdim=True)
     return weights / total.clamp_min(torch.finfo(weights.dtype).eps)
+
+
+GATES: list[type[Gate]] = [Top1Gate, Top2Gate]
+
+
+def gate_of_model(moe: Any, model_dim: int) -> Gate:
+    """The gate of a model whose fields `moe` has, by upstream's names: the first of GATES that is of such models."""
+    return next(gate for kind in GATES if (gate := kind.of_model(moe, model_dim)) is not None)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.checkpoints.supported_fields import check_layer_options
 from fairseq_moe_ext.experts.resident import ResidentExperts
-from fairseq_moe_ext.gating import MOELayer, Top1Gate, Top2Gate
+from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.cmr import CMRLayer
+from fairseq_moe_ext.gating.routing import gate_of_model
 from fairseq_moe_ext.gating.slots import dispatcher_for
 
 UPSTREAMS_EXPERT = "FeedForwardNetwork"  # the class that upstream's experts are of
@@ -35,16 +36,7 @@ def build_moe_layer(moe: MoEConfig, cfg, model_dim: int, hidden_dim: int, max_po
     if moe.moe_expert_count < 1:
         raise ValueError(f"moe_expert_count must be at least 1 where there are MoE layers, got {moe.moe_expert_count}")
     check_layer_options(cfg, trains=moe.initialize_experts)
-    if moe.moe_top1_expert:
-        gate = Top1Gate(model_dim, moe.moe_expert_count, moe.moe_gating_use_fp32)
-    else:
-        gate = Top2Gate(
-            model_dim,
-            moe.moe_expert_count,
-            moe.moe_gating_use_fp32,
-            moe.moe_second_expert_policy,
-            moe.moe_normalize_gate_prob_before_dropping,
-        )
+    gate = gate_of_model(moe, model_dim)
     activation = activation_named(str(cfg.activation_fn or "relu"))
     dropout = float(cfg.activation_dropout or cfg.relu_dropout or 0)
     with nullcontext() if moe.allocate_experts else torch.device("meta"):

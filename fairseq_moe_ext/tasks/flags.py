@@ -1,8 +1,8 @@
-"""The plugin's flags, one dataclass for the three tasks, and their checks before anything is loaded."""
+"""The plugin's flags: those of no other file here, all together, and their checks before anything is loaded."""
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
@@ -19,44 +19,61 @@ from fairseq_moe_ext.kernels.grouped_linear import check_kernel
 from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
+from fairseq_moe_ext.tasks.flag import check_values, flag, option
 from fairseq_moe_ext.torch_versions import has_grouped_mm
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _check_fraction(fraction: float) -> None:
+    if not math.isfinite(fraction):
+        raise ValueError(f"must be a finite number, got {fraction}")
+
+
+def _check_kernel(kernel: str) -> None:
+    if kernel == "triton" and find_spec("triton") is None:
+        raise ValueError("triton needs the package triton, which is not installed")
+    if kernel == "grouped-mm" and not has_grouped_mm():
+        raise ValueError(
+            f"grouped-mm needs torch.nn.functional.grouped_mm, which PyTorch {torch.__version__} does not have"
+        )
 
 
 @dataclass
 class MoEFlags(CapacityFlags, BufferFlags):
     """How a Mixture-of-Experts checkpoint is served."""
 
-    moe_gating: ChoiceEnum(GATINGS) = field(
-        default="dynamic",
-        metadata={"help": "dynamic: no capacity, no placeholders; static: upstream's capacity and dense mask"},
+    moe_gating: ChoiceEnum(GATINGS) = flag(
+        "dynamic", "dynamic: no capacity, no placeholders; static: upstream's capacity and dense mask", training=True
     )
-    moe_eval_capacity_token_fraction: Optional[float] = field(
-        default=None,
-        metadata={"help": "static gating: slots per expert as a share of a batch's tokens; default: the checkpoint's"},
+    moe_eval_capacity_token_fraction: Optional[float] = flag(
+        None,
+        "static gating: slots per expert as a share of a batch's tokens; default: the checkpoint's",
+        check=_check_fraction,
+        training=True,
     )
-    moe_dtype: Optional[ChoiceEnum(DTYPES)] = field(
-        default=None, metadata={"help": "dtype to serve in; default: float32, or float16 under --fp16"}
+    moe_dtype: Optional[ChoiceEnum(DTYPES)] = flag(
+        None, "dtype to serve in; default: float32, or float16 under --fp16", experts=False
     )
-    moe_kernel: ChoiceEnum(KERNELS) = field(
-        default="auto",
-        metadata={"help": "what computes the experts; auto: by what the device can do"},
+    moe_kernel: ChoiceEnum(KERNELS) = flag(
+        "auto", "what computes the experts; auto: by what the device can do", check=_check_kernel
     )
-    moe_report: Optional[str] = field(default=None, metadata={"help": "write what was served to this file, as JSON"})
-    moe_trace: Optional[str] = field(default=None, metadata={"help": "record the routing to this file (.npz)"})
-    expert_placement: Optional[str] = field(
-        default=None,
-        metadata={"help": "several ranks: which ranks hold which expert (.json); default: experts in rising number"},
+    moe_report: Optional[str] = flag(None, "write what was served to this file, as JSON", experts=False)
+    moe_trace: Optional[str] = flag(None, "record the routing to this file (.npz)", experts=False)
+    expert_placement: Optional[str] = flag(
+        None, "several ranks: which ranks hold which expert (.json); default: experts in rising number"
     )
-    continuous_batching: bool = field(
-        default=False, metadata={"help": "waiting sentences take the place of finished ones in the decoder"}
+    continuous_batching: bool = flag(
+        False, "waiting sentences take the place of finished ones in the decoder", experts=False
     )
-    moe_debug: bool = field(
-        default=False, metadata={"help": "errors of the plugin's own come with a traceback, not as a sentence"}
+    moe_debug: bool = flag(
+        False, "errors of the plugin's own come with a traceback, not as a sentence", experts=False, training=True
     )
-    is_moe: bool = field(
-        default=False, metadata={"help": "accepted for the sake of upstream's scripts; the checkpoint tells by itself"}
+    is_moe: bool = flag(
+        False,
+        "accepted for the sake of upstream's scripts; the checkpoint tells by itself",
+        experts=False,
+        training=True,
     )
 
 
@@ -80,34 +97,12 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
     rank: of those that serve; None: of a command, as torchrun's environment has it.
     """
     rank = Rank.of_command() if rank is None else rank
-    gating = str(getattr(flags, "moe_gating", "dynamic"))
-    if gating not in GATINGS:
-        raise ValueError(f"--moe-gating must be one of {', '.join(GATINGS)}, got {gating!r}")
-    fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
-    if fraction is not None and not math.isfinite(fraction):
-        raise ValueError(f"--moe-eval-capacity-token-fraction must be a finite number, got {fraction}")
-    kernel = str(getattr(flags, "moe_kernel", "auto"))
-    if kernel not in KERNELS:
-        raise ValueError(f"--moe-kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if kernel == "triton" and find_spec("triton") is None:
-        raise ValueError("--moe-kernel triton needs the package triton, which is not installed")
-    if kernel == "grouped-mm" and not has_grouped_mm():
-        raise ValueError(
-            "--moe-kernel grouped-mm needs torch.nn.functional.grouped_mm, which PyTorch "
-            f"{torch.__version__} does not have"
-        )
+    check_values(MoEFlags, flags)
     check_kernel()
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or rank.world_size)
-    report, trace = getattr(flags, "moe_report", None), getattr(flags, "moe_trace", None)
-    same = report is not None and trace is not None and os.path.realpath(report) == os.path.realpath(trace)
-    if same and not Path(report).is_char_device():
-        raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
-    for flag in ("moe_report", "moe_trace"):
-        path = getattr(flags, flag, None)
-        if path is not None and rank.rank == 0:  # rank 0 writes for all
-            _check_writable(f"--{flag.replace('_', '-')}", Path(path))
+    _check_outputs(flags, writes=rank.rank == 0)  # rank 0 writes for all
     check_buffer_flags(flags)
     check_capacity_flags(flags, rank.world_size)
     if getattr(flags, "continuous_batching", False):
@@ -135,6 +130,16 @@ def _check_placement(path: str, ranks: int) -> None:
         raise ValueError(f"--expert-placement {error}") from error
     if found != ranks:
         raise ValueError(f"--expert-placement {path} must be for the ranks that serve, {ranks}, got {found}")
+
+
+def _check_outputs(flags: Any, writes: bool) -> None:
+    files = {name: path for name in ("moe_report", "moe_trace") if (path := getattr(flags, name, None)) is not None}
+    report = files.get("moe_report", "")
+    if len(set(map(os.path.realpath, files.values()))) < len(files) and not Path(report).is_char_device():
+        raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
+    for name, path in files.items():
+        if writes:
+            _check_writable(option(name), Path(path))
 
 
 def _check_writable(flag: str, path: Path) -> None:

@@ -6,11 +6,11 @@ docs/options.md lists every option; tests/tasks/test_options_table.py holds it a
 from __future__ import annotations
 
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from fairseq_moe_ext.tasks.buffer_flags import BufferFlags
-from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags
+from fairseq_moe_ext.tasks.flag import flags_of
+from fairseq_moe_ext.tasks.flags import MoEFlags
 
 GENERATE, INTERACTIVE, EVAL_LM, VALIDATE, TRAIN = "generate", "interactive", "eval_lm", "validate", "train"
 LM, MT, MULTI = "moe_language_modeling", "moe_translation", "moe_translation_multi_simple_epoch"
@@ -30,10 +30,6 @@ class Refusal:
 
 def _refuse(why: str, options: str, commands=SERVING, tasks=TASKS) -> Refusal:
     return Refusal(why, tuple(options.split()), commands, tasks)
-
-
-def _names(kind: type, prefix: str) -> str:
-    return " ".join(item.name for item in fields(kind) if item.name.startswith(prefix))
 
 
 REFUSALS = (
@@ -133,8 +129,7 @@ REFUSALS = (
     _refuse("is for generation, which has other passes", "moe_capacity_phases", (EVAL_LM, VALIDATE)),
     _refuse(
         "is for serving",
-        f"{_names(BufferFlags, 'expert_')} {_names(CapacityFlags, 'moe_')} moe_dtype moe_kernel moe_report moe_trace "
-        "expert_placement continuous_batching",
+        " ".join(item.name for item, rules in flags_of(MoEFlags) if not rules.training),
         (TRAIN,),
     ),
 )

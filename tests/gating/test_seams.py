@@ -1,4 +1,4 @@
-"""A rule, a dispatcher and a schedule of another kind find their place in a layer that knows of none of them."""
+"""A gate, rule, dispatcher and schedule of another kind find their place in a layer that knows of none of them."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ import pytest
 import torch
 from cases import TOLERANCE, Case, expert_list
 
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.experts.schedule import Step
-from fairseq_moe_ext.gating.routing import Routing
+from fairseq_moe_ext.gating.routing import GATES, Gate, Routing, Top2Gate, gate_of_model
 
 CASE = Case(rows=3, positions=7, num_experts=5, skew=1.0, padding="left")
 
@@ -140,3 +141,37 @@ def test_a_schedule_computes_the_experts_in_its_own_order():
     layer.use(experts=experts.eval())
     assert torch.equal(output(layer), output(plain))
     assert schedule.seen == [expert for expert in (4, 3, 2, 1, 0) if calls[0].load[expert]]
+
+
+class Top3Gate(Gate):
+    """A gate: three experts a token, of models whose second expert is chosen by a policy of that name."""
+
+    num_choices = 3
+
+    @classmethod
+    def of_model(cls, moe, model_dim):
+        return cls(model_dim, moe.moe_expert_count) if moe.moe_second_expert_policy == "third" else None
+
+    def forward(self, tokens, padding_mask=None):
+        _, probabilities = self.score(tokens)
+        weights, expert_ids = probabilities.topk(3)
+        return Routing(expert_ids, ~padding_mask[:, None].expand_as(expert_ids), weights, probabilities)
+
+
+@torch.no_grad()
+def test_a_gate_chooses_in_its_own_way(monkeypatch):
+    monkeypatch.setattr("fairseq_moe_ext.gating.routing.GATES", [Top3Gate, *GATES])
+    of_model = {"moe_expert_count": CASE.num_experts, "moe_gating": "dynamic"}
+    assert type(gate_of_model(MoEConfig(**of_model), CASE.model_dim)) is Top2Gate
+    gate = gate_of_model(MoEConfig(**of_model, moe_second_expert_policy="third"), CASE.model_dim)
+    plain = CASE.layer()
+    layer, calls = served(type(plain)(gate, plain.experts, plain.dispatcher))
+    x, mask = CASE.batch()
+    found = layer(x, mask).flatten(0, 1)
+    for number in (~mask.flatten()).nonzero().flatten().tolist():
+        token = x.flatten(0, 1)[number]
+        weights, ids = torch.softmax(gate.wg.weight @ token, dim=0).topk(3)
+        experts = expert_list(layer)
+        expected = sum(weight * experts[expert](token, torch.relu) for weight, expert in zip(weights, ids, strict=True))
+        torch.testing.assert_close(found[number], expected.float(), **TOLERANCE[torch.float32])
+    assert sum(calls[0].load) == 3 * int((~mask).sum())
