@@ -121,7 +121,7 @@ class BufferedExperts(CalledByCounts):
         return self._lane is not None
 
     def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
-        """Make the slots of a buffer with `size` places, at most H, and fill it; another start begins anew.
+        """Make the slots of a buffer of `size` experts, at most H, and fill it; another start begins anew.
 
         ranking: experts' numbers; the first that are local are resident at the start; default: by rising number.
         host_capacity: how many experts lie in main memory between the store and slots on a GPU; None: none.
@@ -288,14 +288,14 @@ class BufferedExperts(CalledByCounts):
 
     def _apply(self, fn, recurse=True):
         was_started, batch = self.is_started, self._disconnect()
-        dtype, places = self.dtype, self._addresses()
+        dtype, addresses = self.dtype, self._addresses()
         super()._apply(fn, recurse)
         if self._store is not None and self.dtype != dtype:
             self._store.convert(self.dtype)
         if was_started:
             self._batch = batch
             self._connect()
-            if self._addresses() != places:  # other memory, which `fn` need not have filled
+            if self._addresses() != addresses:  # other memory, which `fn` need not have filled
                 self._fill()
         return self
 

@@ -82,4 +82,4 @@ class Local:
         return outputs
 
     def combine(self, outputs: Tensor, planned: Plan, call: Call) -> Tensor:
-        return weighted_sum(outputs, planned.places, planned.weights)
+        return weighted_sum(outputs, planned.row_ids, planned.weights)

@@ -41,11 +41,11 @@ class Plan:
         return self.assignments if num_choices == 1 else self.assignments // num_choices
 
     @property
-    def places(self) -> Tensor:
+    def row_ids(self) -> Tensor:
         """(T, K) int64, the row of each assignment; -1 where it is not kept."""
         rows = torch.arange(self.assignments.numel(), device=self.assignments.device)
-        places = torch.empty_like(rows).scatter_(0, self.assignments, rows)
-        return places.view_as(self.weights).masked_fill(~self.routing.kept, -1)
+        row_ids = torch.empty_like(rows).scatter_(0, self.assignments, rows)
+        return row_ids.view_as(self.weights).masked_fill(~self.routing.kept, -1)
 
     @cached_property
     def load(self) -> Sequence[int]:

@@ -78,8 +78,8 @@ def hardware_of(device: torch.device) -> Hardware:
     from fairseq_moe_ext.kernels.triton_mlp import weighted_sum
 
     try:
-        places = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        weighted_sum(torch.ones(1, 16, device=device), places, torch.ones(1, 1, device=device))
+        row_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        weighted_sum(torch.ones(1, 16, device=device), row_ids, torch.ones(1, 1, device=device))
     except Exception as error:  # whatever a missing compiler or driver makes of it
         logger.warning("Triton does not work on %s, experts run without it: %s", device, error)
         return Hardware(capability, False)

@@ -8,10 +8,10 @@ from torch import Tensor
 from fairseq_moe_ext.kernels.choice import hardware_of
 
 
-def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """outputs (N, D), places (T, K) int64, weights (T, K) -> the weighted sum per token (T, D) in the outputs' dtype.
+def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
+    """outputs (N, D), row_ids (T, K) int64, weights (T, K) -> the weighted sum per token (T, D) in the outputs' dtype.
 
-    places: the row of each assignment; below 0 there is none, and whatever it weighs counts nothing. Sums are of
+    row_ids: the row of each assignment; below 0 there is none, and whatever it weighs counts nothing. Sums are of
     float32 (float64 of float64), in the order of the choices, and cast once.
     """
     if outputs.size(0) == 0:  # no tokens, or none that has an expert
@@ -20,10 +20,10 @@ def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     if not is_float64 and not torch.is_grad_enabled() and hardware_of(outputs.device).triton:
         from fairseq_moe_ext.kernels import triton_mlp  # imports triton, which may not be there
 
-        return triton_mlp.weighted_sum(outputs, places, weights)
+        return triton_mlp.weighted_sum(outputs, row_ids, weights)
     wide = torch.promote_types(outputs.dtype, torch.float32)
-    parts = outputs.index_select(0, places.clamp_min(0).view(-1)).to(wide).view(*places.shape, -1)  # (T, K, D)
-    parts = parts.mul_(weights.to(wide).unsqueeze(2)).masked_fill_((places < 0).unsqueeze(2), 0)
+    parts = outputs.index_select(0, row_ids.clamp_min(0).view(-1)).to(wide).view(*row_ids.shape, -1)  # (T, K, D)
+    parts = parts.mul_(weights.to(wide).unsqueeze(2)).masked_fill_((row_ids < 0).unsqueeze(2), 0)
     total, *others = parts.unbind(1)
     for other in others:
         total = total + other

@@ -33,8 +33,8 @@ def run_grouped_mm(
         raise ValueError("kernel grouped-mm must have every expert in its own slot")
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
     ends, num_experts = offsets.on_device[1:], fc1_weight.size(0)
-    places = torch.arange(rows.size(0), device=rows.device, dtype=ends.dtype)
-    owners = torch.searchsorted(ends, places, right=True).clamp_(max=num_experts - 1)  # (N,) the expert of each row
+    positions = torch.arange(rows.size(0), device=rows.device, dtype=ends.dtype)
+    owners = torch.searchsorted(ends, positions, right=True).clamp_(max=num_experts - 1)  # (N,) the expert of each row
     hidden = F.grouped_mm(rows, fc1_weight.transpose(1, 2), offs=ends)
     hidden = activate_rows(hidden + fc1_bias.index_select(0, owners), activation)
     outputs.copy_(F.grouped_mm(hidden, fc2_weight.transpose(1, 2), offs=ends) + fc2_bias.index_select(0, owners))

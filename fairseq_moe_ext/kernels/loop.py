@@ -45,16 +45,16 @@ def _groups(offsets: Tensor, slots: Tensor | None) -> Iterator[Groups]:
     bounds = offsets.numpy()
     starts, counts = bounds[:-1], bounds[1:] - bounds[:-1]
     if slots is None:
-        places = np.arange(len(counts), dtype=np.int32)
+        slot_ids = np.arange(len(counts), dtype=np.int32)
     else:
-        places = slots.numpy()
-        counts = counts * (places >= 0)
+        slot_ids = slots.numpy()
+        counts = counts * (slot_ids >= 0)
     ends = counts.cumsum(dtype=np.int32)
     first = before = 0
     for end in _spans(counts.tolist()):
         part, last = slice(first, end), int(ends[end - 1])
         targets = ends[part] - counts[part] - np.int32(before)
-        yield Groups(starts[part], targets, counts[part], places[part], last - before)
+        yield Groups(starts[part], targets, counts[part], slot_ids[part], last - before)
         first, before = end, last
 
 

@@ -178,30 +178,30 @@ def _linear_kernel(
     slot = slot.to(tl.int64)  # a pool may have more than 2**31 values
     inner = tl.arange(0, INNER)
     input_places = inputs + rows[:, None] * in_dim + inner[None, :]
-    weight_places = weights + (slot * out_dim + columns[None, :]) * in_dim + inner[:, None]
+    weight_pointers = weights + (slot * out_dim + columns[None, :]) * in_dim + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, in_dim, INNER):
         if WHOLE_STEPS:
             row_values = tl.load(input_places + start, mask=is_row[:, None], other=0.0)
-            weight_values = tl.load(weight_places + start, mask=is_column[None, :], other=0.0)
+            weight_values = tl.load(weight_pointers + start, mask=is_column[None, :], other=0.0)
         else:
             is_inner = start + inner < in_dim
             row_values = tl.load(input_places + start, mask=is_row[:, None] & is_inner[None, :], other=0.0)
-            weight_values = tl.load(weight_places + start, mask=is_inner[:, None] & is_column[None, :], other=0.0)
+            weight_values = tl.load(weight_pointers + start, mask=is_inner[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(row_values, weight_values, total, input_precision="ieee")
     total += tl.load(biases + slot * out_dim + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "relu":
         total = tl.where(total < 0, 0.0, total)  # keeps NaN, as PyTorch does
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1 + tl.math.erf(total * 0.7071067811865476))
-    places = outputs + rows[:, None] * out_dim + columns[None, :]
-    tl.store(places, total.to(outputs.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+    targets = outputs + rows[:, None] * out_dim + columns[None, :]
+    tl.store(targets, total.to(outputs.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """outputs (N, D), places and weights (T, K) -> the weighted sum per token (T, D), in float32, cast once.
+def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
+    """outputs (N, D), row_ids and weights (T, K) -> the weighted sum per token (T, D), in float32, cast once.
 
-    A place below 0 is no row.
+    A row below 0 is none.
     """
     num_tokens, num_choices = weights.shape
     model_dim = outputs.size(1)
@@ -210,7 +210,7 @@ def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     with torch.cuda.device_of(outputs):
         _weighted_sum_kernel[(triton.cdiv(num_tokens, SUMMED_TOKENS), triton.cdiv(model_dim, columns))](
             outputs.contiguous(),
-            places.contiguous(),
+            row_ids.contiguous(),
             weights.contiguous(),
             result,
             num_tokens,
@@ -225,7 +225,7 @@ def weighted_sum(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 @triton.jit
 def _weighted_sum_kernel(
     outputs,
-    places,
+    row_ids,
     weights,
     result,
     num_tokens,
@@ -240,7 +240,7 @@ def _weighted_sum_kernel(
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for choice in tl.static_range(NUM_CHOICES):
         assignments = tokens * NUM_CHOICES + choice
-        rows = tl.load(places + assignments, mask=is_token, other=-1)  # int64
+        rows = tl.load(row_ids + assignments, mask=is_token, other=-1)  # int64
         weight = tl.load(weights + assignments, mask=is_token, other=0.0).to(tl.float32)
         is_value = (rows >= 0)[:, None] & is_column[None, :]
         values = tl.load(outputs + rows[:, None] * model_dim + columns[None, :], mask=is_value, other=0.0)

@@ -76,7 +76,7 @@ class Ranks:
         return outputs
 
     def combine(self, outputs: Tensor, planned: RanksPlan, call: Call) -> Tensor:
-        return weighted_sum(outputs, planned.by_replica.places, planned.by_replica.weights)
+        return weighted_sum(outputs, planned.by_replica.row_ids, planned.by_replica.weights)
 
 
 class RankSlots:

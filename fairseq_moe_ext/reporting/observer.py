@@ -14,19 +14,18 @@ from signal import Signals
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.kernels.offsets import fetch
 from fairseq_moe_ext.models.batch_seeds import BatchSeeds
-from fairseq_moe_ext.ranks.faults import ExchangeError
 from fairseq_moe_ext.ranks.group import Ranks
 from fairseq_moe_ext.reporting.exit_code import ExitCode
 from fairseq_moe_ext.reporting.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.reporting.interrupts import on_interrupt
+from fairseq_moe_ext.reporting.outputs import Outputs
 from fairseq_moe_ext.reporting.report import Report
 from fairseq_moe_ext.reporting.start import kernel_in_words, warm_up
 from fairseq_moe_ext.reporting.totals import PassTotals
-from fairseq_moe_ext.trace import PhaseTrace, TraceRecorder, merge_traces, pack_trace, save_trace, unpack_trace
+from fairseq_moe_ext.trace import TraceRecorder, pack_trace, unpack_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -47,8 +46,6 @@ class Observer:
     ):
         self.report = Report(gating)
         self._ranks = ranks
-        self._report_path = report_path
-        self._trace_path = trace_path
         self._recorder = TraceRecorder() if trace_path else None
         self.has_model = False
         self.models = 0  # that are served together; of an ensemble one is watched
@@ -60,9 +57,10 @@ class Observer:
         self._nothing_left: str | None = None
         # before `finish_at_exit`, hence after it when the process ends
         self._exit_code = ExitCode() if exit_code is None else exit_code
+        self._written = Outputs(report_path, trace_path, ranks, self._exit_code)
         self.seeds = BatchSeeds()
         self._at_exit = False
-        self._hears_interrupts = self._interrupted = self._finished = False
+        self._hears_interrupts = self._finished = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
         self._described: tuple[torch.device, torch.dtype] | None = None
 
@@ -184,14 +182,14 @@ class Observer:
     def _hear_of_interrupt(self, number: int) -> bool:
         """Whether the process ends now."""
         now = self._ranks is None or self._ranks.interrupt(number)
-        self._interrupted |= now
+        self._written.interrupted |= now
         return now
 
     def _finish_interrupted(self) -> None:
         """The process ends by a signal in the middle of its batches: what was served so far is told."""
         if self._ranks is not None:
             self._finish_interrupted_ranks()
-        elif self._interrupted and not self._finished and not self._at_exit:
+        elif self._written.interrupted and not self._finished and not self._at_exit:
             logger.warning("interrupted in batch %d: report and trace are of the passes before", self._batch)
             self._finish()
 
@@ -199,10 +197,10 @@ class Observer:
         """The same where all ranks broke off in one round, because of one rank's signal."""
         interrupted = self._ranks.exchange.interrupted
         if interrupted is None:
-            if self._interrupted and not self._finished and self._ranks.rank == 0:
+            if self._written.interrupted and not self._finished and self._ranks.rank == 0:
                 self._finish_alone()
             return
-        self._interrupted = True
+        self._written.interrupted = True
         if self._ranks.rank == 0:
             where = (Signals(interrupted[1]).name, interrupted[0], self._ranks.world_size)
             logger.warning("interrupted by %s to rank %d of %d: report and trace are of the passes before", *where)
@@ -212,7 +210,7 @@ class Observer:
 
     def _finish_alone(self) -> None:
         """Rank 0 was interrupted and then could not reach the others any more."""
-        self._interrupted = True
+        self._written.interrupted = True
         self._finish(range(0))
 
     @property
@@ -241,59 +239,21 @@ class Observer:
     def _finish(self, others: Sequence[int] | None = None) -> None:
         """The report first, which a trace that cannot be written does not take with it. others: ranks to be asked."""
         self.report.close(None if self._ranks is None else self._ranks.exchange)
-        every = range(1, 1 if self._ranks is None else self._ranks.world_size)
-        others = every if others is None else others
         if self._ranks is not None and self._ranks.rank > 0:
             self._ranks.send(json.dumps(self.report.figures()).encode())
             if self._recorder is not None:
                 self._ranks.send(pack_trace(self._recorder.trace()))
             return
-        reports = {rank: figures for rank in others if (figures := self._received(rank, "report")) is not None}
+        every = self._written.other_ranks
+        reports = self._written.receive(every if others is None else others, "report")
         for figures in reports.values():
             self.report.add_rank(json.loads(figures))
         self._tell_of_non_finite(of_all=len(reports) == len(every))
-        if self._report_path and self._is_enough(reports, every, "report"):
-            with self._going_on():
-                write_json(self._report_path, self.report.as_dict(), "--moe-report")
+        self._written.write_report(self.report.as_dict(), reports)
         if self._recorder is not None:
-            traces = {rank: trace for rank in reports if (trace := self._received(rank, "trace")) is not None}
-            if self._is_enough(traces, every, "trace"):
-                with self._going_on():
-                    self._write_trace(merge_traces([self._recorder.trace(), *map(unpack_trace, traces.values())]))
+            traces = self._written.receive(reports, "trace")
+            self._written.write_trace([self._recorder.trace(), *map(unpack_trace, traces.values())], traces)
         logger.info(self.report.summary())
-
-    def _is_enough(self, parts: dict[int, bytearray], every: Sequence[int], what: str) -> bool:
-        """Whether `what` is written of the ranks whose parts came: of all of them, or after an interruption."""
-        missing = [str(rank) for rank in every if rank not in parts]
-        if missing and self._interrupted:
-            missing_ranks = ", ".join(missing)
-            logger.warning("the %s lacks rank %s of %d, which had ended", what, missing_ranks, len(every) + 1)
-        return not missing or self._interrupted
-
-    def _received(self, rank: int, what: str) -> bytearray | None:
-        """What `rank` sends next; None where it has ended before, which does not take the results with it."""
-        try:
-            return self._ranks.receive(rank)
-        except ExchangeError as error:
-            if self._interrupted:
-                return None
-            where = f"rank {rank} of {self._ranks.world_size}"
-            self._exit_code.fail(f"{where} ended before its {what} came, which is not written: {error}")
-            return None
-
-    def _write_trace(self, phases: dict[str, PhaseTrace]) -> None:
-        if phases:
-            save_trace(self._trace_path, phases, "--moe-trace")
-        else:
-            logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
-
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A file that cannot be written takes neither the results nor the other file with it, but the exit code."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            self._exit_code.fail(str(error))
 
     @contextmanager
     def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:

@@ -16,7 +16,7 @@ from fairseq_moe_ext.gating.replicas import Replicas
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.group import Ranks
-from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
+from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,30 @@ class CapacitySettings:
     phases: str = "all"
     virtual_ranks: int = 1
     prefer_resident: bool = False
+
+
+def distribute_experts(
+    model: ServedModel,
+    ranks: Ranks | None,
+    buffer: BufferSettings | None,
+    capacity: CapacitySettings | None,
+    placement: Placement | None,
+    kernel: str,
+) -> None:
+    """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the settings say.
+
+    Sets `model.expert_buffer`. ValueError where model, ranks and settings do not fit together.
+    """
+    num_ranks, local_ranks = (1, 1) if ranks is None else (ranks.world_size, ranks.local_ranks)
+    virtual = capacity is not None and ranks is None
+    if virtual:
+        num_ranks = capacity.virtual_ranks
+    ranks_of = place_experts(model, placement, num_ranks, virtual)
+    model.expert_buffer = None if buffer is None else ExpertBuffer(buffer, local_ranks)
+    share_experts(model, ranks, ranks_of, model.expert_buffer)
+    if capacity is not None:
+        limit_experts(model, capacity, ranks_of, num_ranks, None if ranks is None else ranks.rank)
+    choose_kernels(model, kernel)
 
 
 def place_experts(
@@ -59,17 +83,17 @@ def place_experts(
 def share_experts(
     model: ServedModel,
     ranks: Ranks | None,
-    places: Mapping[str, Sequence[Sequence[int]]],
+    ranks_of: Mapping[str, Sequence[Sequence[int]]],
     buffer: ExpertBuffer | None = None,
 ) -> None:
     """Leave this rank the experts that lie on it, in `buffer` if there is one, and connect the layers with other ranks.
 
-    places: per layer the ranks of every expert.
+    ranks_of: per layer the ranks of every expert.
     """
     layers = model.moe_layers()
     replicas = {}
     for name, layer in layers.items() if ranks is not None else ():
-        replicas[name] = Replicas(places[name], ranks.rank, ranks.world_size)
+        replicas[name] = Replicas(ranks_of[name], ranks.rank, ranks.world_size)
         with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
             layer.use(experts=layer.experts.share(replicas[name].local[ranks.rank]))
     if buffer is not None:
@@ -82,7 +106,7 @@ def share_experts(
 def limit_experts(
     model: ServedModel,
     settings: CapacitySettings,
-    places: Mapping[str, Sequence[Sequence[int]]],
+    ranks_of: Mapping[str, Sequence[Sequence[int]]],
     num_ranks: int,
     rank: int | None,
 ) -> None:
@@ -91,7 +115,7 @@ def limit_experts(
     rank: this process's; None: alone it counts as all of them.
     """
     for name, layer in model.moe_layers().items():
-        capacity = Capacity(settings.rules, [ranks[0] for ranks in places[name]], num_ranks)
+        capacity = Capacity(settings.rules, [ranks[0] for ranks in ranks_of[name]], num_ranks)
         layer.use(rules=[*layer.rules, Limit(capacity, settings.phases, settings.prefer_resident, rank)])
 
 

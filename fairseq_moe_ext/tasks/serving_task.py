@@ -43,12 +43,12 @@ from fairseq_moe_ext.ranks.group import RANK_BATCH, Rank, Ranks, served_ranks, w
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving import fairseq_hooks
-from fairseq_moe_ext.serving.expert_buffer import ExpertBuffer
-from fairseq_moe_ext.serving.expert_share import choose_kernels, limit_experts, place_experts, share_experts
+from fairseq_moe_ext.serving.expert_share import distribute_experts
 from fairseq_moe_ext.serving.unknown_words import warn_of_unknown_words
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
+from fairseq_moe_ext.tasks.data_sets import check_not_empty, warn_of_other_parts
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
@@ -150,7 +150,9 @@ class ServingTask:
         model = self._build_served(args)
         if not model.moe_layers():  # dense layers stand in their place
             check_flags_of_dense(flags, takes_dtype=True)
-        self._distribute(model)
+        placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
+        kernel = str(flags.moe_kernel)
+        distribute_experts(model, self.ranks, buffer_settings(flags), capacity_settings(flags), placement, kernel)
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -168,24 +170,6 @@ class ServingTask:
 
     def _build_served(self, args: Namespace, from_checkpoint: bool = True):
         return self.served_model_class.build_model(args, self)
-
-    def _distribute(self, model) -> None:
-        """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the flags say."""
-        flags = self._flags()
-        settings, capacity = buffer_settings(flags), capacity_settings(flags)
-        num_ranks, local_ranks = 1, 1
-        if self.ranks is not None:
-            num_ranks, local_ranks = self.ranks.world_size, self.ranks.local_ranks
-        virtual = capacity is not None and self.ranks is None
-        if virtual:
-            num_ranks = capacity.virtual_ranks
-        placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
-        places = place_experts(model, placement, num_ranks, virtual)
-        model.expert_buffer = None if settings is None else ExpertBuffer(settings, local_ranks)
-        share_experts(model, self.ranks, places, model.expert_buffer)
-        if capacity is not None:
-            limit_experts(model, capacity, places, num_ranks, None if self.ranks is None else self.ranks.rank)
-        choose_kernels(model, str(flags.moe_kernel))
 
     def _with_flags(self, args: Any) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
@@ -263,8 +247,8 @@ class ServingTask:
 
     def load_dataset(self, split, *args, **kwargs):
         if self.observer is not None:
-            self._check_not_empty(split)
-            self._warn_of_other_parts(split)
+            check_not_empty(self._flags(), split)
+            warn_of_other_parts(self._flags(), split)
         try:
             return super().load_dataset(split, *args, **kwargs)
         except FileNotFoundError as error:
@@ -272,24 +256,6 @@ class ServingTask:
                 f"data {self._flags().data}: there is no data set {split} (--gen-subset, --train-subset or "
                 f"--valid-subset) of these languages in it: {one_line(error)}"
             ) from error
-
-    def _check_not_empty(self, split: str) -> None:
-        """fairseq dies of a data set without sentences in ways that do not name it."""
-        flags = self._flags()
-        languages = (getattr(flags, "source_lang", None), getattr(flags, "target_lang", None))
-        pairs = ["-".join(languages), "-".join(languages[::-1])] if all(languages) else [""]
-        for folder in utils.split_paths(flags.data):
-            for pair in pairs:
-                for file in Path(folder).glob(f"{split}.{pair}*bin"):
-                    if file.stat().st_size == 0:
-                        raise ValueError(f"--gen-subset {split}: the data set must hold a sentence, {file} holds none")
-
-    def _warn_of_other_parts(self, split: str) -> None:
-        """fairseq takes a split to be evaluated from the first of the data's folders alone."""
-        first, *others = utils.split_paths(self._flags().data)
-        holding = [folder for folder in others if any(Path(folder).glob(f"{split}.*"))]
-        if holding:
-            logger.warning("--gen-subset %s is served of %s alone, not of %s", split, first, ", ".join(holding))
 
     def get_interactive_tokens_and_lengths(self, lines, encode_fn):
         tokens, lengths = super().get_interactive_tokens_and_lengths(lines, encode_fn)

@@ -126,7 +126,7 @@ def measure_costs(device: Device, shape: Shape, seconds: float = 0.5) -> LayerCo
 
     def move() -> None:
         plan = plan_by_expert(routing, weights)
-        weighted_sum(tokens.index_select(0, plan.token_ids), plan.places, plan.weights)
+        weighted_sum(tokens.index_select(0, plan.token_ids), plan.row_ids, plan.weights)
 
     few = Top2Gate(dim, MASK_EXPERTS, second_expert_policy="all").eval()(tokens)
     slots = assign_slots(few)

@@ -170,13 +170,13 @@ def test_experts_lie_in_any_slot_and_some_are_not_computed(path):
 def test_the_weighted_sum_is_pytorchs(device, dim):
     """Rows that are not there count nothing, whatever they weigh; a row that is NaN makes its own token NaN."""
     torch.manual_seed(0)
-    places = torch.randperm(2 * 9).view(9, 2).masked_fill(torch.rand(9, 2) < 0.3, -1)
+    row_ids = torch.randperm(2 * 9).view(9, 2).masked_fill(torch.rand(9, 2) < 0.3, -1)
     outputs, weights = torch.randn(18, dim), torch.rand(9, 2)
-    outputs[places[2, 1]] = float("nan")
-    weights[places < 0] = float("nan")
+    outputs[row_ids[2, 1]] = float("nan")
+    weights[row_ids < 0] = float("nan")
     with torch.no_grad():
-        expected = weighted_sum(outputs, places, weights)
-        found = triton_mlp.weighted_sum(outputs.to(device), places.to(device), weights.to(device))
+        expected = weighted_sum(outputs, row_ids, weights)
+        found = triton_mlp.weighted_sum(outputs.to(device), row_ids.to(device), weights.to(device))
     torch.testing.assert_close(found.cpu(), expected, equal_nan=True)
     assert expected[2].isnan().all() and expected.isnan().sum() == dim
 
@@ -203,7 +203,7 @@ def test_the_error_is_at_most_twice_pytorchs_own(path, dtype, num_choices):
         plan = plan_by_expert(routing, weights)
         layer.experts.use_kernel(kernel)
         outputs = layer.experts.run(x[plan.token_ids], plan.offsets)
-        found = weighted_sum(outputs, plan.places, plan.weights).float()
+        found = weighted_sum(outputs, plan.row_ids, plan.weights).float()
         own, exact = pytorchs(layer.experts, x, routing, weights), None
         exact = pytorchs(layer.experts.float(), x.float(), routing, weights.float())
     for error in (lambda values: (values - exact).abs().max(), lambda values: (values - exact).abs().mean()):

@@ -28,10 +28,10 @@ def test_top2_by_hand():
     tokens = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     rows = tokens[plan.token_ids]
     assert rows.flatten().tolist() == [1, 2, 4, 2, 3, 1, 3, 4]
-    assert plan.places.tolist() == [[5, 0], [1, 3], [6, 4], [2, 7]]
+    assert plan.row_ids.tolist() == [[5, 0], [1, 3], [6, 4], [2, 7]]
     weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75], [2.0, 1.0]])
     scale = torch.tensor([1.0, 1, 1, 10, 10, 100, 100, 100]).unsqueeze(1)
-    result = weighted_sum(rows * scale, plan.places, weights)
+    result = weighted_sum(rows * scale, plan.row_ids, weights)
     assert result.flatten().tolist() == [50.5, 2.0, 97.5, 408.0]
 
 
@@ -39,15 +39,15 @@ def test_top1_by_hand():
     plan = plan_of(make_routing([[1], [0], [1], [0]], [[True], [True], [False], [True]]))
     assert plan.load == [2, 1, 0]
     assert plan.token_ids.tolist() == plan.assignments.tolist() == [1, 3, 0, 2]  # the last is not kept
-    assert plan.offsets.on_device.tolist() == [0, 2, 3, 3] and plan.places.tolist() == [[2], [0], [-1], [1]]
+    assert plan.offsets.on_device.tolist() == [0, 2, 3, 3] and plan.row_ids.tolist() == [[2], [0], [-1], [1]]
 
 
 def test_nothing_is_kept():
     plan = plan_of(make_routing([[1, 0], [0, 2]], [[False, False], [False, False]]))
     assert plan.load == [0, 0, 0]
     rows = torch.full((4, 5), float("nan"))  # whatever lies there
-    assert torch.equal(weighted_sum(rows, plan.places, torch.ones(2, 2)), torch.zeros(2, 5))
-    assert torch.equal(weighted_sum(rows[:0], plan.places, torch.ones(2, 2)), torch.zeros(2, 5))
+    assert torch.equal(weighted_sum(rows, plan.row_ids, torch.ones(2, 2)), torch.zeros(2, 5))
+    assert torch.equal(weighted_sum(rows[:0], plan.row_ids, torch.ones(2, 2)), torch.zeros(2, 5))
 
 
 @examples(60)
@@ -70,12 +70,12 @@ def test_a_permutation_of_what_is_kept_and_its_inverse(num_tokens, num_experts, 
     found = list(zip(plan.assignments.tolist(), plan.token_ids.tolist(), strict=True))
     assert found[: len(expected)] == expected and len(found) == num_tokens * num_choices
     for row, (assignment, token) in enumerate(expected):
-        assert plan.places[token, assignment % num_choices] == row
+        assert plan.row_ids[token, assignment % num_choices] == row
     counts = [int(((expert_ids == expert) & kept).sum()) for expert in range(num_experts)]
     assert plan.load == counts
 
     rows = tokens[plan.token_ids]
     rows[len(expected) :] = float("nan")
     # experts that hand their rows through: what comes back is the token times its kept weights
-    result = weighted_sum(rows, plan.places, plan.weights)
+    result = weighted_sum(rows, plan.row_ids, plan.weights)
     torch.testing.assert_close(result, tokens * (weights * kept).sum(dim=1, keepdim=True))

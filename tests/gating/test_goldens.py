@@ -146,7 +146,7 @@ def test_outputs_as_upstream_recorded_them(name):
         plan = plan_by_expert(part, weights[tokens])
         assert 0 < sum(plan.load) < part.kept.numel()
         rows = experts.run(inputs[plan.token_ids], plan.offsets)
-        torch.testing.assert_close(weighted_sum(rows, plan.places, plan.weights)[:, :features], expected, **CLOSE)
+        torch.testing.assert_close(weighted_sum(rows, plan.row_ids, plan.weights)[:, :features], expected, **CLOSE)
 
 
 # folder, recording, fraction, rules; every recording that holds layers
