@@ -89,10 +89,12 @@ class BufferedExperts(CalledByCounts):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The experts' dtype, which rows must have."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the buffer's slots lie, and rows must come from."""
         return self._like.device
 
     @property
@@ -118,6 +120,7 @@ class BufferedExperts(CalledByCounts):
 
     @property
     def is_started(self) -> bool:
+        """Whether it has what its copies need, as from the first call on."""
         return self._lane is not None
 
     def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
@@ -170,6 +173,7 @@ class BufferedExperts(CalledByCounts):
         self._start_copies()
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+        """As `Experts` has it; RuntimeError where gradients are asked for."""
         return without_gradients("experts in a buffer", self._run(rows, offsets), rows)
 
     @torch.no_grad()

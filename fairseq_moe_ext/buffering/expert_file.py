@@ -124,10 +124,12 @@ class ExpertFile:
         return 8 + length, checksums
 
     def dtype(self, part: int) -> torch.dtype:
+        """As `Source` has it."""
         name = self._tensors[part][1]["dtype"]
         return next(dtype for dtype, code in _DTYPES.items() if code == name)
 
     def fill(self, expert: int, part: int, target: Tensor) -> int:
+        """As `Source` has it; StoreError where the file is damaged, was changed or cannot be read."""
         number = expert * len(EXPERT_KEYS) + part
         name, entry = self._tensors[number]
         direct = target.dtype == self.dtype(part) and target.is_contiguous() and target.device.type == "cpu"

@@ -57,6 +57,7 @@ class HostTier:
         self._on_gpu = self._pins = False
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
+        """As `ExpertStore` has it; the store below is read on a miss only."""
         count = 0
         if expert in self._places:
             self._places.move_to_end(expert)
@@ -85,6 +86,7 @@ class HostTier:
         return place
 
     def convert(self, dtype: torch.dtype) -> None:
+        """As `ExpertStore` has it; what main memory holds is given up, and is read again."""
         self._below.convert(dtype)
         for place in self._places.values():
             place.wait()
@@ -92,5 +94,6 @@ class HostTier:
         self._unused.clear()
 
     def prepare(self, device: torch.device) -> None:
+        """As `ExpertStore` has it; memory is pinned for a GPU."""
         self._below.prepare(device)
         self._on_gpu = self._pins = device.type == "cuda"

@@ -26,6 +26,7 @@ class LayerLoads:
 
     @property
     def num_experts(self) -> int:
+        """E, of the layer."""
         return self.loads.shape[1]
 
     def batches(self) -> list[list[int]]:
@@ -46,6 +47,7 @@ class Outcome:
 
     @property
     def miss_rate(self) -> float:
+        """Misses over accesses, 0 without an access."""
         return self.misses / self.accesses if self.accesses else 0.0
 
 

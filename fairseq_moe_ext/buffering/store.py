@@ -51,15 +51,18 @@ class HostStore:
                 packed[index].copy_(part)
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
+        """As `ExpertStore` has it; nothing is read from disk."""
         for packed, target in zip(self._packed, targets, strict=True):
             target.copy_(packed[expert], non_blocking=True)
         return 0
 
     def convert(self, dtype: torch.dtype) -> None:
+        """As `ExpertStore` has it; one part after the other, so that only one is there in both dtypes."""
         for number, packed in enumerate(self._packed):  # one at a time: the old one goes when the new one is there
             self._packed[number] = packed.to(dtype)
 
     def prepare(self, device: torch.device) -> None:
+        """As `ExpertStore` has it; memory is pinned for a GPU."""
         if device.type == "cuda":
             pin(self._packed)
 
@@ -81,11 +84,13 @@ class LazyTensors:
         self._weights = weights
 
     def fill(self, expert: int, part: int, target: Tensor) -> int:
+        """As `Source` has it."""
         tensor = self._weights[expert][part]
         target.copy_(tensor)
         return tensor.nbytes
 
     def dtype(self, part: int) -> torch.dtype:
+        """As `Source` has it."""
         return self._weights[0][part].dtype
 
 
@@ -100,6 +105,7 @@ class FileStore:
         self._dtypes = [dtype]  # that the model went through
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
+        """As `ExpertStore` has it; every byte is read from the files."""
         return sum(self._load_part(expert, part, target) for part, target in enumerate(targets))
 
     def _load_part(self, expert: int, part: int, target: Tensor) -> int:
@@ -114,6 +120,7 @@ class FileStore:
         return count
 
     def convert(self, dtype: torch.dtype) -> None:
+        """As `ExpertStore` has it; what is read from now on goes this way."""
         self._dtypes.append(dtype)
 
     def prepare(self, device: torch.device) -> None:

@@ -27,6 +27,7 @@ class CheckpointFiles:
 
     @property
     def first(self) -> Path:
+        """The one that is always there: the whole file, or else the shared one."""
         found = self.whole or self.shared
         assert found is not None, "one of them is always there"
         return found

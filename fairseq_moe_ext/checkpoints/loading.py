@@ -35,6 +35,7 @@ class Loading:
         self._lock = threading.Lock()
 
     def count(self, number: int) -> None:
+        """Add `number` bytes, also from another thread."""
         with self._lock:  # also threads that fill buffers read
             self.bytes += number
             if self._bar is not None:

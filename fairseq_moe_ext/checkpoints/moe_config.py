@@ -93,6 +93,7 @@ class MoEConfig(MoEModelFields):
         return self.alternate_ffn_embed_dim if side == "encoder" else self.alternate_decoder_ffn_embed_dim
 
     def static_options(self, max_positions: int) -> StaticOptions:
+        """What static gating needs; max_positions: the model's."""
         return StaticOptions(
             capacity_fraction=float(self.moe_eval_capacity_token_fraction),
             batch_prioritized=self.moe_batch_prioritized_routing,

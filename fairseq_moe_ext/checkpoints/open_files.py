@@ -39,6 +39,7 @@ class OpenFiles:
         self._recent: OrderedDict[weakref.ref[ReopenedFile], None] = OrderedDict()
 
     def descriptor(self, file: ReopenedFile) -> Descriptor:
+        """The file's open descriptor; opens it, and closes the least recently used one beyond the limit."""
         with self._lock:
             if file.opened is None:
                 file.opened = file.open()
@@ -69,6 +70,7 @@ class ReopenedFile:
         return self._files.descriptor(self)
 
     def open(self) -> Descriptor:
+        """Open it once more; CheckpointError where it is gone or another."""
         try:
             opened = Descriptor(self.path)
         except OSError as error:
@@ -77,5 +79,6 @@ class ReopenedFile:
         return opened
 
     def check_unchanged(self, opened: Descriptor) -> None:
+        """CheckpointError where `opened` is not the file as it first was."""
         if opened.state() != self._state:
             raise CheckpointError(f"{self.path}: the file was changed while it was in use")

@@ -61,6 +61,7 @@ class RecordWriter:
             raise self._no_space(error) from error
 
     def is_done(self, part: str) -> bool:
+        """Whether all of `part` has been written."""
         return part in self._done
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:

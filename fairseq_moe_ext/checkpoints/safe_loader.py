@@ -50,6 +50,7 @@ class NumpyDtype:
             self._size = int(size) // (4 if self._kind == "U" else 1)
 
     def build(self) -> np.dtype:
+        """The dtype that the pickle describes."""
         return np.dtype(f"{self._order}{self._kind}{self._size}")
 
 

@@ -33,6 +33,7 @@ class FileTensor:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:

@@ -44,6 +44,7 @@ class GateLoss:
     """Mixin before one of fairseq's criterions, whose own loss is the inner loss."""
 
     def set_gate_loss(self, weight: float, combine_method: str, transform: str) -> None:
+        """Keep what the criterion's fields say: the weight, `average` or `sum` over layers, `none` or `neg_log`."""
         self.gate_loss_weight = weight
         self.gate_loss_combine_method = str(combine_method)
         self.gate_loss_transform = str(transform)

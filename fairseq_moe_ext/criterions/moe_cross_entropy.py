@@ -27,6 +27,7 @@ class MoECrossEntropyCriterion(GateLoss, CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs) -> None:
+        """Log loss, inner loss (both base 2) and the gates' figures of all workers."""
         GateLoss.reduce_gate_metrics(logging_outputs)
         sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
         ntokens = sum(log.get("ntokens", 0) for log in logging_outputs)

@@ -38,5 +38,6 @@ class MoELabelSmoothedCrossEntropyCriterion(GateLoss, LabelSmoothedCrossEntropyC
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
+        """Log fairseq's metrics and the gates' figures of all workers."""
         GateLoss.reduce_gate_metrics(logging_outputs)
         super().reduce_metrics(logging_outputs)

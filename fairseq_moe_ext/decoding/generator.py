@@ -98,6 +98,7 @@ class MoESequenceGeneratorWithAlignment(_CountedGeneration, SequenceGeneratorWit
         self._by_word = by_word
 
     def generate(self, models, sample, **kwargs):
+        """As fairseq's; with by_word an alignment has a word per token that is printed."""
         hypotheses = super().generate(models, sample, **kwargs)
         if self._by_word:
             for hypothesis in (each for sentence in hypotheses for each in sentence):
@@ -216,6 +217,7 @@ class ServedEpoch:
         self.batches: ServedBatches | None = None  # the last that were asked for
 
     def next_epoch_itr(self, *args, **kwargs) -> ServedBatches:
+        """As fairseq's; the batches tell the observer when they begin and end."""
         of_rank = self._epoch_iterator.next_epoch_itr(*args, **kwargs)
         self.batches = ServedBatches(of_rank, *self._watched_by, len(self._epoch_iterator.frozen_batches))
         return self.batches

@@ -85,6 +85,7 @@ class RequestMaker:
     """Stands for a generator where a task is asked what it would hand to one."""
 
     def generate(self, models, sample, prefix_tokens=None, constraints=None, bos_token=None) -> Request:
+        """Keep the arguments in place of generating; `models` and `constraints` are not needed."""
         return Request(sample, prefix_tokens, bos_token)
 
 

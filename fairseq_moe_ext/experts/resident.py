@@ -60,10 +60,12 @@ class ResidentExperts(CalledByCounts):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
         return self.fc1_weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters lie."""
         return self.fc1_weight.device
 
     @property
@@ -118,6 +120,7 @@ class ResidentExperts(CalledByCounts):
         return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim), slots=False)
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+        """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""
         pool = list(self.parameters())
         if rows.dtype != self.dtype:  # autocast's
             pool = [parameter.to(rows.dtype) for parameter in pool]

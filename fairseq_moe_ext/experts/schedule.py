@@ -41,6 +41,7 @@ class AllResident:
     """Every expert in the slot of its index: one step, for which nobody needs the counts."""
 
     def steps(self, rows_per_expert: Sequence[int]) -> Iterable[Step]:
+        """As `Schedule` has it."""
         return (Step(0, len(rows_per_expert)),)
 
 

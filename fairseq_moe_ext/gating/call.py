@@ -25,10 +25,12 @@ class Experts(Protocol):
     local: Sequence[int]
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of the experts' weights."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where rows must lie."""
 
     @property
     def resident_experts(self) -> list[int]:
@@ -56,6 +58,7 @@ class Clock:
         self._last = time.perf_counter() if on else 0.0
 
     def lap(self, part: str) -> None:
+        """The seconds since the last lap were spent on `part`."""
         if self._on:
             now = time.perf_counter()
             self.seconds[part] = now - self._last

@@ -111,6 +111,7 @@ class Capacity:
         return weights
 
     def random(self, like: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1), float32, of the shape and on the device of `like`; a seed repeats them."""
         if self._generator is None or self._generator.device != like.device:
             self._generator = torch.Generator(like.device).manual_seed(self._seed)
         return torch.rand(like.shape, device=like.device, generator=self._generator)

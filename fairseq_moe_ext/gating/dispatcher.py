@@ -64,17 +64,21 @@ class Local:
     spans_ranks = False
 
     def whole_call(self) -> AbstractContextManager:
+        """As `Dispatcher` has it: nothing."""
         return nullcontext()
 
     def batch(self, x: Tensor, mask: Tensor | None, training: bool, serving: bool) -> tuple[Tensor, Tensor | None]:
+        """As `Dispatcher` has it: unchanged."""
         return x, mask
 
     def plan(self, routing: Routing, call: Call) -> Plan:
+        """As `Dispatcher` has it: sorted by expert; a buffer is given the counts."""
         plan = plan_by_expert(routing, call.gate.combine_weights(routing))
         call.experts.prefetch(plan.load)
         return plan
 
     def run(self, planned: Plan, call: Call) -> Tensor:
+        """As `Dispatcher` has it."""
         rows = call.tokens.index_select(0, planned.token_ids)
         call.clock.lap("dispatch")
         outputs = call.experts.run(rows, planned.offsets)
@@ -82,4 +86,5 @@ class Local:
         return outputs
 
     def combine(self, outputs: Tensor, planned: Plan, call: Call) -> Tensor:
+        """As `Dispatcher` has it."""
         return weighted_sum(outputs, planned.row_ids, planned.weights)

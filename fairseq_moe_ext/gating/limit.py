@@ -28,9 +28,11 @@ class Limit:
         self._phases, self._prefer_resident, self._rank = phases, prefer_resident, rank
 
     def seed(self, seed: int) -> None:
+        """Begin anew the numbers that the metric `random` draws."""
         self.capacity.seed(seed + 500_000)  # other numbers than the gate draws
 
     def __call__(self, routing: Routing, call: Call) -> Routing:
+        """As `Rule` has it: weights are those of what the limit leaves."""
         if call.decoding and self._phases == "prefill":
             return routing
         weights = call.gate.combine_weights(routing)

@@ -37,6 +37,7 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
+        """E, of the layer."""
         return self.probabilities.size(1)
 
     def keep_only(self, fits: Tensor) -> Routing:
@@ -116,9 +117,11 @@ class Top1Gate(Gate):
 
     @classmethod
     def of_model(cls, moe: Any, model_dim: int) -> Top1Gate | None:
+        """As `Gate` has it: models with `moe_top1_expert`."""
         return cls(model_dim, moe.moe_expert_count, moe.moe_gating_use_fp32) if moe.moe_top1_expert else None
 
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """As `Gate` has it, K = 1; the weight is the softmax probability."""
         _, probabilities = self.score(tokens)
         expert_ids = probabilities.argmax(dim=1, keepdim=True)
         return Routing(expert_ids, _kept(expert_ids, padding_mask), probabilities.gather(1, expert_ids), probabilities)
@@ -157,6 +160,7 @@ class Top2Gate(Gate):
 
     @classmethod
     def of_model(cls, moe: Any, model_dim: int) -> Top2Gate | None:
+        """As `Gate` has it: models without `moe_top1_expert`."""
         if moe.moe_top1_expert:
             return None
         return cls(
@@ -168,6 +172,7 @@ class Top2Gate(Gate):
         )
 
     def seed(self, seed: int) -> None:
+        """As `Gate` has it."""
         self._seed, self._generator = seed, None
 
     def _random(self, like: Tensor) -> Tensor:
@@ -179,6 +184,7 @@ class Top2Gate(Gate):
         return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=self._generator)
 
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """As `Gate` has it, K = 2; weights are probabilities, or add up to 1 where normalised before dropping."""
         logits, probabilities = self.score(tokens)
         first = probabilities.argmax(dim=1, keepdim=True)
         if self.second_expert_policy == "sampling":
@@ -199,6 +205,7 @@ class Top2Gate(Gate):
         return Routing(expert_ids, kept, weights, probabilities)
 
     def normalize(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """As `Gate` has it: to a sum of 1 over what is kept, unless that was done before dropping."""
         return weights if self.normalize_before_dropping else only_kept(_normalize(weights), kept)
 
 

@@ -78,6 +78,7 @@ class SlotsPlan:
 
     @cached_property
     def load(self) -> Sequence[int]:
+        """As `Planned` has it."""
         routing = self.routing
         return torch.bincount(routing.expert_ids[routing.kept], minlength=routing.num_experts).tolist()
 
@@ -93,9 +94,11 @@ class Slots(ABC):
 
     @property
     def counts_padding(self) -> bool:
+        """Whether padding takes slots, as upstream has it without `use_moe_pad_mask`."""
         return self.options.count_padding
 
     def whole_call(self) -> AbstractContextManager:
+        """As `Dispatcher` has it: nothing."""
         return nullcontext()
 
     def batch(self, x: Tensor, mask: Tensor | None, training: bool, serving: bool) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +119,7 @@ class Slots(ABC):
         return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))), mask
 
     def plan(self, routing: Routing, call: Call) -> SlotsPlan:
+        """As `Dispatcher` has it: the capacity, and slots in upstream's order."""
         capacity = self.capacity(routing, call)
         call.experts.prefetch([capacity] * routing.num_experts)  # copies go on while slots are assigned
         return self.assigned(routing, capacity, call)
@@ -136,6 +140,7 @@ class Slots(ABC):
         return SlotsPlan(routing, capacity, weights, self._way(routing, slots, weights, capacity, call))
 
     def run(self, planned: SlotsPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it: E * C outputs, empty slots included."""
         rows = self.rows(planned, call)
         call.clock.lap("dispatch")
         outputs = call.experts(rows, [planned.capacity] * planned.routing.num_experts)
@@ -172,6 +177,7 @@ class DenseSlots(Slots):
         return static_dispatch(tokens, planned.way)
 
     def combine(self, outputs: Tensor, planned: SlotsPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it, by the mask."""
         return static_combine(outputs, planned.way)
 
 
@@ -185,4 +191,5 @@ class SparseSlots(Slots):
         return sparse_dispatch(tokens, planned.routing, planned.way, planned.capacity)
 
     def combine(self, outputs: Tensor, planned: SlotsPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it, by indices."""
         return weighted_sum(outputs, planned.way, planned.weights)

@@ -29,9 +29,11 @@ class CallStatistics:
     loss: Tensor | None = None
 
     def gate_loss(self) -> Tensor:
+        """The call's gate loss, a scalar with gradients in training; computed here where the call has not done it."""
         return gate_loss(self.before) if self.loss is None else self.loss
 
     def metadata(self) -> dict[str, Tensor]:
+        """Upstream's figures of the routing, by upstream's names."""
         return routing_metadata(self.before, self.after)
 
 

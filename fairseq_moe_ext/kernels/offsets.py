@@ -35,6 +35,7 @@ class Offsets:
 
     @property
     def on_device(self) -> Tensor:
+        """(H + 1,) on the experts' device; copied there at the first use."""
         if self._on_device is None:
             self._on_device = self._on_host.to(self.device)
         return self._on_device
@@ -48,6 +49,7 @@ class Offsets:
 
     @property
     def is_on_host(self) -> bool:
+        """Whether they can be read without waiting for a device."""
         return self._on_host is not None
 
     def bring(self, on_host: Tensor) -> None:

@@ -14,7 +14,8 @@ _SEEDS = 1 << 63
 class Source(Protocol):
     """Draws from a stream of its own."""
 
-    def seed(self, seed: int) -> None: ...
+    def seed(self, seed: int) -> None:
+        """Draw from now on what `seed` gives."""
 
 
 class BatchSeeds:

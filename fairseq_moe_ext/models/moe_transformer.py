@@ -18,11 +18,13 @@ class MoETransformerModel(ServedModel, TransformerModel):
 
     @classmethod
     def add_args(cls, parser):
+        """fairseq's options and the MoE fields, without defaults."""
         super().add_args(parser)
         gen_parser_from_dataclass(parser, MoEModelFields(), delete_default=True)
 
     @classmethod
     def build_model(cls, args, task):
+        """As fairseq's; layers to keep may be a list, as its own parser makes them."""
         for name in ("encoder_layers_to_keep", "decoder_layers_to_keep"):
             kept = getattr(args, name, None)
             if isinstance(kept, list):  # as fairseq's parser gives it, where the rest of fairseq reads a text
@@ -31,11 +33,13 @@ class MoETransformerModel(ServedModel, TransformerModel):
 
     @classmethod
     def build_encoder(cls, args, src_dict, embed_tokens):
+        """As fairseq's, with MoE layers where the fields put them."""
         moe = MoEConfig.from_args(args)
         return MoETransformerEncoder(TransformerConfig.from_namespace(args), moe, src_dict, embed_tokens)
 
     @classmethod
     def build_decoder(cls, args, tgt_dict, embed_tokens):
+        """As fairseq's, with MoE layers where the fields put them."""
         moe = MoEConfig.from_args(args)
         cfg = TransformerConfig.from_namespace(args)
         return MoETransformerDecoder(cfg, moe, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)

@@ -30,6 +30,7 @@ class MoETransformerLanguageModel(ServedModel, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args, task):
+        """As fairseq's, with MoE layers; ValueError for an option that such a model cannot have."""
         if getattr(args, "decoder_layers_to_keep", None):  # in the caller's own, which a training saves
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         if isinstance(args, DictConfig):

@@ -159,6 +159,7 @@ class MoETransformerEncoderLayer(_MoEFeedForward, transformer_layer.TransformerE
         self._install(cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.max_source_positions)
 
     def forward(self, x, encoder_padding_mask, attn_mask=None):
+        """x (L, B, D), encoder_padding_mask (B, L) or None -> (L, B, D), as fairseq's."""
         return self._run(x, encoder_padding_mask, attn_mask)
 
     def _pass(self, x, encoder_padding_mask, attn_mask=None):
@@ -175,6 +176,7 @@ class MoETransformerDecoderLayer(_MoEFeedForward, transformer_layer.TransformerD
         self._install(cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim, cfg.max_target_positions)
 
     def forward(self, *args, **kwargs):
+        """As fairseq's: x (L, B, D) -> (x, attention or None, None)."""
         return self._run(*args, **kwargs)
 
     def _pass(

@@ -43,6 +43,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
         self._watch_layers("encoder")
 
     def build_encoder_layer(self, cfg):
+        """The next layer: MoE, alternate or fairseq's own."""
         number, self._built = self._built, self._built + 1
         if not self._moe.is_moe_layer("encoder", _number_before(cfg.encoder.layers_to_keep, number)):
             return super().build_encoder_layer(cfg)
@@ -52,6 +53,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
         return MoETransformerEncoderLayer(cfg, self._moe, return_fc=self.return_fc)
 
     def forward(self, src_tokens, *args, **kwargs):
+        """As fairseq's; src_tokens (B, L)."""
         with self._observed(src_tokens):
             return super().forward(src_tokens, *args, **kwargs)
 
@@ -71,6 +73,7 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
         self._watch_layers("decoder")
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        """The next layer: MoE, alternate or fairseq's own."""
         number, self._built = self._built, self._built + 1
         if not self._moe.is_moe_layer("decoder", _number_before(cfg.decoder.layers_to_keep, number)):
             return super().build_decoder_layer(cfg, no_encoder_attn)
@@ -80,6 +83,7 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
         return MoETransformerDecoderLayer(cfg, self._moe, no_encoder_attn)
 
     def forward(self, prev_output_tokens, encoder_out=None, incremental_state=None, **kwargs):
+        """As fairseq's; prev_output_tokens (B, L)."""
         with self._observed(prev_output_tokens, incremental_state is not None):
             return super().forward(prev_output_tokens, encoder_out, incremental_state, **kwargs)
 

@@ -37,6 +37,7 @@ class Side:
     freq: int
 
     def is_moe_layer(self, number: int) -> bool:
+        """Whether layer `number`, counted from 0, is a MoE layer."""
         return self.freq > 0 and (number + 1) % self.freq == 0
 
 
@@ -69,6 +70,7 @@ class NllbConfig:
     dropouts: tuple[float, ...] = (0.0,) * (len(DROPOUTS) + len(LAYERDROPS))
 
     def side(self, name: str) -> Side:
+        """The side called `name`, `encoder` or `decoder`."""
         return self.encoder if name == "encoder" else self.decoder
 
     def check_counts(self, tensors: int) -> None:
@@ -82,6 +84,7 @@ class NllbConfig:
 
     @property
     def has_moe_layers(self) -> bool:
+        """Whether any layer of either side is one."""
         return any(0 < side.freq <= side.layers for side in (self.encoder, self.decoder))
 
     @classmethod

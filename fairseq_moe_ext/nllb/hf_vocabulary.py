@@ -34,6 +34,7 @@ class HfVocabulary:
 
     @property
     def added_words(self) -> list[str]:
+        """The added tokens without the mask, in their order."""
         return [token for token in self.added if token != MASK]
 
 

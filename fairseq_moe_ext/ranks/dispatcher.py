@@ -38,6 +38,7 @@ class RanksPlan:
 
     @property
     def routing(self) -> Routing:
+        """As `Planned` has it."""
         return self.by_replica.routing
 
 
@@ -52,12 +53,15 @@ class Ranks:
         self.exchange = exchange
 
     def whole_call(self) -> AbstractContextManager:
+        """As `Dispatcher` has it: an error in it is told to the other ranks."""
         return self.exchange.whole_rounds()
 
     def batch(self, x: Tensor, mask: Tensor | None, training: bool, serving: bool) -> tuple[Tensor, Tensor | None]:
+        """As `Dispatcher` has it: unchanged."""
         return x, mask
 
     def plan(self, routing: Routing, call: Call) -> RanksPlan:
+        """As `Dispatcher` has it: sorted by replica; the sizes leave before the rows are sorted."""
         replicas = self.exchange.replicas
         chosen = replicas.choose(routing.expert_ids, routing.kept)
         kept = chosen.masked_fill(~routing.kept, replicas.num_replicas).view(-1)
@@ -68,6 +72,7 @@ class Ranks:
         return RanksPlan(plan, counts, replicas.fold(counts))
 
     def run(self, planned: RanksPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it: tokens go to the experts' ranks and come back."""
         token_ids = planned.by_replica.token_ids[: sum(planned.counts)]
         rows = call.tokens.index_select(0, token_ids).to(call.experts.dtype)
         call.clock.lap("dispatch")
@@ -76,6 +81,7 @@ class Ranks:
         return outputs
 
     def combine(self, outputs: Tensor, planned: RanksPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it."""
         return weighted_sum(outputs, planned.by_replica.row_ids, planned.by_replica.weights)
 
 
@@ -90,18 +96,23 @@ class RankSlots:
 
     @property
     def counts_padding(self) -> bool:
+        """Whether padding takes slots."""
         return self.slots.counts_padding
 
     def whole_call(self) -> AbstractContextManager:
+        """As `Dispatcher` has it: an error in it is told to the other ranks."""
         return self.exchange.whole_rounds()
 
     def batch(self, x: Tensor, mask: Tensor | None, training: bool, serving: bool) -> tuple[Tensor, Tensor | None]:
+        """As `Dispatcher` has it, as on one process."""
         return self.slots.batch(x, mask, training, serving)
 
     def plan(self, routing: Routing, call: Call) -> SlotsPlan:
+        """As `Dispatcher` has it: the capacity is this rank's own."""
         return self.slots.assigned(routing, self.slots.capacity(routing, call), call)  # the exchange tells the experts
 
     def run(self, planned: SlotsPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it: all slots, full or empty, go to the experts' ranks and come back."""
         rows = self.slots.rows(planned, call)
         call.clock.lap("dispatch")
         slots = rows.view(planned.routing.num_experts, planned.capacity, rows.size(1)).to(call.experts.dtype)
@@ -110,6 +121,7 @@ class RankSlots:
         return outputs.view_as(rows).to(rows.dtype)
 
     def combine(self, outputs: Tensor, planned: SlotsPlan, call: Call) -> Tensor:
+        """As `Dispatcher` has it."""
         return self.slots.combine(outputs, planned, call)
 
 

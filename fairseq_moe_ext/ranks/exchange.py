@@ -101,6 +101,7 @@ class Exchange:
 
     @property
     def has_layers(self) -> bool:
+        """Whether any layer takes part."""
         return bool(self.layers)
 
     @property
@@ -110,6 +111,7 @@ class Exchange:
 
     @property
     def message_size(self) -> int:
+        """int64 numbers in one rank's message of sizes."""
         return HEADER + max((max(layer.replicas.per_rank) for layer in self.layers), default=0)
 
 
@@ -128,9 +130,11 @@ class LayerExchange:
 
     @property
     def rank(self) -> int:
+        """This process's rank."""
         return self._exchange.rank
 
     def whole_rounds(self):
+        """As `Exchange.whole_rounds`."""
         return self._exchange.whole_rounds()
 
     def begin(self, counts: Tensor) -> None:

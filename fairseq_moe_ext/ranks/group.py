@@ -194,6 +194,7 @@ class RankBatch:
 
     @property
     def is_ours(self) -> bool:
+        """Whether this rank computes it."""
         return self._owner == self._ranks.rank
 
     def result(self, compute: Callable[[], list[list[dict]]], nbest: int | None = None) -> list[list[dict]]:

@@ -51,9 +51,11 @@ class OneProcess:
 
     @contextmanager
     def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[OneCall]:
+        """Around one call; the arguments need not be compared with anybody's."""
         yield OneCall()
 
     def end(self, write: Callable[[], None] | None = None, in_step: bool = False) -> None:
+        """Call `write`, where there is something to be written."""
         if write is not None:
             write()
 
@@ -62,9 +64,11 @@ class OneCall:
     """A call of one process."""
 
     def preparing(self) -> nullcontext:
+        """Around what may fail on one rank: nothing, for one process."""
         return nullcontext()
 
     def share(self, found: Any) -> list[Any]:
+        """`found` of every rank, by rank: of this one."""
         return [found]
 
 
@@ -91,6 +95,7 @@ class ProgramRanks:
         return self
 
     def check_alone(self, name: str) -> None:
+        """ValueError: `name` is for one process."""
         raise ValueError(f"{name} must be called where one process serves, got {self.world_size} ranks")
 
     @contextmanager
@@ -241,6 +246,7 @@ class OwnBatch:
         self.number, self.is_ours = number, is_ours
 
     def result(self, compute, nbest: int | None = None) -> list[list[dict]]:
+        """The hypotheses, computed here; `nbest` is for batches that travel."""
         return compute()
 
 

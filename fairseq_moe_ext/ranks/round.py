@@ -78,6 +78,7 @@ class Round:
 
     @property
     def largest_capacity(self) -> int:
+        """The largest of all ranks' capacities, in slots per expert."""
         return max(message.capacity for message in self.messages)
 
     def receive_sizes(self) -> None:

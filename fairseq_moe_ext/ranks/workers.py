@@ -74,6 +74,7 @@ class StartedRanks(ProgramRanks):
 
     @contextmanager
     def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Call]:
+        """As `ProgramRanks.call`; the started ranks are told of every call but of loading, which they know."""
         if name != "load" and self.exchange.fault is None:  # of loading they know
             line = _line([name, dict(arguments)])
             for worker in self._workers:
@@ -82,6 +83,7 @@ class StartedRanks(ProgramRanks):
             yield call
 
     def end(self, *args, **kwargs) -> None:
+        """As `ProgramRanks.end`; the started ranks are ended, too."""
         try:
             super().end(*args, **kwargs)
         finally:

@@ -45,6 +45,7 @@ class NonFinite:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def describe(self, dtype: str, has_experts: bool = True) -> str:
+        """What the error or the report says, with the dtype to take instead; dtype: PyTorch's name without `torch.`."""
         where = f", first in {self.first_layer}" if self.first_layer else ""
         wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
         advice = f"--moe-dtype {wider}" if has_experts else "float32, without --fp16,"

@@ -119,6 +119,7 @@ class CallSeeds(BatchSeeds):
         self._first, self._draws = None, draws
 
     def begin(self, batch: int) -> None:
+        """As `BatchSeeds.begin`; PyTorch's own numbers are seeded only for calls that draw."""
         if self._draws:
             super().begin(batch)
         else:

@@ -23,6 +23,7 @@ class PassTotals:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second, 0 where no time was taken."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -45,6 +46,7 @@ class LayerTotals:
     overflowing: float = 0.0
 
     def add(self, call: LayerCall) -> None:
+        """Count one more call."""
         self.add_totals(
             LayerTotals(
                 self.name,
@@ -72,6 +74,7 @@ class LayerTotals:
 
     @property
     def active_experts_mean(self) -> float:
+        """Experts with tokens per call, 0 without a call."""
         return self.active_experts / self.calls if self.calls else 0.0
 
 

@@ -123,6 +123,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
+        """Whether it takes no more requests."""
         return self._closed
 
     @property

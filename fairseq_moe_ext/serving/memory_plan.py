@@ -83,6 +83,7 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
+        """How many, in the dense part and all experts."""
         return self.dense + self.expert * self.experts * self.moe_layers
 
 
@@ -96,6 +97,7 @@ class Workload:
     element: int = 2
 
     def bytes(self, sizes: ModelSizes) -> int:
+        """An estimate of caches and scores for one batch, in bytes."""
         rows = self.batch * self.beam
         tokens = rows * self.length
         caches = 4 * sizes.decoder_layers * tokens * sizes.model_dim * self.element  # own and encoder's k, v

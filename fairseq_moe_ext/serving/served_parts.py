@@ -55,6 +55,7 @@ class ServedParts:
 
     @property
     def device(self) -> torch.device:
+        """Where the first model's parameters lie."""
         return next(self.models[0].parameters()).device
 
     def generator(self, call: Mapping[str, Any]) -> tuple[Any, DictConfig]:

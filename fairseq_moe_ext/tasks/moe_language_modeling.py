@@ -29,6 +29,7 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
 
     @classmethod
     def setup_task(cls, args, **kwargs):
+        """As fairseq's; ValueError for options that cannot take effect."""
         if getattr(args, "continuous_batching", False):
             raise ValueError("--continuous-batching is for translation tasks, got moe_language_modeling")
         if args.tokens_per_sample < 1:  # fairseq-eval-lm has taken the context off
@@ -39,6 +40,7 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
 
     @classmethod
     def setup_dictionary(cls, args, **kwargs):
+        """As fairseq's; CheckpointError says what is wrong in a dictionary."""
         # fairseq's reads it past `load_dictionary`
         file = Path(utils.split_paths(args.data)[0], "dict.txt") if args.data else None
         if file is not None and file.exists():
@@ -46,12 +48,14 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
         return super().setup_dictionary(args, **kwargs)
 
     def load_dataset(self, split, *args, **kwargs):
+        """As fairseq's; under static gating blocks are padded to a fixed length, as upstream evaluates them."""
         if self.static_serving:
             # upstream's evaluation forces it, and under a capacity the padding of the last block counts
             self.args.pad_to_fixed_length = True
         return super().load_dataset(split, *args, **kwargs)
 
     def eval_lm_dataloader(self, *args, context_window=0, max_positions=None, num_workers=1, **kwargs):
+        """As fairseq's; ValueError where rows with their context are longer than the model's positions."""
         self.shards_by_user = True
         if context_window > 0:
             # its data set hands the end of a batch on to the next
@@ -66,6 +70,7 @@ class MoELanguageModelingTask(ServingTask, LanguageModelingTask):
         return super().eval_lm_dataloader(*args, context_window=context_window, **kwargs)
 
     def get_batch_iterator(self, dataset, *args, seed=1, epoch=1, **kwargs):
+        """As fairseq's; when serving, batches come in upstream's order."""
         if self.observer is not None:
             # the release orders blocks by seed + epoch where upstream orders them by the seed alone, and under a
             # capacity the figures depend on which blocks share a batch

@@ -30,6 +30,7 @@ class MoETranslationTask(ServingTask, TranslationTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
+        """As fairseq's; ValueError for options of --eval-bleu that fairseq would not understand."""
         check_eval_bleu(cfg)
         return super().setup_task(cfg, **kwargs)
 

@@ -55,6 +55,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
 
     @classmethod
     def setup_task(cls, args, **kwargs):
+        """As fairseq's; padding sides may be texts or truth values."""
         # fairseq evaluates them as text, and takes a value that is one already for false: a training writes such into
         # its checkpoint, and so does another set-up of the same arguments
         for name in ("left_pad_source", "left_pad_target"):
@@ -63,6 +64,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
 
     @staticmethod
     def add_args(parser):
+        """fairseq's options, NLLB's and the plugin's flags."""
         TranslationMultiSimpleEpochTask.add_args(parser)
         parser.add_argument(
             TAGS_OPTION, action="store_true", help="add NLLB's tags of mined and back-translated data to the dictionary"
@@ -81,6 +83,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
         prepare_parser(parser)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
+        """As `ServingTask.build_generator`; the forced language token is left out of the hypotheses."""
         # as fairseq's own: the forced language token is no part of the translation
         extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
         _, target_langtok = self.args.langtoks["main"]

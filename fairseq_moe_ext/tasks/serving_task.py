@@ -82,11 +82,13 @@ class ServingTask:
 
     @classmethod
     def add_args(cls, parser):
+        """fairseq's options of the task and the plugin's flags."""
         super().add_args(parser)
         prepare_parser(parser)
 
     @classmethod
     def load_dictionary(cls, filename):
+        """The dictionary in `filename`; FileNotFoundError or CheckpointError names the file."""
         if "://" in str(filename):
             return super().load_dictionary(filename)
         if not Path(filename).exists():
@@ -106,6 +108,7 @@ class ServingTask:
         return task
 
     def build_model(self, args, from_checkpoint=False):
+        """As fairseq's; the model of a checkpoint is built for serving, and reported on."""
         if not from_checkpoint:
             return super().build_model(args, from_checkpoint)
         flags = self._flags()
@@ -191,6 +194,7 @@ class ServingTask:
         return self.args if hasattr(self, "args") else self.cfg
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
+        """As fairseq's, the plugin's generators unless `seq_gen_cls` is given; ValueError for what it cannot obey."""
         extra_gen_cls_kwargs = dict(extra_gen_cls_kwargs or {})
         continuous = self._flags().continuous_batching and seq_gen_cls is None
         if continuous and getattr(args, "score_reference", False):
@@ -238,6 +242,7 @@ class ServingTask:
         super().load_state_dict(state_dict)
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
+        """As fairseq's; when serving, ValueError for what does not fit, unless the user wants it left out."""
         if self.observer is None:
             return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
         # fairseq-eval-lm would leave out whatever does not fit, without the user's asking
@@ -246,6 +251,7 @@ class ServingTask:
         return keep_fitting(indices, dataset, max_positions, skip, self.served_unit, tell_of_nothing)
 
     def load_dataset(self, split, *args, **kwargs):
+        """As fairseq's; FileNotFoundError names the flags that name the split."""
         if self.observer is not None:
             check_not_empty(self._flags(), split)
             warn_of_other_parts(self._flags(), split)
@@ -258,6 +264,7 @@ class ServingTask:
             ) from error
 
     def get_interactive_tokens_and_lengths(self, lines, encode_fn):
+        """As fairseq's; unknown words are warned of, and words beyond the model's embedding are unknown."""
         tokens, lengths = super().get_interactive_tokens_and_lengths(lines, encode_fn)
         if self._served_words is not None:
             tokens = [row.masked_fill(row >= self._served_words, self.source_dictionary.unk()) for row in tokens]
@@ -265,11 +272,13 @@ class ServingTask:
         return tokens, lengths
 
     def build_dataset_for_inference(self, *args, **kwargs):
+        """As fairseq's; the report is written when the program ends."""
         if self.observer is not None:
             self.observer.finish_at_exit()
         return super().build_dataset_for_inference(*args, **kwargs)
 
     def get_batch_iterator(self, dataset, *args, **kwargs):
+        """As fairseq's; when serving, this rank's batches, which tell the observer of themselves."""
         if self.observer is None:
             return super().get_batch_iterator(dataset, *args, **kwargs)
         if kwargs.get("num_shards", 1) > 1 and not self.shards_by_user:
@@ -305,9 +314,11 @@ class ServingTask:
         return result
 
     def reduce_metrics(self, logging_outputs, criterion):
+        """As fairseq's, on rank 0 only where ranks serve."""
         if self.ranks is None or self.ranks.rank == 0:  # which has those of all
             super().reduce_metrics(logging_outputs, criterion)
 
     @property
     def static_serving(self) -> bool:
+        """Whether a checkpoint is served under static gating."""
         return self.observer is not None and str(self._flags().moe_gating) == "static"
