@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import signal
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,23 @@ def shared_goldens() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no recordings at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_goldens(tmp_path_factory) -> Path:
+    """The tiny models of tests/goldens, which every clone has, unpacked: each a folder as in `shared_goldens`."""
+    folder = tmp_path_factory.mktemp("goldens")
+    for file in sorted((Path(__file__).parent / "goldens").glob("tiny_*.tar.xz")):
+        with tarfile.open(file) as archive:
+            archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_folder(request) -> Callable[[str], Path]:
+    """A model's name -> its folder, of `tiny_goldens` or of `shared_goldens`; skips where those are missing."""
+
+    def find(model: str) -> Path:
+        return request.getfixturevalue("tiny_goldens" if model.startswith("tiny_") else "shared_goldens") / model
+
+    return find

@@ -1,4 +1,4 @@
-"""Upstream's own layers, as recorded: the small recordings of tests/goldens, and all of ../shared/goldens if there.
+"""Upstream's own layers, as recorded: the recordings of tests/goldens, and all of ../shared/goldens if there.
 
 Experts and slots must be the recorded ones exactly. A gate with the identity for its matrix is fed the recorded
 logits, so that no rounding of the gate's product stands between.
@@ -152,6 +152,10 @@ def test_outputs_as_upstream_recorded_them(name):
 # folder, recording, fraction, rules; every recording that holds layers
 LM, MT = Rules(), Rules(masks_padding=True, activation=F.relu)
 RECORDINGS = [
+    ("tiny_lm_top1", "eval_b8_cap0.1", 0.1, Rules(top1=True)),
+    ("tiny_lm_top2", "eval_b8_cap0.25", 0.25, LM),
+    ("tiny_mt", "tf_en-de_cap0.2_b8_padmask", 0.2, Rules(**{**MT.__dict__, "normalize_before": True})),
+    ("tiny_nllb", "tf_en-de_cap0.2_b8_padmask", 0.2, Rules(**{**MT.__dict__, "output_masking": 0.2})),
     ("lm_top1", "eval_b8_cap-1.0", -1.0, Rules(top1=True)),
     ("lm_top1", "eval_b8_cap0.05", 0.05, Rules(top1=True)),
     ("lm_top2", "eval_b8_cap-1.0", -1.0, LM),
@@ -171,13 +175,13 @@ every_recording = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def read_model(shared_goldens):
+def read_model(golden_folder):
     """Folder -> the model's state, read once."""
     states = {}
 
     def read(folder):
         if folder not in states:
-            states[folder] = read_checkpoint(str(shared_goldens / folder / "checkpoint_last.pt"))["model"]
+            states[folder] = read_checkpoint(str(golden_folder(folder) / "checkpoint_last.pt"))["model"]
         return states[folder]
 
     return read
@@ -208,9 +212,9 @@ def build(rules, model, module, gating, fraction):
 
 
 @every_recording
-def test_static_gating_is_upstreams(folder, recording, fraction, rules, shared_goldens, read_model):
-    layers = recorded_layers(shared_goldens / folder / "golden" / f"{recording}.npz")
-    assert len(layers) == 2
+def test_static_gating_is_upstreams(folder, recording, fraction, rules, golden_folder, read_model):
+    layers = recorded_layers(golden_folder(folder) / "golden" / f"{recording}.npz")
+    assert len(layers) == (1 if folder.startswith("tiny_lm") else 2)
     outputs_checked = 0
     for module, golden in layers.items():
         logits, mask, capacity = golden["gate_logits"], golden.get("mask"), golden["cw_shape"][2].item()
@@ -242,8 +246,8 @@ def test_static_gating_is_upstreams(folder, recording, fraction, rules, shared_g
     [(folder, name, rules) for folder, name, fraction, rules in RECORDINGS if fraction == 1.0],
     ids=[f"{folder} {name}" for folder, name, fraction, _ in RECORDINGS if fraction == 1.0],
 )
-def test_dynamic_gating_is_upstreams_at_fraction_one(folder, recording, rules, shared_goldens, read_model):
-    for module, golden in recorded_layers(shared_goldens / folder / "golden" / f"{recording}.npz").items():
+def test_dynamic_gating_is_upstreams_at_fraction_one(folder, recording, rules, golden_folder, read_model):
+    for module, golden in recorded_layers(golden_folder(folder) / "golden" / f"{recording}.npz").items():
         layer, calls = build(rules, read_model(folder), module, "dynamic", 0.01), []
         layer.prepare_for_serving(seed=1, observer=calls.append)
         x, mask = golden["in"], golden["mask"].view(golden["in"].shape[:2])
@@ -253,14 +257,15 @@ def test_dynamic_gating_is_upstreams_at_fraction_one(folder, recording, rules, s
         assert calls[0].load == torch.bincount(golden["cw_idx"][:, 1], minlength=8).tolist()
 
 
-def test_every_recorded_layer_is_tested(shared_goldens):
+@pytest.mark.parametrize("tiny", [True, False])
+def test_every_recorded_layer_is_tested(tiny, request):
     """No recording of layers beside those listed."""
     found = set()
-    for path in sorted(shared_goldens.glob("*/golden/*.npz")):
+    for path in sorted(request.getfixturevalue("tiny_goldens" if tiny else "shared_goldens").glob("*/golden/*.npz")):
         with np.load(path) as file:
             if any(name.startswith("moe/") for name in file.files):
                 found.add((path.parents[1].name, path.stem))
-    assert found == {(folder, name) for folder, name, *_ in RECORDINGS}
+    assert found == {(folder, name) for folder, name, *_ in RECORDINGS if folder.startswith("tiny_") == tiny}
 
 
 def test_the_small_recordings_are_copies(shared_goldens, tmp_path):
