@@ -46,12 +46,12 @@ def test_a_buffer_changes_no_line(shared_goldens, tmp_path, command, buffer):
     pytest.param(("--expert-buffer-size", "2", "--expert-store", "disk", "--expert-store-dir", __file__ + "/x"),
                  "the expert store cannot be written", marks=pytest.mark.slow),
 ])
-def test_errors_a_user_sees(shared_goldens, flags, words):
+def test_wrong_buffer_flags_end_the_command_in_one_sentence(shared_goldens, flags, words):
     done = run(shared_goldens, "eval-lm", *flags, check=False)
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1]
 
 
-def test_interactive(shared_goldens):
+def test_interactive_with_a_buffer_prints_the_resident_results(shared_goldens):
     golden = shared_goldens / "mt_plain"
     arguments = [part for part in commands.MT if part not in ("--gen-subset", "test", "--scoring", "sacrebleu")]
     arguments += ["--path", golden / "checkpoint_last.pt", "-s", "en", "-t", "de", "--buffer-size", 1]

@@ -21,7 +21,7 @@ TOKENS = ("--add-data-source-prefix-tags", "--finetune-dict-specs", "{'mono_dae'
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_published_command(tmp_path, ranks):
+def test_nllbs_published_command_runs(tmp_path, ranks):
     folder = option_runs.make_models(tmp_path)[MULTI]
     untrained_checkpoint(folder / "X.pt", folder / "data", *option_runs.TRAINING[MULTI], *TOKENS)
     done = commands.run(

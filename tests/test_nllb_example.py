@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_run_sh(tmp_path):
+def test_examples_nllb_run_sh_converts_translates_and_reuses_what_is_done(tmp_path):
     environment = {**os.environ, "WORK": str(tmp_path), "PYTHON_BIN": str(Path(sys.executable).parent)}
     command = ["bash", str(ROOT / "examples" / "nllb" / "run.sh")]
     for _ in range(2):  # finished parts are reused

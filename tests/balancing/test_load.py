@@ -68,7 +68,7 @@ def test_max_load_and_avg_max_load():
         assert (found.max_load, found.avg_max_load) == pytest.approx(naive_max_loads(loads, layer, 3))
 
 
-def test_without_load():
+def test_metrics_of_a_trace_without_tokens():
     nothing = np.zeros((3, 4), dtype=np.int64)
     assert shares(nothing).shape == (0, 4)
     found = balance(rank_shares(nothing, ((0,), (0,), (1,), (1,)), 2))

@@ -256,7 +256,7 @@ def test_copies_go_where_they_lower_the_largest_load_per_copy():
     ({"world_size": 2, "experts_per_rank": 2}, "experts per rank must be at least 3 for 5 experts.*2 ranks, got 2"),
     ({"world_size": 2, "replicas": 4, "experts_per_rank": 4}, "experts per rank must be at least 5.*got 4"),
 ])
-def test_what_cannot_be_is_refused(demand, message):
+def test_impossible_demands_are_refused(demand, message):
     with pytest.raises(ValueError, match=message):
         solve(HOT, Demand(**demand))
 
@@ -279,7 +279,7 @@ def test_local_search_comes_within_5_percent_of_the_bound_on_a_recorded_trace():
 
 
 @pytest.mark.slow
-def test_at_scale():
+def test_solvers_on_512_experts_and_64_ranks_keep_their_time():
     """E = 512, R = 64, 1,000 batches: greedy's two within 5 seconds each, exact ends at its limit with its bound."""
     loads = np.random.default_rng(0).gamma(0.5, size=(1000, 512))
     rules = rules_for(np.ones(512, dtype=np.int64), 64)

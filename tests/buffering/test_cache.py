@@ -106,7 +106,7 @@ def test_a_share_of_the_experts(tmp_path, prefetched):
             (torch.float16, torch.bfloat16, torch.float64)]
 )
 @pytest.mark.parametrize("started", [True, False])
-def test_a_models_way_through_dtypes(tmp_path, store, way, started):
+def test_outputs_are_the_resident_ones_after_changes_of_dtype(tmp_path, store, way, started):
     """The weights come in float32 into a model of the way's first dtype, which then goes on."""
     source = resident_experts(5)
     resident = ResidentExperts(5, 6, 5, torch.tanh).to(way[0]).eval()

@@ -54,7 +54,7 @@ def choose(policy, candidates, history, now):
 @pytest.mark.parametrize(("policy", "order"), PAIRS)
 @examples(150)
 @given(BATCHES, st.integers(1, EXPERTS), st.integers(0, EXPERTS))
-def test_every_turn_is_the_twins(policy, order, batches, size, started):
+def test_every_access_is_the_naive_twins(policy, order, batches, size, started):
     initial = list(range(min(size, started)))
     buffer = Buffer(size, policy, order, initial)
     turns = [(access.expert, access.hit, access.evicted) for batch in batches for access in buffer.run(batch)]

@@ -67,7 +67,7 @@ def test_hits_and_outputs_are_those_of_a_model_that_stays(tmp_path, store, move,
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("prefetched", [True, False])
-def test_a_way_over_a_device_without_memory(tmp_path, store, prefetched):
+def test_outputs_are_the_resident_ones_after_the_meta_device(tmp_path, store, prefetched):
     resident = resident_experts(6)
     buffered = buffered_twin(resident, 2, store, tmp_path)
     if prefetched:

@@ -45,7 +45,7 @@ def test_calls_are_put_in_the_order_they_were_made():
     assert hottest_experts(layers["e"]) == [0, 2, 1]
 
 
-def test_by_hand():
+def test_simulate_by_hand():
     """Layer d, one place, expert 0 resident: all its turns miss but the last batch's expert 2."""
     layer = next(layer for layer in layers_of(TRACE) if layer.name == "d")
     first = simulate(layer, 1, "resident-first", "lru")

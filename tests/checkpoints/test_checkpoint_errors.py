@@ -27,7 +27,7 @@ def refused(path, *words: str) -> str:
     return message
 
 
-def test_nothing_at_all(tmp_path):
+def test_a_path_without_any_file_names_what_was_looked_for(tmp_path):
     refused(tmp_path / "X.pt", "--path", "neither", "X.pt", "X-shared.pt", "X-rank-0.pt")
     refused(tmp_path / "missing" / "X.pt", "missing", "neither")
     refused(tmp_path / "X.bin", "--path", "X.bin", "no such file")

@@ -103,13 +103,13 @@ def run_damaged(pristine, number: int, seed: int) -> Outcomes:
     return outcomes
 
 
-def test_damage(pristine):
+def test_random_damage_is_a_named_error_or_harmless(pristine):
     outcomes = run_damaged(pristine, 300, seed=1)
     assert sum(outcomes.values()) == 300 and outcomes["named error"] > 180
 
 
 @pytest.mark.slow
-def test_much_damage(pristine):
+def test_random_damage_6000_times(pristine):
     outcomes = run_damaged(pristine, 6000, seed=2)
     assert sum(outcomes.values()) == 6000 and outcomes["named error"] > 3600
     print(dict(outcomes))

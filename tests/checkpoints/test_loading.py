@@ -92,7 +92,7 @@ def test_a_bar_appears_where_it_takes_long(lm, tmp_path, monkeypatch, capfd, pat
     assert "loading" not in output.out
 
 
-def test_a_loading_of_nothing():
+def test_loading_reports_zeros_where_nothing_was_read():
     assert Loading("X.pt").as_dict() == {"seconds": 0.0, "bytes": 0, "seconds_per_gb": 0.0}
 
 

@@ -72,7 +72,7 @@ COMBINED = {
 @pytest.mark.parametrize("model_kind", ["lm", "mt"])
 @pytest.mark.parametrize("kind", ["plain", "smoothed"])
 @pytest.mark.parametrize(("combine", "transform"), COMBINED)
-def test_loss(model_kind, kind, combine, transform):
+def test_loss_is_inner_loss_plus_weighted_gate_loss(model_kind, kind, combine, transform):
     model, sample = model_and_sample(model_kind, moe_gating_use_fp32=True)
     inner, size, _ = inner_criterion(kind)(model, sample)
     loss, sample_size, logged = criterion(kind, combine=combine, transform=transform)(model, sample)

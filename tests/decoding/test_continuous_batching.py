@@ -163,7 +163,7 @@ def test_finished_sentences_leave_fairseqs_batch_at_once(beam):
     assert len(set(rows)) > 2
 
 
-def test_what_goes_not_with_it():
+def test_options_that_continuous_batching_refuses():
     served = model()
     check_options(Namespace(sampling=False, diverse_beam_groups=-1, constraints=None), [served])
     for name, value in (("sampling", True), ("diverse_beam_groups", 2), ("no_repeat_ngram_size", 3)):
@@ -197,7 +197,7 @@ def test_flags_that_go_with_it():
         check_flags(parsed("moe_translation", "--continuous-batching", *flags))
 
 
-def test_a_language_models_task(shared_goldens):
+def test_continuous_batching_is_refused_by_the_language_model_task(shared_goldens):
     golden = shared_goldens / "lm_top2"
     with pytest.raises(ValueError, match="--continuous-batching is for translation tasks, got moe_language_modeling"):
         path = ("--path", golden / "checkpoint_last.pt")
@@ -227,7 +227,7 @@ def test_the_same_lines_in_fewer_steps(shared_goldens, tmp_path, name, flags):
 
 
 @pytest.mark.slow
-def test_the_command(shared_goldens):
+def test_generate_with_continuous_batching_prints_upstreams_translations(shared_goldens):
     folder = shared_goldens / "mt_plain"
     flags = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", *commands.MT, "--batch-size", "8")
     done = commands.run("generate", *flags, "--continuous-batching")
@@ -241,7 +241,7 @@ def test_the_command(shared_goldens):
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["numbered", "without numbers"])
-def test_an_answer_is_the_asked_batchs_not_the_next_ones(ids):
+def test_each_batch_gets_its_own_hypotheses_in_any_order_of_calls(ids):
     """Batches that were looked at are asked for in another order, and one is never asked for."""
     requests, served, options = batches(), model(), {"beam_size": 3, "max_len_b": 8}
     for number, request in enumerate(requests if ids else ()):

@@ -57,7 +57,7 @@ def run(layer, x, mask):
 
 @pytest.mark.parametrize("path", BOTH, ids="-".join)
 @pytest.mark.parametrize("name", CASES)
-def test_the_layer_is_the_naive_twins(name, path):
+def test_kernels_give_the_naive_twins_layer_output(name, path):
     case = CASES[name]
     layer, calls = on(case.layer(), *path)
     x, mask = case.batch()
@@ -74,7 +74,7 @@ def test_the_layer_is_the_naive_twins(name, path):
 
 @pytest.mark.parametrize("path", BOTH, ids="-".join)
 @pytest.mark.parametrize("activation", [F.gelu, torch.tanh], ids=["gelu", "tanh"])
-def test_other_activations(activation, path):
+def test_kernels_compute_every_activation(activation, path):
     """gelu runs inside Triton's first product, tanh between the two."""
     case = SMALL.with_(padding="right", skew=1.0)
     plain, _ = on(case.layer(activation=activation), "loop", "cpu")
@@ -84,7 +84,7 @@ def test_other_activations(activation, path):
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dims", [(33, 17), (6, 5), (50, 130)])
-def test_odd_dims(dims, device):
+def test_triton_takes_odd_dims(dims, device):
     case = SMALL.with_(model_dim=dims[0], hidden_dim=dims[1], skew=1.0)
     plain, _ = on(case.layer(), "loop", "cpu")
     layer, _ = on(case.layer(), "triton", device)
@@ -92,7 +92,7 @@ def test_odd_dims(dims, device):
 
 
 @pytest.mark.parametrize("path", BOTH, ids="-".join)
-def test_output_masking(path):
+def test_kernels_under_output_masking(path):
     case = SMALL.with_(padding="left")
     plain, _ = on(case.layer(output_masking=0.2), "loop", "cpu")
     layer, _ = on(case.layer(output_masking=0.2), *path)
@@ -101,7 +101,7 @@ def test_output_masking(path):
 
 @pytest.mark.parametrize("path", BOTH, ids="-".join)
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-def test_under_a_capacity(overflow, path):
+def test_kernels_under_a_capacity(overflow, path):
     case = SMALL.with_(padding="right", skew=4.0)
     plain, calls = on(case.layer(), "loop", "cpu")
     layer, others = on(case.layer(), *path)
@@ -222,7 +222,7 @@ def pytorchs(experts, tokens, routing, weights):
 
 
 @pytest.mark.grouped_mm
-def test_a_nan_stays_one():
+def test_kernels_keep_nan_in_its_tokens_alone():
     """An expert that breaks must be seen, and must not touch the tokens of others."""
     for path in BOTH[:2]:
         kernel, device = path.values[0] if hasattr(path, "values") else path
@@ -331,7 +331,7 @@ def test_the_kernel_is_chosen_by_what_the_device_can_do(hardware, dtype, dims, k
 
 
 @pytest.mark.grouped_mm
-def test_where_the_loop_runs_whatever_is_there():
+def test_choose_kernel_takes_the_loop_where_another_cannot_run():
     case = SMALL
     layer, x = case.layer(), case.batch()[0].flatten(0, 1)
     assert layer.experts.kernel_for(x.device, x.dtype) == "loop"
@@ -361,7 +361,7 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
         layer(SMALL.batch()[0])
 
 
-def test_the_plan_is_the_loops():
+def test_plan_on_the_device_sorts_assignments_by_expert():
     """Assignments in expert order, those that are not kept last; offsets that say where each expert begins."""
     case = SMALL.with_(padding="scattered", skew=3.0)
     layer = case.layer()

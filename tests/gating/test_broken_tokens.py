@@ -16,7 +16,7 @@ TOKEN = 0  # of the first row: what is not kept points at the first slot
 @pytest.mark.parametrize("value", BROKEN, ids=str)
 @pytest.mark.parametrize("num_choices", [1, 2])
 @pytest.mark.parametrize("how", ["loop", "grouped-mm", "static"])
-def test_other_tokens_are_as_without_it(how, num_choices, value):
+def test_a_nan_token_changes_no_other_token(how, num_choices, value):
     case = CASE.with_(num_choices=num_choices)
     static = {"sparse": True, "capacity_fraction": 1.0, "count_padding": False}
     layer = case.layer("static", **static) if how == "static" else case.layer()
@@ -32,7 +32,7 @@ def test_other_tokens_are_as_without_it(how, num_choices, value):
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_it_takes_nobodys_place_under_a_capacity(overflow):
+def test_a_nan_token_takes_no_slot_under_a_capacity(overflow):
     """Of four tokens on one expert with room for two, the best two that are numbers stay."""
     probabilities = torch.tensor([[0.6, 0.4], [0.9, 0.1], [float("nan")] * 2, [0.8, 0.2]])
     kept = torch.ones(4, 1, dtype=torch.bool)

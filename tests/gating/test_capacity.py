@@ -187,7 +187,7 @@ def limited(routing, weights, rules, ranks_of_experts, ranks_of_tokens, num_rank
 
 @given(cases())
 @examples(400)
-def test_every_rule_is_the_twins(case):
+def test_limited_routing_is_the_naive_twins_under_every_rule(case):
     found = limited(*case)
     routing, weights, rules, ranks_of_experts, ranks_of_tokens, num_ranks, preferred = case
     twin = Twin(routing, weights, rules, ranks_of_experts, ranks_of_tokens, num_ranks, preferred)
@@ -207,7 +207,7 @@ def test_every_rule_is_the_twins(case):
 
 @given(cases(metrics=DROP_METRICS))
 @examples(200)
-def test_what_holds_of_every_rule(case):
+def test_limited_routing_keeps_the_invariants_of_every_rule(case):
     found = limited(*case)
     routing, weights, rules, ranks_of_experts, ranks_of_tokens, num_ranks, _ = case
     twin = Twin(routing, weights, rules, ranks_of_experts, ranks_of_tokens, num_ranks)
@@ -276,7 +276,7 @@ def test_random_follows_the_seed():
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_no_tokens(overflow):
+def test_capacity_of_no_tokens(overflow):
     routing, weights = make_routing(0, 4, 2)
     found = limited(routing, weights, Rules(1.0, overflow), [0, 0, 1, 1], [], 2)
     assert found.routing.expert_ids.shape == (0, 2) and found.weights.shape == (0, 2) and found.overflowing == 0

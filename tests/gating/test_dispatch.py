@@ -42,7 +42,7 @@ def test_top1_by_hand():
     assert plan.offsets.on_device.tolist() == [0, 2, 3, 3] and plan.row_ids.tolist() == [[2], [0], [-1], [1]]
 
 
-def test_nothing_is_kept():
+def test_a_plan_without_kept_assignments_combines_to_zero():
     plan = plan_of(make_routing([[1, 0], [0, 2]], [[False, False], [False, False]]))
     assert plan.load == [0, 0, 0]
     rows = torch.full((4, 5), float("nan"))  # whatever lies there

@@ -14,7 +14,7 @@ from fairseq_moe_ext.gating.slots import dispatcher_for
 
 @pytest.mark.parametrize("num_choices", [1, 2])
 @pytest.mark.parametrize("use_fp32", [True, False])
-def test_dynamic_rows_do_not_know_each_other(num_choices, use_fp32):
+def test_dynamic_rows_do_not_depend_on_their_batch(num_choices, use_fp32):
     """A row alone, among others, and among others in another order."""
     case = Case(rows=8, positions=16, num_experts=7, num_choices=num_choices, skew=1.0, use_fp32=use_fp32)
     layer = case.layer("dynamic")
@@ -27,7 +27,7 @@ def test_dynamic_rows_do_not_know_each_other(num_choices, use_fp32):
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
-def test_dynamic_tokens_do_not_know_the_future(num_choices):
+def test_dynamic_tokens_do_not_depend_on_later_ones(num_choices):
     case = Case(rows=4, positions=16, num_choices=num_choices, skew=1.0)
     layer = case.layer("dynamic")
     x, _ = case.batch()

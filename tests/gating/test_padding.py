@@ -58,7 +58,7 @@ QUICK = {"left": (1, False), "scattered": (2, False), "one row": (2, True), "all
     quick_or_slow(kernel, padding, *choices) for kernel in ("loop", "grouped-mm", "triton") for padding in QUICK
     for choices in ((1, False), (2, False), (2, True))
 ])
-def test_dynamic_gating(kernel, padding, num_choices, normalize):
+def test_padding_is_zero_under_dynamic_gating(kernel, padding, num_choices, normalize):
     case = CASE.with_(padding=padding, num_choices=num_choices, normalize_before_dropping=normalize)
     layer = case.layer()
     layer.experts.use_kernel(kernel)
@@ -79,7 +79,7 @@ def test_random_policies_and_activations_of_their_own(kernel, policy, activation
     (torch.float16, "loop"), (torch.bfloat16, "loop"), (torch.float64, "loop"),
     (torch.float16, "grouped-mm"), (torch.bfloat16, "grouped-mm"),
 ], ids=str)
-def test_dtypes(dtype, kernel):
+def test_padding_is_zero_in_every_dtype(dtype, kernel):
     case = CASE.with_(padding="scattered", dtype=dtype)
     layer = case.layer()
     layer.experts.use_kernel(kernel)
@@ -89,7 +89,7 @@ def test_dtypes(dtype, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("overflow", ["drop", "reroute", "expand"])
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_under_a_capacity(kernel, overflow, renormalize):
+def test_padding_is_zero_under_a_capacity(kernel, overflow, renormalize):
     case = CASE.with_(padding="scattered", skew=4.0)
     layer = case.layer()
     layer.experts.use_kernel(kernel)
@@ -101,13 +101,13 @@ def test_under_a_capacity(kernel, overflow, renormalize):
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("prioritized", [True, False])
 @pytest.mark.parametrize("padding", ["left", "one row", "all"])
-def test_static_gating(sparse, prioritized, padding):
+def test_padding_is_zero_under_static_gating(sparse, prioritized, padding):
     case = CASE.with_(padding=padding)
     static = {"capacity_fraction": 0.3, "count_padding": False, "sparse": sparse, "batch_prioritized": prioritized}
     assert_padding_is_zero(case.layer("static", **static), case)
 
 
-def test_a_cmr_gates_share():
+def test_cmr_gate_gives_padding_a_share_of_zero():
     x, mask = CASE.with_(padding="left").batch()
     gate = CMRGate(CASE.model_dim)
     with torch.no_grad():

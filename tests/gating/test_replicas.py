@@ -29,7 +29,7 @@ def placements(draw):
     return draw(st.lists(ranks, min_size=1, max_size=8)), world_size
 
 
-def test_by_hand():
+def test_choose_by_hand():
     replicas = Replicas(REPLICAS, rank=0, world_size=3)
     assert replicas.local == [(0, 2), (0, 3), (0, 1, 2)]
     assert (replicas.per_rank, replicas.num_replicas, replicas.num_experts) == ([2, 2, 3], 7, 4)
@@ -46,7 +46,7 @@ def test_ranks_begin_with_different_copies():
     assert sorted(begun) == [0, 1, 2]
 
 
-def test_padding_takes_no_turn():
+def test_padding_does_not_alternate_between_replicas():
     """Else, every second token being padding, all assignments would go to the same one of two replicas."""
     kept = torch.tensor([[True], [False]] * 4)
     routing = Routing(torch.zeros(8, 1, dtype=torch.int64), kept, kept.float(), torch.ones(8, 1))
@@ -59,7 +59,7 @@ def test_padding_takes_no_turn():
     ("placement", "world_size"),
     [(contiguous(5, 3), 3), (contiguous(4, 1), 1), (PERMUTED, 3), (UNEVEN, 4), (REPLICAS, 3), ([[1]], 2)],
 )
-def test_held(placement, world_size):
+def test_local_replicas_are_the_placements(placement, world_size):
     for rank in range(world_size):
         replicas = Replicas(placement, rank, world_size)
         assert replicas.local == [experts_of_rank(placement, each) for each in range(world_size)]

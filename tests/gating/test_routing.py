@@ -174,7 +174,7 @@ def test_random_gives_a_lone_first_choice_the_whole_weight():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_division_by_nothing(dtype):
+def test_normalising_vanishing_weights_divides_by_the_dtypes_eps(dtype):
     """The sum of two vanishing weights is held above the dtype's eps."""
     gate = gate_for_logits(3, dtype=dtype)
     routing = gate(torch.zeros(1, 3, dtype=dtype))

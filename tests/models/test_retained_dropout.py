@@ -47,7 +47,7 @@ def only_the_experts(kind: str, **fields) -> dict:
 @pytest.mark.parametrize("field", ["activation_dropout", "relu_dropout"])
 @pytest.mark.parametrize("gating", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_it_reaches_the_experts(kind, gating, field):
+def test_retained_dropout_reaches_the_experts(kind, gating, field):
     fields = only_the_experts(kind, moe_gating=gating, **{field: 0.4})
     assert is_random(served(kind, **fields))
     assert not is_random(served(kind, retain=False, **fields))

@@ -207,13 +207,13 @@ class TestRefusedOnTheWayIn:
             *(("mlp_type", "swiglu"), ("clip_qkv", 8.0), ("final_logit_softcapping", 30.0), ("rms_eps", 1e-6)),
         ],
     )
-    def test_by_name_before_a_weight_is_read(self, field, value):
+    def test_refused_fields_are_named_before_a_weight_is_read(self, field, value):
         with pytest.raises(CheckpointError, match=rf"^config\.json: {field} ") as caught:
             NllbConfig.from_hf({**NLLB_54B, field: value}, "config.json")
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("field", ["d_model", "decoder_ffn_dim", "vocab_size"])
-    def test_sizes_must_be_there(self, field):
+    def test_missing_sizes_are_named(self, field):
         with pytest.raises(CheckpointError, match=f"^config.json: {field} must be there"):
             NllbConfig.from_hf({name: value for name, value in NLLB_54B.items() if name != field}, "config.json")
 
@@ -260,7 +260,7 @@ class TestRefusedOnTheWayOut:
             *(("moe_of_tomorrow", 3), ("moe_eval_capacity_token_fraction", float("nan"))),
         ],
     )
-    def test_by_name(self, field, value):
+    def test_refused_fields_are_named(self, field, value):
         config = NllbConfig.from_hf(NLLB_54B, "")
         args = config.to_fairseq()
         setattr(args, field, value)

@@ -86,7 +86,7 @@ class TestTensors:
         state = read_checkpoint(str(tmp_path / "x.pt"))["model"]
         assert state["encoder.embed_tokens.weight"].place == state["decoder.output_projection.weight"].place
 
-    def test_dtype(self, made, tmp_path):
+    def test_converted_weights_have_the_dtype_asked_for(self, made, tmp_path):
         ours = converted(made[0], tmp_path / "x.pt", dtype=torch.float16)
         theirs = made[1]["model.encoder.layers.1.ffn.experts.expert_5.fc1.weight"]
         assert torch.equal(ours["encoder.layers.1.moe_layer.experts.5.fc1.weight"], theirs.half())
@@ -234,7 +234,7 @@ class TestFaults:
         index.write_text(json.dumps(content))
         self.fails(copy, tmp_path, f"1 tensors are missing, the first is {name}")
 
-    def test_unknown_tensor(self, copy, tmp_path):
+    def test_an_unknown_tensor_is_named(self, copy, tmp_path):
         shard = copy / "model-00001-of-00003.safetensors"
         save_file({**load_file(shard), "model.extra": torch.ones(1)}, shard)
         index = copy / "model.safetensors.index.json"
@@ -243,7 +243,7 @@ class TestFaults:
         index.write_text(json.dumps(content))
         self.fails(copy, tmp_path, "1 tensors are not NLLB's, the first is model.extra")
 
-    def test_other_shape(self, copy, tmp_path):
+    def test_a_tensor_of_another_shape_is_named(self, copy, tmp_path):
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, "decoder_ffn_dim": 25}))
         self.fails(copy, tmp_path, r"fc1.weight must be \(25, 16\) by config.json, got \(24, 16\)")
@@ -262,7 +262,7 @@ class TestFaults:
         "change, match",
         [({"model_type": "t5"}, "model_type"), ({"router_bias": True}, "router_bias"), ({"d_model": 0}, "d_model")],
     )
-    def test_another_configuration(self, copy, tmp_path, change, match):
+    def test_another_kind_of_model_is_refused(self, copy, tmp_path, change, match):
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, **change}))
         self.fails(copy, tmp_path, match)
@@ -279,7 +279,7 @@ class TestFaults:
         file = hf_makers.write_dictionary(tmp_path / "dict.txt", change(hf_makers.pieces_of(made[0])))
         self.fails(made[0], tmp_path, match, str(file))
 
-    def test_no_space(self, tmp_path):
+    def test_a_disk_without_room_is_told_before_anything_is_written(self, tmp_path):
         """A model that is larger than the disk; its file is a hole."""
         rows = shutil.disk_usage(tmp_path).free // (4 * 16)
         config = {**hf_makers.DENSE, "encoder_layers": 1, "encoder_ffn_dim": rows, "vocab_size": 67}

@@ -52,7 +52,7 @@ def test_the_result_is_one_ranks(group, gating, num_choices, where):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gating", ["dynamic", "static"])
-def test_every_dtype(group, gating, dtype):
+def test_the_result_is_one_ranks_in_every_dtype(group, gating, dtype):
     case = Case(num_experts=5, model_dim=9, padding="right", dtype=dtype)
     static = STATIC if gating == "static" else {}
     job = Job([case], [shuffled(5, group.world_size)], uneven(group.world_size), gating, static)

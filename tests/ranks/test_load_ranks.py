@@ -246,7 +246,7 @@ def name_ranks(rank, world_size, folder):
         return said, served.report()["world_size"]
 
 
-def test_ranks_that_are_there_cannot_be_others(shared_goldens, two):
+def test_distributed_world_size_must_be_that_of_the_running_ranks(shared_goldens, two):
     said = ("OptionError", "distributed_world_size must be the number of the ranks, 2, got 3")
     assert two(name_ranks, shared_goldens / "mt_plain") == [(said, 2)] * 2
 

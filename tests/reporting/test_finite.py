@@ -62,14 +62,14 @@ def test_a_loss_that_is_no_number_ends_eval_lm(lm, tmp_path, caplog, flags):
 
 
 @pytest.mark.parametrize("flags", [(), ("--moe-dtype", "bfloat16")], ids=" ".join)
-def test_the_same_model_within_the_dtypes_range_is_served_in_peace(lm, tmp_path, caplog, flags):
+def test_the_same_model_is_served_in_a_dtype_that_holds_its_values(lm, tmp_path, caplog, flags):
     assert math.isfinite(commands.eval_lm(*lm, *LM, *flags, "--moe-report", tmp_path / "report.json").loss)
     assert told(tmp_path / "report.json") == {"passes": 0, "first_layer": None, "beams": 0, "results": 0}
     assert "not finite" not in caplog.text
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_float32_can_be_no_number_either(tmp_path, value):
+def test_float32_overflow_names_the_first_layer(tmp_path, value):
     data = write_data(tmp_path / "data")
     change = {"change": lambda weight: weight.fill_(float(value))}
     path = overflowing(tmp_path / "x.pt", data, *LM_TRAINING, layer="decoder.layers.1", **change)
@@ -88,7 +88,7 @@ def test_a_dense_models_dtype_is_named(tmp_path):
     assert json.loads(report.read_text())["dtype"] == "float16"
 
 
-def test_behind_the_last_layer():
+def test_broken_beams_name_the_last_layer_unless_the_model_is_dense():
     observer = Observer("dynamic")
     observer.count_broken_beams(1)
     assert observer.report.non_finite.first_layer is None  # nothing is known of a dense model's layers
@@ -109,7 +109,7 @@ def test_a_translation_that_is_no_number_is_given_out_as_such(mt, tmp_path, capf
     assert found["first_layer"] == "encoder.layers.1" and found["beams"] >= found["results"] >= 1
 
 
-def test_the_search_of_whole_sentences_is_not_touched(mt, tmp_path):
+def test_a_sentence_that_is_not_finite_leaves_the_others_hypotheses_as_they_are(mt, tmp_path):
     whole = commands.generate(*mt, *MT)
     cfg = commands.parse("generate", *mt, *MT, "--moe-dtype", "float16")
     assert cfg.task.moe_dtype == "float16"

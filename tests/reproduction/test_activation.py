@@ -78,7 +78,7 @@ def test_findings_take_the_papers_batch_and_the_rule():
     assert not any("encoder" in says for says in by_words)
 
 
-def test_pictures(tmp_path):
+def test_draw_functions_write_pictures(tmp_path):
     rows = [row("LM", LM, 4, 0.3), row("LM", LM, 8, 0.05)]
     (stack,) = stacks_of(translation(tmp_path), trace(encoder=([[2, 2, 0, 0], [3, 0, 1, 0]], [0, 1])))
     activation.draw_shares(tmp_path / "a.png", [(stack, 4)])

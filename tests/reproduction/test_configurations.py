@@ -27,5 +27,5 @@ def test_what_differs_is_named():
     assert "parameters 54B, the paper's 52B" in finding.here and "hidden dim 2,048, the paper's 4,096" in finding.here
 
 
-def test_the_last_digit():
+def test_last_digit_of_published_sizes():
     assert [last_digit(value) for value in (52e9, 54.5e9, 355e6, 3.3e9)] == [1e9, 1e8, 1e6, 1e8]

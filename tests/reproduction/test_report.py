@@ -49,7 +49,7 @@ def test_the_report_and_the_page(tmp_path, capsys):
     assert (tmp_path / "docs" / "results" / "memory.png").read_bytes() == b"picture"
 
 
-def test_nothing_to_report(tmp_path, capsys):
+def test_report_without_results_names_the_command_to_run_first(tmp_path, capsys):
     assert main(["--results", str(tmp_path)]) == 2
     assert "run `bash scripts/reproduce_all.sh` first" in capsys.readouterr().err
 

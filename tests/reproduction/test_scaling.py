@@ -76,7 +76,7 @@ def test_gloo_as_a_network():
     assert isinstance(network, Network)
 
 
-def test_the_validations_words(tmp_path):
+def test_validation_section_shows_measured_and_predicted(tmp_path):
     rows = [ValidationRow("LM", 2, 2, "dynamic", "contiguous", 10.0, 12.0, 9.0),
             ValidationRow("LM", 2, 2, "dynamic", "balanced", 8.0, 6.0, 6.0),
             ValidationRow("LM", 2, 2, "static", "contiguous", 40.0, 11.0, 11.0)]

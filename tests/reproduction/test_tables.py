@@ -52,7 +52,7 @@ def test_every_figure_of_the_papers_has_its_source():
         assert paper.paper_value(f"{key}.waste-factor") == pytest.approx(experts * capacity / 2)
 
 
-def test_beside_the_paper():
+def test_beside_paper_shows_both_values():
     text = paper.beside_paper([("throughput.lm.over-static", "4.20x")])
     cells = text.splitlines()[2].split(" | ")
     assert cells[:3] == ["| LM: maximum throughput over static gating, one node", "6.21x", "4.20x"]

@@ -397,7 +397,7 @@ def test_texts_are_translated_as_served_translates_them(bilingual):
     ({"max_waiting": 0}, "max_waiting must be at least 1, got 0"),
     ({"max_beam": 0}, "max_beam must be at least 1, got 0"),
 ])
-def test_what_has_no_engine(bilingual, options, words):
+def test_options_that_an_engine_refuses(bilingual, options, words):
     with pytest.raises(ValueError, match=words):
         bilingual.served.engine(**options)
 
@@ -415,7 +415,7 @@ def test_language_models_and_ensembles_have_no_engine(shared_goldens):
 
 
 @pytest.mark.slow
-def test_a_model_of_fairseqs_own(tmp_path):
+def test_an_engine_serves_a_dense_model_of_fairseqs_own_architecture(tmp_path):
     data = write_data(tmp_path / "data", ("en", "de"))
     training = ("--task", "translation", "--arch", "transformer_tiny", "-s", "en", "-t", "de")
     untrained_checkpoint(tmp_path / "model.pt", data, *training)

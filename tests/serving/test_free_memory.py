@@ -25,6 +25,6 @@ def test_the_smaller_of_two_limits(tmp_path, container, kilobytes):
     assert free_host_bytes(*files(tmp_path, **container)) == kilobytes * 1024
 
 
-def test_this_machine_has_some():
+def test_free_bytes_of_this_machine_are_plausible():
     before = free_bytes(torch.device("cpu"))
     assert 1 << 26 < before < 1 << 50

@@ -37,7 +37,7 @@ def test_results_report_and_trace_are_the_loops(loader, name, tmp_path):
 
 
 @pytest.mark.grouped_mm
-def test_a_kernel_that_would_compute_nothing(loader):
+def test_grouped_mm_is_refused_where_all_experts_are_in_a_buffer(loader):
     flags = ("--expert-buffer-size", "2")
     with pytest.raises(ValueError, match="--moe-kernel must be .* where all experts are in a buffer, got grouped-mm"):
         loader.load("lm_top2", {}, "--moe-kernel", "grouped-mm", *flags)

@@ -53,7 +53,7 @@ def test_a_checkpoint_and_its_folder_have_the_same_sizes(tmp_path):
     assert (folder.experts, folder.moe_layers, folder.decoder_layers) == (8, 4, 4)
 
 
-def test_the_published_model():
+def test_sizes_of_nllb_54b():
     sizes = read_sizes("moe_transformer_nllb_54b")
     assert sizes.parameters == pytest.approx(54.5e9, rel=1e-3)
     assert (sizes.experts, sizes.moe_layers, sizes.vocabulary) == (128, 12, 256206)
@@ -83,7 +83,7 @@ def test_the_buffer_is_as_large_as_fits():
     assert "--expert-buffer-size 12" in setting.flags
 
 
-def test_main_memory_limits():
+def test_plan_stays_within_main_memory():
     settings = plan(NLLB, 24 * GB, host=64 * GB)
     assert not by_name(settings, "experts in RAM").fits
     assert by_name(settings, "disk and some RAM").fits
@@ -157,6 +157,6 @@ def test_the_table_speaks_in_the_unit_of_the_flags():
     assert parse_bytes("24.0 GiB") == 24 * 2**30
 
 
-def test_no_model():
+def test_shapes_of_no_model_are_refused():
     with pytest.raises(CheckpointError):
         ModelSizes.of_shapes({})

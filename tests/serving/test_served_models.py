@@ -169,7 +169,7 @@ def test_a_layer_without_any_feed_forward_is_refused(lm_data, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_dtype(lm_data, tmp_path, dtype):
+def test_moe_dtype_serves_and_reports_half_precision(lm_data, tmp_path, dtype):
     untrained_checkpoint(tmp_path / "X.pt", lm_data, *LM_TRAINING)
     full = commands.eval_lm(lm_data, "--path", tmp_path / "X.pt", *LM_SERVING)
     report = tmp_path / "report.json"

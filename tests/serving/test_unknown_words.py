@@ -25,7 +25,7 @@ def dictionary():
 @pytest.mark.parametrize("line, unknown", [
     ("\u2581a \u2581house", None), ("\u2581a Haus", None), ("ein Haus", 2), ("\u2581a gelbes Haus", 2), ("", None),
 ])
-def test_more_than_half_of_a_line(dictionary, caplog, line, unknown):
+def test_a_line_of_mostly_unknown_words_is_warned_of(dictionary, caplog, line, unknown):
     tokens = [dictionary.encode_line(line, add_if_not_exist=False)]
     warn_of_unknown_words([line], tokens, dictionary)
     said = [record.getMessage() for record in caplog.records]

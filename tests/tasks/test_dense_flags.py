@@ -34,7 +34,7 @@ def model(request, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=" ".join)
-def test_a_flag_that_needs_experts(model, flag):
+def test_a_flag_that_needs_experts_is_refused_with_a_dense_model(model, flag):
     with pytest.raises(ValueError, match=f"{flag[0]} needs a model with experts, got {flag[1]} with a dense one"):
         commands.eval_lm(*model, *LM, *flag)
 

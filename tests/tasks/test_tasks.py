@@ -91,7 +91,7 @@ def test_an_empty_data_set_is_named(tmp_path, lm, mt, languages):
             commands.eval_lm(data, "--path", lm[1], *LM_SERVING)
 
 
-def test_other_worlds_are_refused_where_data_would_be_lost(mt, lm):
+def test_world_sizes_are_refused_where_data_would_be_lost(mt, lm):
     with pytest.raises(SystemExit):
         generate(mt, "--distributed-world-size", "8")
     few = ("--batch-size", 2)  # each part has batches
