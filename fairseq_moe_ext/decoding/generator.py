@@ -17,6 +17,7 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 
 from fairseq_moe_ext.decoding.continuous_batching import ContinuousGenerator
 from fairseq_moe_ext.decoding.left_out import check_max_tokens
+from fairseq_moe_ext.decoding.requests import longest_output
 from fairseq_moe_ext.gating.layer import MOELayer
 from fairseq_moe_ext.ranks.group import RANK_BATCH, Ranks
 from fairseq_moe_ext.reporting.finite import FiniteSearch
@@ -52,6 +53,9 @@ class _CountedGeneration:
             # fairseq's diverse beam indexes a table of the batch by the sentences' numbers in the data set, which
             # ends beyond it; without numbers it counts within the batch
             sample = {key: value for key, value in sample.items() if key != "id"}
+        if not self.match_source_len:
+            source_length = sample["net_input"]["src_tokens"].size(1)
+            longest_output(self.max_len_a, self.max_len_b, source_length, self.max_len, self.min_len)
         members = self.model.models
         with shared_encoder_output(members, self.beam_size), unpadded_batches(members), self._finite.around():
             hypotheses = super().generate(models, sample, **kwargs)

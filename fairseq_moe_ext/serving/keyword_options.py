@@ -20,6 +20,8 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from fairseq_moe_ext.decoding.option_rules import check_beams, check_pairs, check_values
+
 # of a call: how it searches and makes batches
 SEARCH = (
     *("beam", "nbest", "max_len_a", "max_len_b", "min_len", "match_source_len", "unnormalized", "lenpen", "unkpen"),
@@ -96,7 +98,7 @@ class KeywordOptions:
         args.tpu = False
         args.update_epoch_batch_itr = args.grouped_shuffling
         args.batch_size_valid, args.max_tokens_valid = args.batch_size, args.max_tokens
-        _check(args)
+        _check(parser, given, args)
         for name in _TEXT:
             missing = [field for field, value in vars(args).items() if value == MISSING and field not in given]
             if getattr(args, name) is not None and missing:
@@ -240,11 +242,14 @@ def _options_of_text() -> set[str]:
     return {action.dest for action in parser._actions}
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What fairseq's commands die of, or take for something else."""
-    for name, least in (("beam", 1), ("nbest", 1), ("batch_size", 1), ("max_tokens", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise OptionError(f"{name} must be at least {least}, got {value}")
-    if args.nbest > args.beam:
-        raise OptionError(f"nbest must be at most beam, {args.beam}, got {args.nbest}")
+def _check(parser: argparse.ArgumentParser, given: Iterable[str], args: argparse.Namespace) -> None:
+    """What fairseq dies of, or takes for something else; an option that says its default says nothing."""
+    own = {name: getattr(args, name) for name in given if getattr(args, name) != parser.get_default(name)}
+    try:
+        check_values(own, str)
+        check_pairs(own, str)
+        check_beams(args, str)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    if getattr(args, "print_alignment", None) == "soft":
+        raise OptionError("print_alignment must be 'hard', got 'soft', which is for fairseq-generate alone")

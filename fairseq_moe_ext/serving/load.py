@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from fairseq_moe_ext.ranks.workers import StartedRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.keyword_options import OptionError, configuration
 from fairseq_moe_ext.serving.load_models import LoadedModels, load_models
+from fairseq_moe_ext.serving.model_overrides import read_overrides
 from fairseq_moe_ext.serving.served import Served, ServedParts
 from fairseq_moe_ext.serving.text import TextCodec
 
@@ -67,7 +67,7 @@ def served_by(
 
 def _ranks(count: Any, told: Mapping[str, Any]) -> ProgramRanks | OneProcess:
     """Those that are there, or `count` ranks, of which this process starts all but itself."""
-    if count is not None and (not isinstance(count, int) or count < 1):
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise OptionError(f"distributed_world_size must be a number of ranks, got {count!r}")
     cpu = bool(told.get("cpu"))
     ranks = ranks_of_program(cpu)
@@ -112,15 +112,10 @@ def _paths(path: Any) -> list[str]:
 
 
 def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
-    overrides = options.get("model_overrides") or {}
-    if isinstance(overrides, str):
-        try:
-            overrides = ast.literal_eval(overrides)
-        except (ValueError, SyntaxError):
-            pass
-    if not isinstance(overrides, Mapping):
-        raise OptionError(f"model_overrides must be a mapping of the checkpoint's fields, got {overrides!r}")
-    return dict(overrides)
+    try:
+        return read_overrides(options.get("model_overrides"), "model_overrides")
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def _codec(loaded: LoadedModels) -> TextCodec:

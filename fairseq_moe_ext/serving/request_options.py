@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_moe_ext.decoding.option_rules import VALUES, Rule, whole
 from fairseq_moe_ext.decoding.requests import NOT_OF_ONE_SENTENCE, SearchOptions
 from fairseq_moe_ext.serving.keyword_options import OptionError
 
-
-@dataclass(frozen=True)
-class _Rule:
-    says: str
-    holds: Callable[[Any], bool]
-
-
-def _whole(least: int, most: int = 1_000_000) -> _Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    return _Rule(f"a whole number from {least} to {most}", holds)
-
-
-def _number(least: float, most: float, above: bool = False) -> _Rule:
-    def holds(value: Any) -> bool:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and least <= value <= most and not (above and value == least)
-
-    return _Rule(f"a number {'above' if above else 'from'} {least} {'and up ' if above else ''}to {most}", holds)
-
-
-# far beyond what is of use, and within what a float holds
+# whole numbers have a bound, since a request comes from outside: far beyond what is of use
 _SEARCH = {
-    "beam": _whole(1),
-    "nbest": _whole(1),
-    "max_len_a": _number(0, 1_000_000),
-    "max_len_b": _whole(0),
-    "min_len": _whole(0),
-    "lenpen": _number(-50, 50),
-    "unkpen": _number(-1_000_000, 1_000_000),
-    "temperature": _number(0, 1_000_000, above=True),
-    "unnormalized": _Rule("true or false", lambda value: isinstance(value, bool)),
+    **{name: whole(1, 1_000_000) for name in ("beam", "nbest")},
+    **{name: whole(0, 1_000_000) for name in ("max_len_b", "min_len")},
+    **{name: VALUES[name] for name in ("max_len_a", "lenpen", "unkpen", "temperature")},
+    "unnormalized": Rule("true or false", lambda value: isinstance(value, bool)),
 }
 _LANGUAGES = {
-    "source_lang": _Rule("a language's name", lambda value: isinstance(value, str)),
-    "target_lang": _Rule("a language's name", lambda value: isinstance(value, str)),
+    "source_lang": Rule("a language's name", lambda value: isinstance(value, str)),
+    "target_lang": Rule("a language's name", lambda value: isinstance(value, str)),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
@@ -185,6 +185,8 @@ def _check_call(sentences: Any, options: Iterable[str], known: Sequence[str]) ->
 def _check_texts(name: str, texts: Any) -> None:
     if isinstance(texts, str):
         raise TypeError(f"{name} must be a list of strings, got the string {texts[:40]!r}")
+    if not isinstance(texts, Collection):
+        raise TypeError(f"{name} must be a list of strings, got {type(texts).__name__}")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be strings, got {type(text).__name__} as number {number}")

@@ -14,6 +14,7 @@ from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.device_flags import check_device_flags
+from fairseq_moe_ext.serving.model_overrides import read_overrides
 from fairseq_moe_ext.tasks.flags import check_flags
 from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, VALIDATE
 
@@ -31,6 +32,7 @@ def check_command(args: Namespace) -> None:
     args: a whole command line, parsed by one of fairseq's parsers.
     """
     _check_files(args)
+    read_overrides(getattr(args, "model_overrides", None), "--model-overrides")
     if args.distributed_world_size <= 1:  # else the ranks that are started look at their flags
         check_flags(args)
     _check_data(args)

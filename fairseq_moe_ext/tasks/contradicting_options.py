@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from argparse import Action, Namespace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from fairseq import utils
 from fairseq.data.data_utils import infer_language_pair
 
+from fairseq_moe_ext.decoding import option_rules
 from fairseq_moe_ext.decoding.requests import NOT_OF_ONE_SENTENCE
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags
+from fairseq_moe_ext.tasks.flags import check_static_capacity
 from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, MT, MULTI, flag_of
 
 # an option -> the option without which it does nothing
 NEEDS = {
-    "sampling_topk": "sampling",
-    "sampling_topp": "sampling",
-    "diverse_beam_strength": "diverse_beam_groups",
+    **option_rules.NEEDS,
     "lm_weight": "lm_path",
-    "retain_dropout_modules": "retain_dropout",
     "shorten_data_split_list": "shorten_method",
     "shard_id": "num_shards",
     "eval_bleu_args": "eval_bleu",
@@ -30,23 +28,18 @@ NEEDS = {
     "eval_bleu_remove_bpe": "eval_bleu",
     "eval_bleu_print_samples": "eval_bleu",
 }
-_SEARCHES = ("sampling", "diverse_beam_groups", "match_source_len", "diversity_rate", "constraints")
 # nothing is searched for where references are scored
 _OF_SEARCH = (
-    *_SEARCHES,
+    *option_rules.SEARCHES,
     *("nbest", "max_len_a", "max_len_b", "min_len", "unnormalized", "lenpen", "unkpen", "temperature"),
     *("prefix_size", "no_repeat_ngram_size", "lm_path", "replace_unk", "continuous_batching", "keep_inference_langtok"),
 )
 # two options of which one leaves the other without effect
 EXCLUDES = (
-    *combinations(_SEARCHES, 2),
-    ("sampling_topk", "sampling_topp"),
-    ("lenpen", "unnormalized"),
-    *((option, "match_source_len") for option in ("max_len_a", "max_len_b")),
+    *option_rules.EXCLUDES,
     *((option, "score_reference") for option in _OF_SEARCH),
     ("replace_unk", "post_process"),  # words are aligned as the dictionary has them
-    # fairseq's search under constraints may end with fewer hypotheses than beams, of which its aligner takes all
-    *((option, "constraints") for option in ("replace_unk", "print_alignment")),
+    ("replace_unk", "constraints"),  # as print_alignment
     *((option, "continuous_batching") for option in (*NOT_OF_ONE_SENTENCE, "replace_unk")),
 )
 
@@ -56,15 +49,15 @@ EVAL_LMS_BPE = "@@ "  # what fairseq-eval-lm can take away; by the name subword_
 
 def check_contradictions(command: str, task: str, given: dict[str, Action], args: Namespace) -> None:
     """ValueError naming the options, the rule and the values."""
-    for option, other in NEEDS.items():
-        if option in given and other not in given:
-            flag, needed = flag_of(given[option]), f"--{other.replace('_', '-')}"
-            raise ValueError(f"{flag} needs {needed}, got {getattr(args, option)} without it")
-    for option, other in EXCLUDES:
-        if option in given and other in given:
-            first, second = flag_of(given[option]), flag_of(given[other])
-            values = f"{getattr(args, option)} and {getattr(args, other)}"
-            raise ValueError(f"{first} must not go with {second}, got {values}")
+    values = {option: getattr(args, option) for option in given}
+
+    def name(option: str) -> str:
+        return flag_of(given[option]) if option in given else f"--{option.replace('_', '-')}"
+
+    option_rules.check_values(values, name)
+    option_rules.check_pairs(values, name, NEEDS, EXCLUDES)
+    if command in (GENERATE, INTERACTIVE):
+        option_rules.check_beams(args, name)
     _check_values(args)
     if command == INTERACTIVE and getattr(args, "print_alignment", None) == "soft":
         raise ValueError("--print-alignment must be hard in fairseq-interactive, got soft")
@@ -73,12 +66,7 @@ def check_contradictions(command: str, task: str, given: dict[str, Action], args
     if command == EVAL_LM and args.post_process not in (None, "subword_nmt", EVAL_LMS_BPE):
         raise ValueError(f"--post-process must be subword_nmt in fairseq-eval-lm, got {args.post_process}")
     check_dtype_flags(args)
-    fraction = getattr(args, "moe_eval_capacity_token_fraction", None)
-    if fraction is not None and str(args.moe_gating) == "dynamic":
-        raise ValueError(
-            f"--moe-eval-capacity-token-fraction needs --moe-gating static, got {fraction} with dynamic gating, which "
-            "has no capacity"
-        )
+    check_static_capacity(args)
     if command == GENERATE and task in (MT, MULTI):
         for option in ("prefix_size", "score_reference"):
             if option in given:
@@ -86,9 +74,6 @@ def check_contradictions(command: str, task: str, given: dict[str, Action], args
 
 
 def _check_values(args: Any) -> None:
-    beam, groups = getattr(args, "beam", 1), getattr(args, "diverse_beam_groups", -1)
-    if groups > 0 and beam % groups:
-        raise ValueError(f"--diverse-beam-groups must divide --beam, got {groups} and {beam}")
     shards, shard = getattr(args, "num_shards", 1), getattr(args, "shard_id", 0)
     if not 0 <= shard < shards:
         raise ValueError(f"--shard-id must be at least 0 and below --num-shards, got {shard} and {shards}")
@@ -105,9 +90,6 @@ def _check_values(args: Any) -> None:
     for pair in pairs.split(",") if isinstance(pairs, str) else pairs or ():
         if not all(pair.partition("-")[::2]):
             raise ValueError(f"--lang-pairs must be pairs as en-de, or an existing file that has them, got {pairs!r}")
-    prefix = getattr(args, "prefix_size", 0)
-    if prefix < 0:
-        raise ValueError(f"--prefix-size must be at least 0, got {prefix}")
 
 
 def _check_references(flag: str, value: Any, args: Any) -> None:

@@ -109,6 +109,16 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
         _check_continuous_batching(flags, rank.world_size)
 
 
+def check_static_capacity(flags: Any) -> None:
+    """ValueError where serving under `flags` has no use for `--moe-eval-capacity-token-fraction`; a training has."""
+    fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
+    if fraction is not None and str(flags.moe_gating) == "dynamic":
+        raise ValueError(
+            f"--moe-eval-capacity-token-fraction needs --moe-gating static, got {fraction} with dynamic gating, which "
+            "has no capacity"
+        )
+
+
 def _check_continuous_batching(flags: Any, ranks: int) -> None:
     """A sentence's result must not depend on who is decoded beside it."""
     rule = "--continuous-batching needs results that do not depend on a sentence's batch"

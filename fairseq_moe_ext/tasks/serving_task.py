@@ -37,6 +37,7 @@ from fairseq_moe_ext.decoding.generator import (
     keep_every_sentence,
 )
 from fairseq_moe_ext.decoding.left_out import keep_fitting
+from fairseq_moe_ext.decoding.option_rules import check_words
 from fairseq_moe_ext.decoding.requests import Request, RequestMaker, Room, check_options
 from fairseq_moe_ext.models.fairseq_version import check_fairseq
 from fairseq_moe_ext.ranks.group import RANK_BATCH, Rank, Ranks, served_ranks, world_size
@@ -50,7 +51,7 @@ from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.data_sets import check_not_empty, warn_of_other_parts
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
-from fairseq_moe_ext.tasks.flags import check_flags
+from fairseq_moe_ext.tasks.flags import check_flags, check_static_capacity
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -113,6 +114,7 @@ class ServingTask:
             return super().build_model(args, from_checkpoint)
         flags = self._flags()
         check_dtype_flags(flags)
+        check_static_capacity(flags)
         if self.observer is None:
             if world_size() > 1 and flags.expert_placement is None:  # before the ranks wait for each other
                 check_rank_count(world_size(), int(getattr(args, "moe_expert_count", None) or 0))
@@ -215,6 +217,8 @@ class ServingTask:
         generator = FairseqTask.build_generator(
             self, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **kwargs
         )
+        if hasattr(generator, "vocab_size"):  # of a search, not of references' scores
+            check_words(args, generator.vocab_size)
         generator.observer = self.observer
         generator.nbest = getattr(args, "nbest", None)
         if continuous:

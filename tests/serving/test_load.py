@@ -188,12 +188,53 @@ def test_continuations_are_those_of_fairseq_interactive(shared_goldens):
         ({"bpe": "letters"}, "bpe must be one of .*, got 'letters'"),
         ({"expert_bufer_size": 3}, "did you mean expert_buffer_size"),
         ({"model_overrides": "{"}, "model_overrides must be a mapping of the checkpoint's fields, got '{'"),
+        ({"model_overrides": {"moe_gating": "static"}}, "model_overrides must leave moe_gating to moe_gating"),
+        ({"print_alignment": "soft"}, "print_alignment must be 'hard', got 'soft'"),
+        ({"constraints": "ordered", "sampling": True}, "sampling must not go with constraints, got True and ordered"),
+        ({"sampling_topp": 0.3}, "sampling_topp needs sampling, got 0.3 without it"),
+        ({"distributed_world_size": True}, "distributed_world_size must be a number of ranks, got True"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(shared_goldens, call, words):
     folder = shared_goldens / "mt_plain"
     with pytest.raises(OptionError, match=words):
         moe.load(folder / "checkpoint_merged.pt", data=folder / "data-bin", **call)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"sampling_topk": 3}, "sampling_topk needs sampling, got 3 without it"),
+        ({"sampling": True, "sampling_topk": 3, "sampling_topp": 0.3}, "sampling_topk must not go with sampling_topp"),
+        ({"lenpen": 2, "unnormalized": True}, "lenpen must not go with unnormalized, got 2.0 and True"),
+        ({"diverse_beam_groups": 2}, "diverse_beam_groups must divide beam, got 2 and 5"),
+        ({"diverse_beam_strength": 3.0}, "diverse_beam_strength needs diverse_beam_groups, got 3.0 without it"),
+        ({"sampling": True, "diversity_rate": 0.3}, "sampling must not go with diversity_rate, got True and 0.3"),
+        ({"match_source_len": True, "max_len_b": 5}, "max_len_b must not go with match_source_len, got 5 and True"),
+        ({"temperature": 0}, "temperature must be a number above 0 and up to 1000000, got 0.0"),
+        ({"lenpen": float("nan")}, "lenpen must be a number from -50 to 50, got nan"),
+        ({"max_len_a": -1}, "max_len_a must be a number from 0 to 1000000, got -1.0"),
+        ({"min_len": 9, "max_len_b": 8}, "min_len must be at most max_len_b, 8, got 9"),
+        ({"beam": 10**9}, "--beam must be below the .* words, got 1000000000"),
+        ({"sampling": True, "sampling_topk": 10**6}, "--sampling-topk must be at most the .* words, got 1000000"),
+        ({"min_len": 500, "max_len_a": 1.5}, "--min-len must be at most the longest output allowed, 127, got 500"),
+    ],
+)
+def test_a_call_refuses_what_no_search_can_do(bilingual, lines, call, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        bilingual.translate(lines[:1], **call)
+    assert bilingual.translate(lines[:1])
+
+
+def test_a_call_may_say_what_is_the_default(bilingual, lines):
+    defaults = {"sampling_topk": -1, "diverse_beam_groups": -1, "sampling": False, "lenpen": 1}
+    assert bilingual.translate(lines[:1], **defaults) == bilingual.translate(lines[:1])
+
+
+def test_a_capacity_of_static_gating_is_refused_under_dynamic_gating(shared_goldens):
+    folder = shared_goldens / "mt_plain"
+    with pytest.raises(ValueError, match="--moe-eval-capacity-token-fraction needs --moe-gating static, got 0.5 with"):
+        moe.load(folder / "checkpoint_merged.pt", folder / "data-bin", moe_eval_capacity_token_fraction=0.5, cpu=True)
 
 
 def test_flags_of_a_gpu_are_refused_on_a_cpu(shared_goldens, monkeypatch):
@@ -281,6 +322,9 @@ def test_options_of_loading_are_refused_in_a_call(bilingual):
         bilingual.translate(["a"], nbest=2)
     with pytest.raises(TypeError, match="must be a list of strings, got the string 'a'"):
         bilingual.translate("a")
+    for wrong, kind in ((None, "NoneType"), (5, "int"), (iter(["a"]), "list_iterator")):
+        with pytest.raises(TypeError, match=f"^sentences must be a list of strings, got {kind}$"):
+            bilingual.translate(wrong)
     with pytest.raises(TypeError, match="must be strings, got int as number 1"):
         bilingual.translate(["a", 1])
 

@@ -67,6 +67,11 @@ def sentence(said: str) -> str:
         ),
         (("--distributed-world-size", "2", "--path", "no.pt"), "--path no.pt: there is neither no.pt nor"),
         (("--moe-capacity-factor", "1", "--moe-gating", "static"), "--moe-capacity-factor must go with"),
+        (("--model-overrides", "{"), "--model-overrides must be a mapping of the checkpoint's fields, got '{'"),
+        (
+            ("--model-overrides", "{'moe_gating': 'static'}"),
+            "--model-overrides must leave moe_gating to --moe-gating, got 'static'",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -125,6 +130,20 @@ def test_what_fairseq_asserts_of_options_is_a_sentence(model, command, flags, wo
     assert done.returncode == 1 and words in sentence(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--beam", "500"), "--beam must be below the "),
+        (("--sampling", "--nbest", "4", "--sampling-topk", "500"), "--sampling-topk must be at most the "),
+        (("--min-len", "500", "--max-len-a", "2"), "--min-len must be at most the longest output allowed, "),
+    ],
+)
+def test_what_the_model_sets_a_bound_to_is_a_sentence(model, flags, words):
+    data, checkpoint = model
+    done = commands.run("generate", data, "--path", checkpoint, *commands.MT, *flags, check=False)
+    assert done.returncode == 1 and sentence(done.stderr).startswith(f"fairseq-generate: error: {words}")
+
+
 def test_a_missing_data_folder_and_input_file(model):
     assert sentence(refused(("no-data", model[1]))).endswith("error: data no-data: no such folder")
     said = refused(model, "--input", "no.txt", command="interactive")
@@ -157,8 +176,8 @@ def test_moe_debug_brings_the_traceback(model):
 
 
 def test_what_another_library_raises_keeps_its_traceback(model):
-    said = refused(model, "--model-overrides", "{'x':")
-    assert "Traceback" in said and "SyntaxError" in said.splitlines()[-1]
+    said = refused(model, "--results-path", model[1] / "no-folder")
+    assert "Traceback" in said and "NotADirectoryError" in said.splitlines()[-1]
 
 
 def test_under_torchrun_the_sentence_is_said_once_in_its_last_words(model):

@@ -265,11 +265,48 @@ def test_training_refuses_what_is_for_serving(flag):
         (GENERATE, MULTI, "--dataset-impl raw", "--dataset-impl must not be raw"),
         (EVAL_LM, LM, "--context-window 1024", "--context-window must be below --tokens-per-sample, got 1024 and 1024"),
         (EVAL_LM, LM, "--post-process sentencepiece", "--post-process must be subword_nmt"),
+        (GENERATE, MT, "--nbest 7", "--nbest must be at most --beam, 5, got 7"),
+        (INTERACTIVE, LM, "--min-len 9 --max-len-b 8", "--min-len must be at most --max-len-b, 8, got 9"),
     ],
 )
 def test_options_that_contradict_each_other(command, task, flags, rule):
     with pytest.raises(ValueError, match=rule):
         parser(command, task).parse_args(["data", "--task", task, "--path", "x.pt", *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "rule"),
+    [
+        *((GENERATE, f"--nbest {number}", f"--nbest must be at least 1, got {number}") for number in (0, -2)),
+        (INTERACTIVE, "--beam 0", "--beam must be at least 1, got 0"),
+        (GENERATE, "--temperature 0", "--temperature must be a number above 0 and up to 1000000, got 0"),
+        (GENERATE, "--temperature nan", "--temperature must be a number above 0 and up to 1000000, got nan"),
+        (INTERACTIVE, "--lenpen inf", "--lenpen must be a number from -50 to 50, got inf"),
+        (GENERATE, "--lenpen 1e308", r"--lenpen must be a number from -50 to 50, got 1e\+308"),
+        (GENERATE, "--unkpen nan", "--unkpen must be a number from -1000000 to 1000000, got nan"),
+        (GENERATE, "--sampling --sampling-topk 0", "--sampling-topk must be at least 1, got 0"),
+        (GENERATE, "--sampling --sampling-topp 2", "--sampling-topp must be a number above 0 and up to 1, got 2"),
+        (GENERATE, "--max-len-a -1", "--max-len-a must be a number from 0 to 1000000, got -1"),
+        (GENERATE, "--max-len-b -3", "--max-len-b must be at least 0, got -3"),
+        (GENERATE, "--diversity-rate nan", "--diversity-rate must be a number above 0"),
+        (INTERACTIVE, "--diverse-beam-groups 0", "--diverse-beam-groups must be at least 1, got 0"),
+        (GENERATE, "--no-repeat-ngram-size -3", "--no-repeat-ngram-size must be at least 0, got -3"),
+        (GENERATE, "--seed -1", "--seed must be a whole number from 0 to 4294967295, got -1"),
+        (VALIDATE, "--required-batch-size-multiple 0", "--required-batch-size-multiple must be at least 1, got 0"),
+        (GENERATE, "--required-seq-len-multiple 0", "--required-seq-len-multiple must be at least 1, got 0"),
+        (GENERATE, "--num-workers -1", "--num-workers must be at least 0, got -1"),
+        (INTERACTIVE, "--buffer-size -1", "--buffer-size must be at least 0, got -1"),
+        *((command, "--batch-size 0", "--batch-size must be at least 1, got 0") for command in (GENERATE, VALIDATE)),
+        (EVAL_LM, "--max-tokens 0", "--max-tokens must be at least 1, got 0"),
+        (EVAL_LM, "--softmax-batch 0", "--softmax-batch must be at least 1, got 0"),
+        (EVAL_LM, "--context-window -3", "--context-window must be at least 0, got -3"),
+        (EVAL_LM, "--tokens-per-sample 0", "--tokens-per-sample must be at least 1, got 0"),
+    ],
+)
+def test_values_that_cannot_be(command, flag, rule):
+    task = LM if command == EVAL_LM else MT
+    with pytest.raises(ValueError, match=rule):
+        parser(command, task).parse_args(["data", "--task", task, "--path", "x.pt", *flag.split()])
 
 
 @pytest.mark.parametrize("flag", ["--score-reference", "--prefix-size"])
