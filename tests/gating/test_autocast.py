@@ -103,6 +103,7 @@ def test_evaluation_under_autocast_has_its_dtype_too(gating, choices, fp32, kern
         assert layer(x, mask).dtype == torch.float32  # autocast leaves nothing behind
 
 
+@pytest.mark.grouped_mm
 def test_grouped_products_under_autocast():
     layer, x, mask = layer_and_batch("dynamic", 2, True)
     with torch.no_grad(), autocast():
