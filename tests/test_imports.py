@@ -15,7 +15,8 @@ ORDER = (
     *("command_line", "tasks", "serving", "decoding", "reporting", "ranks", "models", "criterions", "nllb"),
     *("checkpoints", "buffering", "balancing", "experts", "gating", "kernels"),
 )
-HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "torch_versions"}  # single files that all may know
+# single files that all may know
+HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "option_names", "torch_versions"}
 PURE_ROOMS = {"experts", "gating", "kernels", "buffering", "balancing"}
 FAIRSEQ_ROOMS = {*ORDER} - PURE_ROOMS
 ROOMS = {*ORDER} | HELPERS

@@ -16,6 +16,7 @@ from fairseq_moe_ext.checkpoints.dictionary_checksum import DICTIONARY_CHECKSUM,
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.loading import EMBEDDINGS
 from fairseq_moe_ext.checkpoints.plain_config import shown
+from fairseq_moe_ext.option_names import as_option
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -96,7 +97,7 @@ class CheckpointTask:
                 continue
             if name in _OF_ONE_PAIR and is_multilingual(self.fields):
                 continue
-            flag = f"--{name.replace('_', '-')}"
+            flag = as_option(name)
             if name in _SWITCHES and given is False:  # as fairseq does without the flag
                 logger.warning("%s was on in the training of %s and is off here: it sets %s", flag, self.path, sets)
                 continue

@@ -9,6 +9,8 @@ from typing import Any
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
+from fairseq_moe_ext.option_names import as_option
+
 # options of generation under which a sentence's search is not its own, or that this search does not have
 NOT_OF_ONE_SENTENCE = {
     "constraints": None,
@@ -31,7 +33,7 @@ def check_options(generation: Any, models: Sequence) -> None:
     for name, without in NOT_OF_ONE_SENTENCE.items():
         value = getattr(generation, name, without)
         if value not in (without, False, None):
-            raise ValueError(f"--continuous-batching goes without --{name.replace('_', '-')}, got {value}")
+            raise ValueError(f"--continuous-batching goes without {as_option(name)}, got {value}")
     if len(models) != 1:
         raise ValueError(f"--continuous-batching serves one model, got an ensemble of {len(models)}")
     for name, layer in getattr(models[0], "moe_layers", dict)().items():

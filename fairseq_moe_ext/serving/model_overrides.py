@@ -6,6 +6,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.serving.keyword_options import FLAGS
 
 _OF_CHECKPOINTS = ("moe_eval_capacity_token_fraction",)  # what a flag says only where it is given
@@ -26,6 +27,6 @@ def read_overrides(given: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} must be a mapping of the checkpoint's fields, got {overrides!r}")
     for field, value in overrides.items():
         if field in FLAGS and field not in _OF_CHECKPOINTS:
-            flag = f"--{field.replace('_', '-')}" if name.startswith("--") else field
+            flag = as_option(field) if name.startswith("--") else field
             raise ValueError(f"{name} must leave {field} to {flag}, got {value!r}")
     return dict(overrides)

@@ -9,8 +9,9 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.gating.capacity import CAPACITY_SCOPES, DROP_METRICS, OVERFLOWS, CapacityRules
 from fairseq_moe_ext.gating.limit import CAPACITY_PHASES
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.serving.expert_share import CapacitySettings
-from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, flags_of, is_given, option, values_of
+from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, flags_of, is_given, values_of
 
 RESIDENT = "resident"
 
@@ -62,8 +63,8 @@ def check_capacity_flags(flags: Any, ranks: int = 1) -> None:
     given = next((item.name for item, _ in flags_of(CapacityFlags) if is_given(item, flags)), None)
     if given is not None and str(getattr(flags, "moe_gating", "dynamic")) == "static":
         raise ValueError(
-            f"{option(given)} must go with --moe-gating dynamic, got {getattr(flags, given)} with static gating, whose "
-            "capacity is --moe-eval-capacity-token-fraction"
+            f"{as_option(given)} must go with --moe-gating dynamic, got {getattr(flags, given)} with static gating, "
+            "whose capacity is --moe-eval-capacity-token-fraction"
         )
     check_needs(CapacityFlags, flags)
     virtual = getattr(flags, "moe_virtual_ranks", None)

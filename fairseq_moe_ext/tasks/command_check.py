@@ -12,6 +12,7 @@ from fairseq import utils
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.device_flags import check_device_flags
 from fairseq_moe_ext.serving.model_overrides import read_overrides
@@ -47,7 +48,7 @@ def _check_files(args: Namespace) -> None:
     for name in _FILES:
         path = getattr(args, name, None)
         if isinstance(path, str) and path and "://" not in path and not os.path.exists(path):
-            raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
+            raise ValueError(f"{as_option(name)} {path}: no such file")
     lines = getattr(args, "input", None)
     if isinstance(lines, str) and lines != "-" and not os.path.exists(lines):
         raise ValueError(f"--input {lines}: no such file")
@@ -60,7 +61,7 @@ def _check_data(args: Namespace) -> None:
     for flag in ("path", "lm_path"):
         for path in filter(None, utils.split_paths(getattr(args, flag, None) or "")):
             if "://" not in path:
-                find_checkpoint_files(with_suffix(path, args), f"--{flag.replace('_', '-')}")
+                find_checkpoint_files(with_suffix(path, args), as_option(flag))
 
 
 def with_suffix(path: str, args: Namespace) -> str:

@@ -11,6 +11,7 @@ from fairseq.data.data_utils import infer_language_pair
 
 from fairseq_moe_ext.decoding import option_rules
 from fairseq_moe_ext.decoding.requests import NOT_OF_ONE_SENTENCE
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags
 from fairseq_moe_ext.tasks.flags import check_static_capacity
 from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, MT, MULTI, flag_of
@@ -52,7 +53,7 @@ def check_contradictions(command: str, task: str, given: dict[str, Action], args
     values = {option: getattr(args, option) for option in given}
 
     def name(option: str) -> str:
-        return flag_of(given[option]) if option in given else f"--{option.replace('_', '-')}"
+        return flag_of(given[option]) if option in given else as_option(option)
 
     option_rules.check_values(values, name)
     option_rules.check_pairs(values, name, NEEDS, EXCLUDES)

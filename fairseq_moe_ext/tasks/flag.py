@@ -7,6 +7,8 @@ from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, get_args
 
+from fairseq_moe_ext.option_names import as_option
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -30,11 +32,6 @@ def flag(default: Any, help: str, **rules: Any) -> Any:
 def flags_of(kind: type) -> Iterator[tuple[Field, Rules]]:
     """The flags that `kind` and what it inherits from declare."""
     return ((item, item.metadata["rules"]) for item in fields(kind) if "rules" in item.metadata)
-
-
-def option(name: str) -> str:
-    """A flag as the user writes it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def is_given(item: Field, flags: Any) -> bool:
@@ -63,8 +60,8 @@ def check_needs(kind: type, flags: Any) -> None:
         name, wanted = rules.needs
         found = getattr(flags, name, None)
         if found is None or wanted is not None and str(found) != wanted:
-            needed = option(name) if wanted is None else f"{option(name)} {wanted}"
-            raise ValueError(f"{option(item.name)} needs {needed}, got {getattr(flags, item.name)} without it")
+            needed = as_option(name) if wanted is None else f"{as_option(name)} {wanted}"
+            raise ValueError(f"{as_option(item.name)} needs {needed}, got {getattr(flags, item.name)} without it")
 
 
 def _value(item: Field, rules: Rules, flags: Any) -> Any:
@@ -74,7 +71,7 @@ def _value(item: Field, rules: Rules, flags: Any) -> Any:
     if choices := _choices(item):
         value = str(value)
         if value not in choices:
-            raise ValueError(f"{option(item.name)} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{as_option(item.name)} must be one of {', '.join(choices)}, got {value!r}")
     return value if rules.read is None else _named(item, rules.read, value)
 
 
@@ -90,4 +87,4 @@ def _named(item: Field, function: Callable[[Any], Any], value: Any) -> Any:
     try:
         return function(value)
     except ValueError as error:
-        raise ValueError(f"{option(item.name)} {error}") from error
+        raise ValueError(f"{as_option(item.name)} {error}") from error

@@ -16,10 +16,11 @@ from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.slots import GATINGS
 from fairseq_moe_ext.kernels.choice import KERNELS
 from fairseq_moe_ext.kernels.grouped_linear import check_kernel
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
-from fairseq_moe_ext.tasks.flag import check_values, flag, option
+from fairseq_moe_ext.tasks.flag import check_values, flag
 from fairseq_moe_ext.torch_versions import has_grouped_mm
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -149,7 +150,7 @@ def _check_outputs(flags: Any, writes: bool) -> None:
         raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
     for name, path in files.items():
         if writes:
-            _check_writable(option(name), Path(path))
+            _check_writable(as_option(name), Path(path))
 
 
 def _check_writable(flag: str, path: Path) -> None:

@@ -11,6 +11,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
 from fairseq_moe_ext.nllb.tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
+from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.nllb_options import accept_nllb_options
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
@@ -32,7 +33,7 @@ def _truth(value: bool | str, name: str) -> bool:
     truths = {"true": True, "1": True, "false": False, "0": False}
     found = truths.get(str(value).lower())
     if found is None:
-        raise ValueError(f"--{name.replace('_', '-')} must be True or False, got {value!r}")
+        raise ValueError(f"{as_option(name)} must be True or False, got {value!r}")
     return found
 
 
