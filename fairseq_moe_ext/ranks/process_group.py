@@ -7,6 +7,7 @@ Legend: R = ranks (the world size).
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fairseq_moe_ext.ranks.faults import ExchangeError
+from fairseq_moe_ext.ranks.forks import never_free, tell_of_forks
 
 TIMEOUT = timedelta(minutes=30)  # a rank may load or compute so long before the others give it up
 GRACE = 8.0  # seconds in which a living rank answers that it lives
@@ -31,7 +33,7 @@ class RankGroup:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, cuda: bool = False):
         self.rank, self.world_size = rank, world_size
-        self._store = store
+        self._store, self._process = store, os.getpid()
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world_size, timeout=TIMEOUT)
         self._backends = {"cpu": gloo}
         if cuda:
@@ -40,6 +42,17 @@ class RankGroup:
             self._backends["cuda"] = dist.ProcessGroupNCCL(
                 dist.PrefixStore("nccl", store), rank, world_size, options
             )
+        tell_of_forks(self)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a forked child of the rank, and the group its parent's."""
+        return self._process != os.getpid()
+
+    def after_fork(self) -> None:
+        """In a forked child: whoever freed the copies of store and backends would wait for threads that it has not."""
+        for each in (self._store, *self._backends.values()):
+            never_free(each)
 
     @property
     def backends(self) -> str:

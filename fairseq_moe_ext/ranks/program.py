@@ -102,10 +102,9 @@ class ProgramRanks:
     def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Call]:
         """Around one call, which all ranks make; an error that leaves them out of step ends the group.
 
-        ExchangeError where another rank failed or cannot be reached, also in an earlier call.
+        ExchangeError where another rank failed or cannot be reached, also in an earlier call, and in a forked child.
         """
-        if self.exchange.fault is not None:
-            raise ExchangeError(f"the model can only be closed: {self.exchange.fault}", self.exchange.fault)
+        self._check_usable(name)
         call = Call(self, name, arguments)
         try:
             yield call
@@ -151,8 +150,18 @@ class ProgramRanks:
     def end(self, write: Callable[[], None] | None = None, in_step: bool = False) -> None:
         """Give the group back; write: what all ranks do together before, where there is something to be written.
 
-        in_step: all ranks do it now; else nothing is written.
+        in_step: all ranks do it now; else nothing is written. In a forked child nothing ends: its parent goes on.
         """
+        if not self._group.is_forked:
+            self._end(write, in_step)
+
+    def _check_usable(self, name: str) -> None:
+        if self._group.is_forked:
+            raise ExchangeError(f"{name}() must be called in the process that loaded the model, got its forked child")
+        if self.exchange.fault is not None:
+            raise ExchangeError(f"the model can only be closed: {self.exchange.fault}", self.exchange.fault)
+
+    def _end(self, write: Callable[[], None] | None, in_step: bool) -> None:
         try:
             if write is not None:
                 self._write(write, in_step)

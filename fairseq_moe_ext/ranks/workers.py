@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fairseq_moe_ext.ranks.faults import ExchangeError
+from fairseq_moe_ext.ranks.forks import tell_of_forks
 from fairseq_moe_ext.ranks.process_group import GRACE, TIMEOUT, RankGroup
 from fairseq_moe_ext.ranks.program import Call, ProgramRanks
 
@@ -62,6 +63,7 @@ class StartedRanks(ProgramRanks):
         plain = json.loads(_line(load))
         store = dist.TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         self._workers: list[subprocess.Popen] = []
+        tell_of_forks(self)
         try:
             for rank in range(1, world_size):
                 self._workers.append(_start(world_size))
@@ -75,17 +77,26 @@ class StartedRanks(ProgramRanks):
     @contextmanager
     def call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Call]:
         """As `ProgramRanks.call`; the started ranks are told of every call but of loading, which they know."""
-        if name != "load" and self.exchange.fault is None:  # of loading they know
+        self._check_usable(name)
+        if name != "load":  # of which they know
             line = _line([name, dict(arguments)])
             for worker in self._workers:
                 self._tell(worker, line)
         with super().call(name, arguments) as call:
             yield call
 
-    def end(self, *args, **kwargs) -> None:
-        """As `ProgramRanks.end`; the started ranks are ended, too."""
+    def after_fork(self) -> None:
+        """In a forked child: the pipes by which workers see that the program has ended are its parent's alone."""
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for worker in self._workers:
+            if not worker.stdin.closed:
+                os.dup2(nothing, worker.stdin.fileno(), inheritable=False)
+        os.close(nothing)
+
+    def _end(self, *args, **kwargs) -> None:
+        """The started ranks are ended, too."""
         try:
-            super().end(*args, **kwargs)
+            super()._end(*args, **kwargs)
         finally:
             self._end_workers()
             self._group.forget_store()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ class ServedParts:
     engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)  # that are open, or were
     pairs: LanguagePairs | None = None
     others: dict[tuple[str | None, str | None], ServedParts] = field(default_factory=dict)  # of other languages
+    process: int = field(default_factory=os.getpid)  # that has loaded the model
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -135,8 +137,10 @@ class ServedParts:
     def end(self, in_step: bool = False) -> None:
         """Write the report and the trace that were asked for, stop the copies, close the files, forget the weights.
 
-        in_step: all ranks do it now.
+        in_step: all ranks do it now. What a forked child only drops is its parent's to end.
         """
+        if not in_step and self.process != os.getpid():
+            return
         for engine in tuple(self.engines):
             engine.close()
         self.ranks.end(self.observer.write if self.observer.writes else None, in_step)

@@ -1,12 +1,9 @@
 """`load(..., distributed_world_size=R)`: a program starts the other ranks itself, and they end with it."""
 
-import gc
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -62,38 +59,6 @@ def test_the_number_of_ranks_is_checked(load, count):
     assert error_of(lambda: load(ranks=count))[1] == f"distributed_world_size must be a number of ranks, got {count!r}"
 
 
-def _collect_beside_threads() -> None:
-    """Threads of a fork take the places of its parent's: whoever waits for one of those waits for one of these."""
-    for _ in range(16):
-        threading.Thread(target=time.sleep, args=(10 * SECONDS,), daemon=True).start()
-    gc.collect()
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_forked_child_may_collect_what_a_closed_model_has_left(load, killed):
-    gc.collect()
-    gc.disable()
-    try:
-        served = load()
-        lines = lines_of(served)[:2]
-        if killed:
-            workers_of(served)[0].kill()
-            assert error_of(lambda: served.translate(lines))[0] == "ExchangeError"
-        else:
-            served.translate(lines)
-        held = [served._parts.ranks]
-        held.append(held)  # so that nothing but a collection frees them
-        served.close()
-        del held
-        child = multiprocessing.get_context("fork").Process(target=_collect_beside_threads)
-        child.start()
-    finally:
-        gc.enable()
-    child.join(SECONDS)
-    child.kill()
-    assert child.exitcode == 0
-
-
 @pytest.mark.slow
 def test_report_and_trace_of_all_are_written_by_close(load, tmp_path):
     with load(moe_report=tmp_path / "report.json", moe_trace=tmp_path / "trace.npz") as served:
@@ -137,27 +102,47 @@ def test_a_model_that_is_deleted_ends_its_workers(load):
 
 
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 import fairseq_moe_ext as moe
 
-path, data = sys.argv[1:]
+path, data, forks = sys.argv[1:]
 served = moe.load(path, data=data, cpu=True, distributed_world_size=3)
 print(*(worker.pid for worker in served._parts.ranks._workers), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+parent = os.getpid()
+if forks == "True" and (child := os.fork()):
+    print(child, flush=True)
+if os.getpid() != parent:
+    os.close(1)
+    time.sleep(600)
+os.kill(parent, signal.SIGKILL)
 """
 
 
+def runs(pid: str) -> bool:
+    """Whether it has not ended; of one that nobody waits for nothing but its name is left."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_text())
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
-def test_the_callers_death_ends_its_workers(shared_goldens):
+@pytest.mark.parametrize("forks", [False, True])
+def test_the_callers_death_ends_its_workers(shared_goldens, forks):
+    """Also while a forked child of it lives, which has the ends of all its pipes."""
     folder = shared_goldens / "mt_plain"
-    command = [sys.executable, "-c", PROGRAM, folder / "checkpoint_last.pt", folder / "data-bin"]
-    done = subprocess.run(command, env=commands.environment(), capture_output=True, text=True, check=False)
-    pids = done.stdout.split()
-    assert len(pids) == 2, done.stderr[-2000:]
-    deadline = time.monotonic() + SECONDS
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    command = [sys.executable, "-c", PROGRAM, folder / "checkpoint_last.pt", folder / "data-bin", str(forks)]
+    done = subprocess.run(command, env=commands.environment(), stdout=subprocess.PIPE, text=True, check=False)
+    first, second, *children = done.stdout.split()
+    try:
+        deadline = time.monotonic() + SECONDS
+        while runs(first) or runs(second):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(children) == forks and all(map(runs, children))
+    finally:
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
 
 
 def children() -> list[str]:
