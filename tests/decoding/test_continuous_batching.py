@@ -1,7 +1,9 @@
 """--continuous-batching against fairseq's own generator, batch by batch; and against the same command without it."""
 
 import gc
+import io
 import json
+import logging
 import math
 import weakref
 from argparse import Namespace
@@ -11,6 +13,7 @@ import pytest
 import torch
 from fairseq import search
 from fairseq.sequence_generator import SequenceGenerator
+from fairseq_cli import generate as generate_command
 from flag_makers import parsed
 from model_makers import WORDS, dense_twin, dictionary, translation_input, translation_model
 from ties import assert_same_generation, assert_same_hypotheses, of_lines, of_tokens
@@ -290,3 +293,16 @@ def test_a_search_that_this_one_is_not_is_refused():
     with pytest.raises(ValueError, match="--continuous-batching .*BeamSearch .*PrefixConstrained"):
         MoEContinuousGenerator([model()], dictionary(), search_strategy=strategy)
     assert MoEContinuousGenerator([model()], dictionary(), search_strategy=search.BeamSearch(dictionary()))
+
+
+def test_references_are_scored_without_it(shared_goldens, caplog):
+    """The command line refuses the two flags together; a program may put both into one configuration."""
+    folder = shared_goldens / "mt_plain"
+    arguments = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", "--batch-size", "36", *commands.MT)
+    wanted = commands.generate(*arguments, "--score-reference")
+    cfg, output = commands.parse("generate", *arguments, "--continuous-batching"), io.StringIO()
+    cfg.generation.score_reference = True
+    with caplog.at_level(logging.WARNING, "fairseq_moe_ext"):
+        generate_command._main(cfg, output)
+    assert output.getvalue().splitlines() == wanted.lines and len(wanted.of_kind("H")) == 100
+    assert caplog.text.count("--continuous-batching has no effect under --score-reference") == 1
