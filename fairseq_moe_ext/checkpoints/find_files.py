@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -59,6 +60,12 @@ def find_checkpoint_files(path: str, flag: str = "--path") -> CheckpointFiles:
     if part is None and found.numbered(r"-shard(\d+)", "shard"):
         return found.whole_shards()
     raise CheckpointError(f"{flag} {path}: there is neither {stem}.pt nor {stem}-shared.pt with {stem}-rank-0.pt")
+
+
+def check_one_checkpoint(path: str) -> None:
+    """CheckpointError where `--path` names an ensemble to a command that serves one model."""
+    if os.pathsep in path and not os.path.exists(path):
+        raise CheckpointError(f"--path must name one checkpoint to this command, got {path}")
 
 
 class _Folder:

@@ -7,7 +7,6 @@ the second; importing the package itself installs nothing. What is not this plug
 from __future__ import annotations
 
 import functools
-import os
 import pickle
 import weakref
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from fairseq import checkpoint_utils
 from fairseq.sequence_scorer import SequenceScorer
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
-from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.find_files import check_one_checkpoint, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.safe_loader import allowed, revive
 from fairseq_moe_ext.decoding.generator import by_owner, count_results
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
@@ -124,8 +123,7 @@ def _find(original, filename: str, suffix: str, shard_idx: int, num_shards: int)
         serves = num_shards == 1 and is_ours(path)
     if not serves:
         return original(filename, suffix, shard_idx, num_shards)
-    if os.pathsep in filename and not os.path.exists(filename):  # fairseq-generate has taken an ensemble apart
-        raise CheckpointError(f"--path must name one checkpoint to this command, got {filename}")
+    check_one_checkpoint(filename)  # fairseq-generate has taken an ensemble apart
     if num_shards > 1:  # fairseq's own way past every check: it then loads with strict=False
         raise CheckpointError(
             f"--checkpoint-shard-count must be 1: the files of {path} are found without it, got {num_shards}"

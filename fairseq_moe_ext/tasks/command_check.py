@@ -10,14 +10,14 @@ import torch
 from fairseq import utils
 
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
-from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.find_files import check_one_checkpoint, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.state_keys import expert_count
 from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.device_flags import check_device_flags
 from fairseq_moe_ext.serving.model_overrides import read_overrides
 from fairseq_moe_ext.tasks.flags import check_flags
-from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, VALIDATE
+from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, INTERACTIVE, VALIDATE
 
 # options that name a file which fairseq or the plugin reads, by their names in a parsed command line
 _FILES = (
@@ -70,7 +70,12 @@ def with_suffix(path: str, args: Namespace) -> str:
 
 
 def check_asserted(command: str | None, args: Namespace) -> None:
-    """ValueError at what fairseq's command asserts of its options; command: None is for none of fairseq's."""
+    """ValueError at what fairseq's command asserts of its options; command: None is for none of fairseq's.
+
+    CheckpointError where `--path` names several checkpoints to a command that serves one.
+    """
+    if command in (EVAL_LM, VALIDATE):
+        check_one_checkpoint(args.path or "")
     if command in (GENERATE, INTERACTIVE) and args.sampling and args.nbest != args.beam:
         raise ValueError(f"--sampling needs --nbest equal to --beam, got {args.nbest} and {args.beam}")
     if command == GENERATE and args.replace_unk is not None and str(args.dataset_impl) != "raw":

@@ -130,6 +130,16 @@ def test_what_fairseq_asserts_of_options_is_a_sentence(model, command, flags, wo
     assert done.returncode == 1 and words in sentence(done.stderr)
 
 
+@pytest.mark.parametrize("command", ["eval-lm", "validate"])
+def test_a_command_of_one_model_refuses_an_ensemble(model, command):
+    data, checkpoint = model
+    task = commands.LM if command == "eval-lm" else ("--task", MT, "-s", "en", "-t", "de", "--batch-size", "2", "--cpu")
+    done = commands.run(command, data, "--path", f"{checkpoint}:{checkpoint}", *task, check=False)
+    words = f"error: --path must name one checkpoint to this command, got {checkpoint}:{checkpoint}"
+    assert done.returncode == 1 and sentence(done.stderr) == f"fairseq-{command}: {words}"
+    assert "loading model" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
