@@ -14,7 +14,9 @@ from fairseq.data import Dictionary, indexed_dataset
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.nllb.config import NllbConfig
+from fairseq_moe_ext.nllb.convert import convert_nllb
 from fairseq_moe_ext.nllb.names import named_tensors
 from scripts.benchmarks.peers import environments
 
@@ -50,6 +52,55 @@ TINY = {
     "dropout": 0.0,
 }
 DENSE = {**{key: value for key, value in TINY.items() if "sparse" not in key}, "model_type": "m2m_100"}
+
+# as facebook/nllb-moe-54b says it, its sizes cut
+NLLB_54B = {
+    "activation_dropout": 0.0,
+    "activation_function": "relu",
+    "architectures": ["NllbMoeForConditionalGeneration"],
+    "attention_dropout": 0.1,
+    "batch_prioritized_routing": False,
+    "bos_token_id": 0,
+    "d_model": 16,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 24,
+    "decoder_layerdrop": 0,
+    "decoder_layers": 4,
+    "decoder_sparse_step": 4,
+    "decoder_start_token_id": 2,
+    "dropout": 0.1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "encoder_layerdrop": 0,
+    "encoder_layers": 4,
+    "encoder_sparse_step": 4,
+    "eos_token_id": 2,
+    "expert_capacity": 64,
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "max_length": 200,
+    "max_position_embeddings": 1024,
+    "model_type": "nllb-moe",
+    "moe_eval_capacity_token_fraction": 1.0,
+    "moe_token_dropout": 0.2,
+    "normalize_router_prob_before_dropping": True,
+    "num_experts": 4,
+    "num_hidden_layers": 4,
+    "output_router_logits": False,
+    "pad_token_id": 1,
+    "router_aux_loss_coef": 0.001,
+    "router_bias": False,
+    "router_dtype": "float32",
+    "router_ignore_padding_tokens": False,
+    "router_z_loss_coef": 0.001,
+    "scale_embedding": True,
+    "second_expert_policy": "all",
+    "tokenizer_class": "NllbTokenizer",
+    "torch_dtype": "float32",
+    "transformers_version": "4.28.0.dev0",
+    "use_cache": True,
+    "vocab_size": 67,
+}
 
 
 def write_tokenizer(folder: Path, pieces: int = PIECES, languages: tuple[str, ...] = LANGUAGES) -> int:
@@ -156,3 +207,10 @@ def transformers_environment(folder: Path) -> dict[str, str]:
         return environments.transformers_environment(environments.TRANSFORMERS_NLLB, folder=folder)
     except environments.EnvironmentMissing as error:
         pytest.skip(str(error))
+
+
+def converted(folder: Path, target: Path, *arguments, **options) -> dict[str, torch.Tensor]:
+    """What the converter makes of the folder, key -> tensor, read back from `target`."""
+    done = convert_nllb(str(folder), str(target), *arguments, **options)
+    state = read_checkpoint(str(done.files[0]))
+    return {key: tensor.read() for key, tensor in state["model"].items()}

@@ -317,37 +317,3 @@ def test_score_reference(shared_goldens, name, recording, mean):
     printed = {number: fields[0].split() for number, fields in generation.of_kind("P")}
     for number, row in wanted.items():
         np.testing.assert_allclose(np.array(printed[number], float), row / np.log(2), rtol=0, atol=2e-4)
-
-
-@torch.no_grad()
-def step_by_step(decoder, tokens: torch.Tensor, encoder_out=None) -> torch.Tensor:
-    """Logits (B, L, V) of a decoder that keeps a cache and is fed one more token at a time."""
-    cache, logits = {}, []
-    for length in range(1, tokens.size(1) + 1):
-        logits.append(decoder(tokens[:, :length], encoder_out=encoder_out, incremental_state=cache)[0][:, -1:])
-    return torch.cat(logits, dim=1)
-
-
-def test_cached_decoding_of_a_translation_equals_uncached(served):
-    sample = served.batch()["net_input"]
-    tokens = sample["prev_output_tokens"]
-    with torch.no_grad():
-        full = served.model(**sample)[0]
-        encoder_out = served.model.encoder(sample["src_tokens"], sample["src_lengths"])
-    cached = step_by_step(served.model.decoder, tokens, encoder_out)
-    real = tokens.ne(1)
-    torch.testing.assert_close(cached[real], full[real], rtol=0, atol=1e-4)
-    assert full[real].std() > 0.5
-
-
-@pytest.mark.parametrize("name", ["lm_top1", "lm_top2", "lm_top2_ws2"])
-def test_cached_decoding_of_a_language_model_equals_uncached(shared_goldens, name):
-    folder = shared_goldens / name
-    path = ("--path", folder / "checkpoint_last.pt")
-    model, task = commands.load("eval_lm", folder / "data-bin", *path, *commands.LM)
-    task.load_dataset("test")
-    tokens = torch.stack([task.dataset("test")[number]["source"] for number in (0, 1, 2)])[:, :64]
-    with torch.no_grad():
-        full = model(tokens)[0]
-    torch.testing.assert_close(step_by_step(model.decoder, tokens), full, rtol=0, atol=1e-4)
-    assert full.std() > 0.5
