@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from fairseq_moe_ext.ranks.calls import Call
 from fairseq_moe_ext.ranks.faults import ExchangeError
 from fairseq_moe_ext.ranks.forks import tell_of_forks
 from fairseq_moe_ext.ranks.process_group import GRACE, TIMEOUT, RankGroup
-from fairseq_moe_ext.ranks.program import Call, ProgramRanks
+from fairseq_moe_ext.ranks.program import ProgramRanks
 
 HOST = "127.0.0.1"
 MODULE = "fairseq_moe_ext.serving.worker"

@@ -15,7 +15,7 @@ from fairseq.token_generation_constraints import pack_constraints
 from omegaconf import DictConfig
 
 from fairseq_moe_ext.checkpoints.errors import ClosedError
-from fairseq_moe_ext.ranks.program import Call, OneCall
+from fairseq_moe_ext.ranks.calls import Call, OneCall
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, OptionError
