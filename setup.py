@@ -2,6 +2,7 @@
 
 import re
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -37,9 +38,10 @@ setup(
     entry_points={"console_scripts": ["fairseq-moe = fairseq_moe_ext.command_line:main"]},
     ext_modules=[
         Extension(
-            "fairseq_moe_ext.kernels._grouped_linear",
-            ["fairseq_moe_ext/kernels/grouped_linear.c"],
-            extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+            "fairseq_moe_ext.kernels._cpu_kernel",
+            ["fairseq_moe_ext/kernels/cpu/kernel.c"],
+            depends=sorted(glob("fairseq_moe_ext/kernels/cpu/*.h")),
+            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-Wno-psabi"],
             extra_link_args=["-s"] if sys.platform == "linux" else [],  # no symbols but those to export
             optional=True,  # slower without it
         )

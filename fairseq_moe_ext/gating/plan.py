@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from fairseq_moe_ext.gating.routing import Routing
 from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets
+from fairseq_moe_ext.kernels.sorting import sort_assignments
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Plan:
     routing: whose they are, with nothing more to be dropped. weights: (T, K) of the outputs' sum, zero where not kept.
     assignments: (N,) int64, N = T * K, which assignment (token * K + choice) each row is; within an expert in rising
     order. Those that are not kept come last, so that the host need not know how many are.
+    row_ids: (T, K) int64, the row of each assignment; -1 where it is not kept.
     offsets: where each expert's rows begin; the last is where those of the last end.
     """
 
     routing: Routing
     weights: Tensor
     assignments: Tensor
+    row_ids: Tensor
     offsets: Offsets
 
     @property
@@ -39,13 +41,6 @@ class Plan:
         """(N,) int64, the token of each row."""
         num_choices = self.weights.size(1)
         return self.assignments if num_choices == 1 else self.assignments // num_choices
-
-    @property
-    def row_ids(self) -> Tensor:
-        """(T, K) int64, the row of each assignment; -1 where it is not kept."""
-        rows = torch.arange(self.assignments.numel(), device=self.assignments.device)
-        row_ids = torch.empty_like(rows).scatter_(0, self.assignments, rows)
-        return row_ids.view_as(self.weights).masked_fill(~self.routing.kept, -1)
 
     @cached_property
     def load(self) -> Sequence[int]:
@@ -60,8 +55,5 @@ def plan_by_expert(routing: Routing, weights: Tensor, targets: Tensor | None = N
     """
     if targets is None:
         targets, num_targets = routing.expert_ids, routing.num_experts
-    ids = targets.masked_fill(~routing.kept, num_targets).view(-1)  # (T * K,)
-    # stable, so that a token's rows in an expert keep the tokens' order: results do not depend on the sort
-    ordered, assignments = ids.sort(stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(num_targets + 1, device=ids.device), out_int32=True)
-    return Plan(routing, weights, assignments, Offsets(offsets))
+    assignments, offsets, row_ids = sort_assignments(targets, routing.kept, num_targets)
+    return Plan(routing, weights, assignments, row_ids.view_as(weights), Offsets(offsets))

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation, activate_rows
-from fairseq_moe_ext.kernels.grouped_linear import Groups, grouped_linear
+from fairseq_moe_ext.kernels.alignment import aligned, is_aligned
+from fairseq_moe_ext.kernels.cpu_kernel import ACTIVATIONS, Groups, Kernel, Linear, load_kernel
+from fairseq_moe_ext.kernels.crossing import most_rows
 from fairseq_moe_ext.kernels.offsets import Offsets
 
 ROWS_AT_ONCE = 512  # of hidden features at a time
@@ -26,36 +28,60 @@ def run_loop(
     pool: Sequence[Tensor],
     activation: Activation,
     outputs: Tensor,
+    most: int | None = None,
 ) -> None:
-    """grouped_mlp.py's signature."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
-    is_relu = activation in (F.relu, torch.relu)
+    """grouped_mlp.py's signature.
+
+    most: rows per expert up to which the C kernel computes; None: as crossing.py says.
+    """
+    groups = _groups(offsets.on_host, slots)
     rows = rows.contiguous()
-    for groups in _groups(offsets.on_host, slots):
-        hidden = rows.new_empty(groups.num_rows, fc1_weight.size(1))
-        grouped_linear(rows, fc1_weight, fc1_bias, groups, hidden, is_relu)
-        if not is_relu:
-            hidden = activate_rows(hidden, activation)
-        grouped_linear(hidden, fc2_weight, fc2_bias, groups.back(), outputs)
+    most = most_rows(rows.dtype, rows.device) if most is None else most
+    if most:
+        kernel, pool = load_kernel(), [part.contiguous() for part in pool]
+        if activation in ACTIVATIONS:
+            fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
+            layers = Linear(fc1_weight, fc1_bias, activation), Linear(fc2_weight, fc2_bias)
+            kernel.run(rows, layers, groups, outputs, most)
+        else:
+            _run_in_two(kernel, rows, groups, pool, activation, outputs, most)
+    if rows.size(0) > most and groups.counts.max() > most:
+        _run_products(rows, groups, pool, activation, outputs, most)
 
 
-def _groups(offsets: Tensor, slots: Tensor | None) -> Iterator[Groups]:
-    """The experts, some at a time: more rows together would only take more memory, and leave the cache between the two
-    layers. Those without a slot have no rows here. By NumPy, which is faster than PyTorch on so few numbers."""
+def _groups(offsets: Tensor, slots: Tensor | None) -> Groups:
+    """The experts' rows, none of those without a slot. By NumPy, which is faster than PyTorch on so few numbers."""
     bounds = offsets.numpy()
     starts, counts = bounds[:-1], bounds[1:] - bounds[:-1]
     if slots is None:
-        slot_ids = np.arange(len(counts), dtype=np.int32)
-    else:
-        slot_ids = slots.numpy()
-        counts = counts * (slot_ids >= 0)
-    ends = counts.cumsum(dtype=np.int32)
-    first = before = 0
+        return Groups(starts, starts, counts, np.arange(len(counts)))
+    slot_ids = slots.numpy()
+    return Groups(starts, starts, counts * (slot_ids >= 0), slot_ids)
+
+
+def _run_in_two(
+    kernel: Kernel,
+    rows: Tensor,
+    groups: Groups,
+    pool: Sequence[Tensor],
+    activation: Activation,
+    outputs: Tensor,
+    most: int,
+) -> None:
+    """By the C kernel, with an activation of PyTorch's between its two calls; some experts at a time: more rows
+    together would only take more memory, and leave the cache between the two layers."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
+    counts = np.where(groups.counts <= most, groups.counts, 0)
+    first = 0
     for end in _spans(counts.tolist()):
-        part, last = slice(first, end), int(ends[end - 1])
-        targets = ends[part] - counts[part] - np.int32(before)
-        yield Groups(starts[part], targets, counts[part], slot_ids[part], last - before)
-        first, before = end, last
+        sources, targets, _, slots = groups.numbers[:, first:end]
+        its = counts[first:end]
+        between = its.cumsum() - its
+        hidden = rows.new_empty(int(its.sum()), fc1_weight.size(1))
+        kernel.run(rows, [Linear(fc1_weight, fc1_bias)], Groups(sources, between, its, slots), hidden)
+        back = Groups(between, targets, its, slots)
+        kernel.run(activate_rows(hidden, activation), [Linear(fc2_weight, fc2_bias)], back, outputs)
+        first = end
 
 
 def _spans(counts: Sequence[int]) -> Iterator[int]:
@@ -70,3 +96,24 @@ def _spans(counts: Sequence[int]) -> Iterator[int]:
         if rows >= ROWS_AT_ONCE or expert == len(counts) - 1:
             yield expert + 1
             rows = 0
+
+
+def _run_products(
+    rows: Tensor, groups: Groups, pool: Sequence[Tensor], activation: Activation, outputs: Tensor, most: int
+) -> None:
+    """By PyTorch's products, the experts that have more than `most` rows."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
+    for expert in np.flatnonzero(groups.counts > most).tolist():
+        source, target, count, slot = groups.numbers[:, expert].tolist()
+        hidden = rows.new_empty(count, fc1_weight.size(1))
+        _product(rows[source : source + count], fc1_weight[slot], fc1_bias[slot], hidden)
+        hidden = hidden.relu_() if activation in (F.relu, torch.relu) else activate_rows(hidden, activation)
+        _product(hidden, fc2_weight[slot], fc2_bias[slot], outputs[target : target + count])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor, outputs: Tensor) -> None:
+    """rows (n, K), weight (M, K), bias (M,) -> outputs (n, M), with the bits of tensors that begin as PyTorch's do."""
+    found = outputs if is_aligned(outputs) else torch.empty_like(outputs)
+    torch.addmm(bias, aligned(rows), aligned(weight).t(), out=found)
+    if found is not outputs:
+        outputs.copy_(found)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fairseq_moe_ext.gating import MOELayer
-from fairseq_moe_ext.kernels.grouped_linear import ANY_ROWS, instructions_of_kernel, most_rows
+from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, load_kernel
+from fairseq_moe_ext.kernels.crossing import most_rows
 
 
 def warm_up() -> None:
@@ -30,5 +31,5 @@ def _describe(layer: MOELayer) -> str:
     most, products = most_rows(dtype, device), f"PyTorch's products ({torch.backends.cpu.get_cpu_capability()})"
     if not most:
         return f"{products}, {where}"
-    ours = f"the C kernel ({instructions_of_kernel()})"
+    ours = f"the C kernel ({load_kernel().name})"
     return f"{ours}, {where}" if most == ANY_ROWS else f"{ours} up to {most} rows of one, by {products} beyond, {where}"

@@ -15,7 +15,8 @@ from fairseq_moe_ext.atomic_file import WriteError, check_writable
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.gating.slots import GATINGS
 from fairseq_moe_ext.kernels.choice import KERNELS
-from fairseq_moe_ext.kernels.grouped_linear import check_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import check_kernel
+from fairseq_moe_ext.kernels.crossing import check_rows
 from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
@@ -100,6 +101,7 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
     rank = Rank.of_command() if rank is None else rank
     check_values(MoEFlags, flags)
     check_kernel()
+    check_rows()
     placement = getattr(flags, "expert_placement", None)
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or rank.world_size)

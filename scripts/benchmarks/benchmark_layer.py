@@ -48,7 +48,7 @@ from fairseq_moe_ext.gating.capacity import DROP_METRICS, OVERFLOWS, Capacity, C
 from fairseq_moe_ext.gating.limit import Limit  # noqa: E402
 from fairseq_moe_ext.gating.slots import StaticOptions, dispatcher_for  # noqa: E402
 from fairseq_moe_ext.gating.static import assign_slots, dense_combine_weights, static_capacity  # noqa: E402
-from fairseq_moe_ext.kernels import grouped_linear  # noqa: E402
+from fairseq_moe_ext.kernels import crossing, loop  # noqa: E402
 from fairseq_moe_ext.kernels.choice import KERNELS  # noqa: E402
 from fairseq_moe_ext.serving.free_memory import free_bytes  # noqa: E402
 
@@ -131,7 +131,7 @@ def with_kernel(layer: MOELayer, kernel: str) -> MOELayer:
 
 def without_c_kernel(call: Callable[[], Tensor]) -> Tensor:
     """`call` with PyTorch's own products alone."""
-    with patch.object(grouped_linear, "most_rows", lambda *_: 0):
+    with patch.object(loop, "most_rows", lambda *_: 0):
         return call()
 
 
@@ -168,7 +168,7 @@ def implementations(
     found = {"dynamic": lambda: dynamic(x)}
     for kernel in args.kernel[1:]:
         found[kernel] = lambda layer=with_kernel(dynamic, kernel): layer(x)
-    if grouped_linear.most_rows(dtype, x.device) > 0:
+    if crossing.most_rows(dtype, x.device) > 0:
         found["products"] = lambda: without_c_kernel(lambda: dynamic(x))
     if args.cuda_graph and experts.kernel_for(x.device, x.dtype) == "loop":
         print("graph is left out: a loop over experts waits for the host")

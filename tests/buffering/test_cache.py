@@ -14,7 +14,7 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
 from fairseq_moe_ext.buffering.store import HostStore
 from fairseq_moe_ext.experts.resident import ResidentExperts
-from fairseq_moe_ext.kernels.grouped_linear import FEW_ROWS
+from fairseq_moe_ext.kernels.crossing import FEW_ROWS
 
 PAIRS = [(policy, order) for policy in POLICIES for order in ORDERS]
 

@@ -14,6 +14,7 @@ from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.gating.plan import plan_by_expert
 from fairseq_moe_ext.kernels.combine import weighted_sum
+from fairseq_moe_ext.kernels.cpu_kernel import VARIABLE
 from fairseq_moe_ext.kernels.grouped_mlp import grouped_mlp
 from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets, fetch
 
@@ -270,9 +271,10 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", ["triton", "grouped-mm"])
 @pytest.mark.parametrize("num_choices", [1, 2])
-def test_nothing_waits_for_the_host(kernel, num_choices):
+def test_nothing_waits_for_the_host(monkeypatch, kernel, num_choices):
     if kernel == "triton" and CUDA:
         pytest.skip("the test below looks at the device itself")
+    monkeypatch.setenv(VARIABLE, "off")  # what a device runs, on the CPU
     case = SMALL.with_(padding="left", num_choices=num_choices, use_fp32=True)
     layer, calls = on(case.layer(), kernel, "cpu")
     x, mask = case.batch()

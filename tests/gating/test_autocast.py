@@ -8,7 +8,7 @@ from cases import Case
 
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.cmr import CMRLayer
-from fairseq_moe_ext.kernels.grouped_linear import VARIABLE
+from fairseq_moe_ext.kernels.cpu_kernel import VARIABLE
 
 BFLOAT16 = torch.bfloat16
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from fairseq_moe_ext.kernels.grouped_linear import load_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import load_kernel
 
 TESTS = Path(__file__).resolve().parents[1]
 # a parent that computes, then its child, whose exit code is the program's; `seconds` until the child is given up

@@ -7,7 +7,7 @@ from cases import Case
 from rank_group import ranks
 from rank_layers import contiguous, split_layer
 
-from fairseq_moe_ext.kernels.grouped_linear import load_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import load_kernel
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
 

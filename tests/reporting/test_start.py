@@ -51,7 +51,7 @@ def test_the_line_on_a_cpu(loader, caplog, monkeypatch, choice, ours):
 
 @pytest.mark.parametrize("flags, line", [
     (("--moe-kernel", "grouped-mm"), "the kernel grouped-mm, float32 on cpu"),
-    (("--moe-dtype", "float16"), "PyTorch's products (.*), float16 on cpu"),
+    (("--moe-dtype", "float16"), "the C kernel .*, float16 on cpu|PyTorch's products (.*), float16 on cpu"),
     (("--expert-buffer-size", "2"), ".*PyTorch's products .*, float32 on cpu"),
     (("--moe-gating", "static"), ".*PyTorch's products .*, float32 on cpu"),
 ])

@@ -1,0 +1,229 @@
+"""The C kernel of cpu/kernel.c: the experts' linear layers on a CPU, each on its own few rows.
+
+It is compiled at installation where there is a C compiler; without it PyTorch's products do everything, slower.
+The environment variable FAIRSEQ_MOE_CPU_KERNEL says which of its instructions run, or that it does not.
+
+Legend: X = experts, S = slots, N = rows, K = input features, M = output features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fairseq_moe_ext.kernels.activations import Activation
+
+logger = logging.getLogger("fairseq_moe_ext")
+
+VARIABLE = "FAIRSEQ_MOE_CPU_KERNEL"
+INSTRUCTIONS = ("plain", "avx2", "avx512")  # by the C kernel's numbers, each more than the one before
+CHOICES = ("auto", *INSTRUCTIONS[::-1], "off")  # the best that the CPU has; these; PyTorch's products alone
+NAMES = {"plain": "plain", "avx2": "AVX2", "avx512": "AVX-512"}
+NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
+# what the C kernel computes by itself, by its numbers
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
+VERSION = 4  # of what is passed to the C kernel
+ANY_ROWS = 2**62
+
+
+class Groups:
+    """The rows of X experts, as (4, X) int32: sources and targets (the first row of each expert, in what is read and in
+    what is filled), counts (how many rows) and slots (where its weight lies)."""
+
+    def __init__(self, sources: ArrayLike, targets: ArrayLike, counts: ArrayLike, slots: ArrayLike):
+        self.numbers = np.empty((4, len(counts)), np.int32)
+        for row, values in zip(self.numbers, (sources, targets, counts, slots), strict=True):
+            row[:] = values
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(X,) rows per expert."""
+        return self.numbers[2]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight (S, M, K) and bias (S, M) of S experts' layers, and what follows: a key of ACTIVATIONS."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: Activation | None = None
+
+
+class Kernel:
+    """The compiled kernel on some of its instructions."""
+
+    def __init__(self, library: ctypes.CDLL, instructions: str):
+        self.instructions, self.name = instructions, NAMES[instructions]
+        self._number = INSTRUCTIONS.index(instructions)
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._run: Callable[..., int] = library.run_experts
+        self._run.argtypes, self._run.restype = [pointer], size
+        self._sort: Callable[..., int] = library.sort_assignments
+        self._sort.argtypes, self._sort.restype = [pointer, pointer, size, size, pointer, pointer, pointer], size
+        self._add: Callable[..., int] = library.add_choices
+        self._add.argtypes = [pointer, size, *[pointer] * 3, *[size] * 3, pointer, size, size]
+        self._add.restype = size
+
+    def run(
+        self, rows: Tensor, layers: Sequence[Linear], groups: Groups, outputs: Tensor, most: int = ANY_ROWS
+    ) -> None:
+        """rows (N, K) through one or two layers -> the groups' rows of outputs (N', M), where an expert has at most
+        `most` rows; PyTorch's threads share every expert.
+
+        All tensors lie on the CPU, are contiguous and of one of DTYPES. An expert's outputs depend on its rows and
+        weights alone, bit by bit: not on where they lie, on other rows, or on the number of threads. ValueError where
+        something does not fit.
+        """
+        dtype = rows.dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"rows must be of one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        given = [_address(rows, "rows", dtype), _address(outputs, "outputs", dtype)]
+        features = rows.size(1)
+        for layer in layers:
+            slots, its_features, inputs = layer.weight.shape
+            if inputs != features or layer.bias.shape != (slots, its_features):
+                raise ValueError(
+                    f"rows and bias must fit the weight {tuple(layer.weight.shape)}, got rows of {features} features "
+                    f"and a bias {tuple(layer.bias.shape)}"
+                )
+            given += (
+                *(_address(layer.weight, "weight", dtype), _address(layer.bias, "bias", dtype)),
+                *(inputs, its_features, ACTIVATIONS[layer.activation]),
+            )
+            features = its_features
+        if outputs.size(1) != features:
+            raise ValueError(f"outputs must have the last weight's {features} features, got {outputs.size(1)}")
+        if len(layers) == 1:
+            given += [0] * 5
+        threads = torch.get_num_threads()
+        numbers = groups.numbers
+        head = self._number, DTYPES[dtype], threads, len(layers), numbers.shape[1], most, _data(numbers)
+        call = array("q", (*head, *given, _start_team() if threads > 1 else 0))
+        if self._run(call.buffer_info()[0]):
+            raise MemoryError("no memory for the experts' hidden features")
+
+
+    def sort(self, ids: Tensor, kept: Tensor | None, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As sorting.py's `sort_assignments` has it, of tensors on the CPU."""
+        ids = ids.contiguous()
+        kept = None if kept is None else kept.contiguous()
+        if ids.dtype != torch.int64 or kept is not None and (kept.dtype != torch.bool or kept.shape != ids.shape):
+            raise ValueError(f"ids must be int64 and kept bool, alike in shape, got {ids.dtype} of {tuple(ids.shape)}")
+        count = ids.numel()
+        assignments, rows = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+        offsets = torch.empty(num_ids + 1, dtype=torch.int32)
+        mask = None if kept is None else kept.data_ptr()
+        places = assignments.data_ptr(), offsets.data_ptr(), rows.data_ptr()
+        if self._sort(ids.data_ptr(), mask, count, num_ids, *places):
+            raise ValueError(f"ids that are kept must be from 0 to below {num_ids}")
+        return assignments, offsets, rows
+
+    def add_choices(self, outputs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """As combine.py's `weighted_sum` has it, of tensors on the CPU; outputs are of one of DTYPES."""
+        (tokens, choices), dim = rows.shape, outputs.size(1)
+        outputs, rows, weights = outputs.contiguous(), rows.contiguous(), weights.float().contiguous()
+        if rows.dtype != torch.int64 or weights.shape != rows.shape:
+            raise ValueError(f"row ids must be int64 and of the weights' shape, got {rows.dtype} {tuple(rows.shape)}")
+        sums, total = outputs.new_empty(tokens, dim), torch.empty(dim)
+        given = outputs.data_ptr(), len(outputs), rows.data_ptr(), weights.data_ptr(), sums.data_ptr()
+        if self._add(*given, tokens, choices, dim, total.data_ptr(), DTYPES[outputs.dtype], self._number):
+            raise ValueError(f"row ids must be below the {len(outputs)} outputs")
+        return sums
+
+
+def _address(tensor: Tensor, name: str, dtype: torch.dtype) -> int:
+    if tensor.dtype is not dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, on the CPU and of the rows' {dtype}, got {tensor.dtype} on {tensor.device}, "
+            f"strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+def _data(numbers: np.ndarray) -> int:
+    return numbers.__array_interface__["data"][0]
+
+
+def load_kernel() -> Kernel | None:
+    """The compiled kernel, as FAIRSEQ_MOE_CPU_KERNEL wants it; None where that is off, or by default not compiled.
+
+    ValueError where the variable is none of CHOICES or asks for what this machine lacks.
+    """
+    return _kernel(os.environ.get(VARIABLE) or "auto")
+
+
+def check_kernel() -> None:
+    """`load_kernel`'s errors, without its warning: where all runs on a GPU the kernel is not needed."""
+    if os.environ.get(VARIABLE):
+        load_kernel()
+
+
+@lru_cache
+def _kernel(choice: str) -> Kernel | None:
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "off":
+        return None
+    library = _library()
+    if library is None:
+        if choice != "auto":
+            raise ValueError(f"{VARIABLE} {choice} needs the C kernel, which `pip install -e .` compiles")
+        logger.warning("experts run slower without the C kernel for few rows, which `pip install -e .` compiles")
+        return None
+    best = library.best_instructions()
+    if choice == "auto":
+        choice = INSTRUCTIONS[best]
+    if INSTRUCTIONS.index(choice) > best:
+        raise ValueError(f"{VARIABLE} {choice} needs a CPU with {NEEDS[choice]}")
+    return Kernel(library, choice)
+
+
+def _library() -> ctypes.CDLL | None:
+    """What the installation compiled; None where it did not, did so for another version of the C file, or for another
+    kind of machine."""
+    spec = find_spec("fairseq_moe_ext.kernels._cpu_kernel")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+        library.best_instructions.restype = library.cpu_kernel_version.restype = ctypes.c_int64
+        return library if library.cpu_kernel_version() == VERSION else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _start_team() -> int:
+    """The address of the function by which PyTorch's OpenMP library runs something on its threads: there is no second
+    pool beside PyTorch's. 0 where one thread must do: that library has no such function, or its threads were left
+    behind in the process that forked this one."""
+    return _address_of_team() if os.getpid() == _process_of_team() else 0
+
+
+@lru_cache
+def _process_of_team() -> int:
+    """The first process that asks; a forked child inherits the answer."""
+    return os.getpid()
+
+
+@lru_cache
+def _address_of_team() -> int:
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
