@@ -10,7 +10,7 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13
   exit 1
 fi
 stamp=$root/.venv/installed
-wanted=$(cat "$root/constraints.txt" "$root/setup.py" "$root"/fairseq_moe_ext/kernels/*.c | cksum)
+wanted=$(cat "$root/constraints.txt" "$root/setup.py" "$root"/fairseq_moe_ext/kernels/cpu/* | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   log=$root/.venv.log
   echo "installing into .venv (some minutes the first time; fairseq is compiled; progress in .venv.log)"

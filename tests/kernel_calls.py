@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 from fairseq_moe_ext.kernels import cpu_kernel
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, DTYPES, INSTRUCTIONS, VARIABLE, Groups, Kernel, Linear
+from fairseq_moe_ext.kernels.crossing import TABLE
 from fairseq_moe_ext.kernels.loop import run_loop
 from fairseq_moe_ext.kernels.offsets import Offsets
 
+FEW_ROWS = max(rows[torch.float32] for rows in TABLE.values())  # more go to PyTorch's products on every CPU
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "fairseq_moe_ext" / "kernels" / "cpu" / "kernel.c"
 COMPILER = shutil.which("cc") or shutil.which("gcc")

@@ -36,7 +36,7 @@ NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
 # what the C kernel computes by itself, by its numbers
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
-VERSION = 4  # of what is passed to the C kernel
+VERSION = 5  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 
 
@@ -113,9 +113,13 @@ class Kernel:
         threads = torch.get_num_threads()
         numbers = groups.numbers
         head = self._number, DTYPES[dtype], threads, len(layers), numbers.shape[1], most, _data(numbers)
-        call = array("q", (*head, *given, _start_team() if threads > 1 else 0))
-        if self._run(call.buffer_info()[0]):
+        sizes = len(rows), len(outputs), min(len(layer.weight) for layer in layers)
+        call = array("q", (*head, *sizes, *given, _start_team() if threads > 1 else 0))
+        error = self._run(call.buffer_info()[0])
+        if error == -1:
             raise MemoryError("no memory for the experts' hidden features")
+        if error:
+            raise ValueError("groups must lie within the {} rows, {} outputs and {} slots".format(*sizes))
 
 
     def sort(self, ids: Tensor, kept: Tensor | None, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +156,8 @@ def _address(tensor: Tensor, name: str, dtype: torch.dtype) -> int:
             f"{name} must be contiguous, on the CPU and of the rows' {dtype}, got {tensor.dtype} on {tensor.device}, "
             f"strides {tensor.stride()}"
         )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must need no gradient: the C kernel gives none")
     return tensor.data_ptr()
 
 

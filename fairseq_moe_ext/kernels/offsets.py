@@ -5,7 +5,7 @@ Legend: E = experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -90,6 +90,9 @@ class DeviceCounts(Sequence):
 
     def __getitem__(self, index):
         return self._offsets.counts[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._offsets.counts)
 
     @property
     def waiting(self) -> Offsets | None:

@@ -9,12 +9,12 @@ from buffer_makers import STORES, buffered_twin, make_store, resident_experts
 from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_calls import FEW_ROWS
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
 from fairseq_moe_ext.buffering.store import HostStore
 from fairseq_moe_ext.experts.resident import ResidentExperts
-from fairseq_moe_ext.kernels.crossing import FEW_ROWS
 
 PAIRS = [(policy, order) for policy in POLICIES for order in ORDERS]
 

@@ -5,13 +5,14 @@ import torch
 from cases import Case, examples, expert_list
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_calls import FEW_ROWS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.kernels.alignment import ALIGNMENT
 from fairseq_moe_ext.kernels.cpu_kernel import VARIABLE
-from fairseq_moe_ext.kernels.crossing import FEW_ROWS, most_rows
+from fairseq_moe_ext.kernels.crossing import most_rows
 
 
 def make_experts(num_experts=3, model_dim=4, hidden_dim=5, **options):

@@ -14,6 +14,7 @@ from cases import examples, torch_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_calls import (
+    FEW_ROWS,
     KERNEL_DTYPES,
     KERNELS,
     SOURCE,
@@ -34,7 +35,6 @@ from kernel_calls import (
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.kernels import cpu_kernel, crossing
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, DTYPES, VARIABLE, Groups, Kernel, Linear
-from fairseq_moe_ext.kernels.crossing import FEW_ROWS
 
 COUNTS = st.lists(st.sampled_from((0, 0, 1, 2, 3, 4, 5, 7, 9, FEW_ROWS, FEW_ROWS + 1)), min_size=1, max_size=6)
 
@@ -235,6 +235,27 @@ def test_misfits_are_refused(change):
         kernel.run(rows, [Linear(weight, bias)], groups_of(counts), outputs)
 
 
+@pytest.mark.skipif(not runs_here("plain"), reason="no kernel here")
+@pytest.mark.parametrize("sources, targets, slots", [([0, 5], [0, 2], [0, 1]), ([0, 2], [0, 4], [0, 1]),
+                                                     ([0, 2], [0, 2], [0, 2]), ([-1, 2], [0, 2], [0, 1])])
+def test_nothing_is_read_or_written_where_there_is_nothing(sources, targets, slots):
+    rows, weight, bias = make([3, 3], 8, 4)
+    outputs = rows.new_zeros(6, 4)
+    with pytest.raises(ValueError, match="groups must lie within the 6 rows, 6 outputs and 2 slots"):
+        kernel = Kernel(cpu_kernel._library(), "plain")
+        kernel.run(rows, [Linear(weight, bias)], Groups(sources, targets, [2, 3], slots), outputs)
+    assert not outputs.any()
+
+
+@pytest.mark.skipif(not runs_here("plain"), reason="no kernel here")
+def test_a_gradient_is_refused():
+    rows, weight, bias = make([3, 3], 8, 4)
+    with pytest.raises(ValueError, match="weight must need no gradient"):
+        by_kernel("plain", rows, [3, 3], weight.requires_grad_(), bias)
+    with torch.no_grad():
+        by_kernel("plain", rows, [3, 3], weight, bias)
+
+
 @pytest.mark.parametrize("counts", ([2, 1, 4], [2, 4]))
 def test_counts_that_do_not_sum_to_the_rows_are_refused(counts):
     experts = ResidentExperts(len(counts), 8, 4).eval()
@@ -246,7 +267,7 @@ def test_counts_that_do_not_sum_to_the_rows_are_refused(counts):
 @KERNEL_DTYPES
 def test_rows_come_from_and_go_anywhere_and_weights_lie_in_any_slot(choice, dtype):
     """Bit by bit what rows and weights in order give, and nothing else is touched."""
-    counts, sources, targets, slots = [2, FEW_ROWS + 3, 5], [60, 2, 0], [0, 5, 70], [3, 0, 1]
+    counts, sources, targets, slots = [2, 51, 5], [60, 2, 0], [0, 5, 70], [3, 0, 1]
     rows, weight, bias = make([70, 0, 0, 0], 37, 11, dtype)
     outputs = rows.new_full((80, 11), float("nan"))
     kernel = Kernel(cpu_kernel._library(), choice)

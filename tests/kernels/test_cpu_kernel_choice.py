@@ -11,7 +11,7 @@ from kernel_calls import REPOSITORY, needs_compiler, runs_here
 
 from fairseq_moe_ext.kernels import cpu_kernel, crossing
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, CHOICES, INSTRUCTIONS, VARIABLE
-from fairseq_moe_ext.kernels.crossing import FEW_ROWS, most_rows
+from fairseq_moe_ext.kernels.crossing import TABLE, most_rows
 
 CPU = torch.device("cpu")
 
@@ -32,14 +32,15 @@ def test_few_rows_go_to_the_kernel_where_there_is_one(monkeypatch):
     for choice, there in (("auto", there_is_one), ("plain", there_is_one), ("off", False)):
         if there or choice != "plain":
             monkeypatch.setenv(VARIABLE, choice)
-            assert most_rows(torch.float32, CPU) == (FEW_ROWS if there else 0)
+            instructions = cpu_kernel.load_kernel().instructions if there else None
+            assert most_rows(torch.float32, CPU) == (TABLE[instructions][torch.float32] if there else 0) < ANY_ROWS
             assert most_rows(torch.float16, CPU) == most_rows(torch.bfloat16, CPU) == (ANY_ROWS if there else 0)
             assert most_rows(torch.float64, CPU) == 0
     monkeypatch.setenv(VARIABLE, "auto")
     monkeypatch.setattr(crossing, "has_units", lambda dtype: dtype != torch.float32)
     if there_is_one:
-        assert most_rows(torch.bfloat16, CPU) == most_rows(torch.float16, CPU) == crossing.UNITS_ROWS < FEW_ROWS
-        assert most_rows(torch.float32, CPU) == FEW_ROWS
+        assert most_rows(torch.bfloat16, CPU) == most_rows(torch.float16, CPU) == crossing.UNITS_ROWS
+        assert most_rows(torch.float32, CPU) > crossing.UNITS_ROWS
 
 
 @pytest.mark.parametrize("choice", ("avx", "AVX2", "0", "on"))

@@ -1,8 +1,8 @@
 /* The experts' feed-forward for few rows per expert: what a matrix library does slowest, since it lays out a weight
-   anew for every product. Here a weight is read once, in its own order, four of its rows at a time, which stay in the cache
-   for all rows of the expert; what comes next is fetched meanwhile (tiles.h). An expert's hidden features stay in the
-   cache, too. Any number of threads share one expert: work is handed out by blocks of output features, every output is
-   one sum in one order, and so the same bit by bit whatever is computed beside it, by however many threads.
+   anew for every product. Here a weight is read once, in its own order, four of its rows at a time, which stay in the
+   cache for all rows of the expert; what comes next is fetched meanwhile (tiles.h). An expert's hidden features stay in
+   the cache, too. Any number of threads share one expert: work is handed out by blocks of output features, every output
+   is one sum in one order, and so the same bit by bit whatever is computed beside it, by however many threads.
 
    Called by cpu_kernel.py; C11 of GCC or clang, without Python or PyTorch. Threads are PyTorch's own: `parallel` is the
    function by which its OpenMP library starts a team.
@@ -22,12 +22,11 @@
 #include <sched.h>
 #endif
 
-#define VERSION 4    /* of what cpu_kernel.py passes; another one is not called */
+#define VERSION 5    /* of what cpu_kernel.py passes; another one is not called */
 #define FEATURES 4   /* weight rows at a time */
 #define AHEAD 8      /* weight rows between the ones in use and the ones that are fetched */
 #define PART 1024    /* inputs at a time, of which FEATURES weight rows stay in the first cache for many rows */
 #define WIDEN_ROWS 8 /* up to so many rows 16-bit weights are widened where they are used, once per tile */
-#define LINE 64      /* bytes of a cache line */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -74,12 +73,13 @@ struct layer {
   int64_t activation;
 };
 
-/* Expert e's counts[e] rows of x, from row sources[e] on, through the weights in slot slots[e] -> rows targets[e] and on
-   of out: one layer, or two. x (N, K) and out (N', M) are contiguous, all of one dtype. Rows of an expert that has more
-   than `most` are left as they are. */
+/* Expert e's counts[e] rows of x, from row sources[e] on, through the weights in slot slots[e] -> rows targets[e] and
+   on of out: one layer, or two. x (num_rows, K) and out (num_outputs, M) are contiguous, all of one dtype. Rows of an
+   expert that has more than `most` are left as they are. */
 struct call {
   int64_t instructions, dtype, threads, layers, experts, most;
   const int32_t *numbers; /* (4, experts): sources, targets, counts, slots */
+  int64_t num_rows, num_outputs, num_slots;
   const char *x;
   char *out;
   struct layer layer[2];
@@ -140,7 +140,8 @@ static void compute(const struct work *work, int64_t number, int layer, int64_t 
 }
 
 /* One thread's share. Blocks are handed out in order: the first layer of an expert, then the second of one that came
-   `lag` experts before, for which all blocks of the first were handed out by then. Nobody waits for what comes later. */
+   `lag` experts before, for which all blocks of the first were handed out by then. Nobody waits for what comes
+   later. */
 static void share(void *of) {
   struct work *work = of;
   char *scratch = work->scratch + __atomic_fetch_add(&work->started, 1, __ATOMIC_RELAXED) * work->scratch_bytes;
@@ -176,12 +177,22 @@ int64_t best_instructions(void) {
   return PLAIN;
 }
 
-/* 0, or -1 where there is no memory for what is kept meanwhile. */
+/* Whether an expert's rows, its outputs and its weights lie where there are some. */
+static int is_inside(const struct call *call, int64_t expert) {
+  const int32_t *numbers = call->numbers + expert;
+  int64_t source = numbers[0], target = numbers[call->experts], count = numbers[2 * call->experts];
+  int64_t slot = numbers[3 * call->experts];
+  return 0 <= source && source + count <= call->num_rows && 0 <= target && target + count <= call->num_outputs &&
+         0 <= slot && slot < call->num_slots;
+}
+
+/* 0; -1 where there is no memory for what is kept meanwhile; -2 where an expert is not inside. */
 int64_t run_experts(const struct call *call) {
   struct work work = {.call = call, .tiles = tiles_of(call->instructions)};
   int64_t size = SIZE(call->dtype), threads = call->parallel ? call->threads : 1;
   for (int64_t expert = 0; expert < call->experts; expert++)
     if (0 < counts_of(call)[expert] && counts_of(call)[expert] <= call->most) {
+      if (!is_inside(call, expert)) return -2;
       work.active++;
       work.longest = larger(work.longest, counts_of(call)[expert]);
     }

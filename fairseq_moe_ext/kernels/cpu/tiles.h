@@ -1,11 +1,13 @@
 /* A few rows times a few weight rows, and what is done to a row of values: the innermost loops, compiled once for every
-   set of instructions. plain.h and its neighbours include this with SET (the names' suffix), LANES, V (a vector of LANES float32),
-   ROWS (rows of a tile), INLINE_ROWS (where 16-bit weights are widened in it) and the functions load, store, fma, ... of SET.
+   set of instructions. plain.h and its neighbours include this with SET (the names' suffix), V (a vector of LANES
+   float32), ROWS (rows of a tile), INLINE_ROWS (the same where 16-bit weights are widened in it) and the functions
+   load, store, fma, sums, ... of SET.
 
-   Every output is one sum in one order: lane l adds up the inputs l, l + LANES, ... by FMA (or a product and a sum where
-   there is none), then the lanes are added. Inputs that fill no vector are padded with zeros. Nothing else is contracted.
+   Every output is one sum in one order: lane l adds up the inputs l, l + LANES, ... by FMA (or a product and a sum
+   where there is none), then the lanes are added. Inputs that fill no vector are padded with zeros. Nothing else is
+   contracted.
 
-   Legend: K = input features, n = rows of one expert. */
+   Legend: K = input features, M = output features, n = rows of one expert. */
 
 #define NAME__(name, set) name##_##set
 #define NAME_(name, set) NAME__(name, set)
@@ -25,16 +27,16 @@ INLINE void NAME(store_some)(void *to, int64_t at, int64_t count, V value, const
   memcpy((char *)to + at * SIZE(dtype), values, count * SIZE(dtype));
 }
 
-/* `rows` rows (at most ROWS) times `features` weight rows (1 or FEATURES), over the inputs from `from` to before `to`. Sums
-   begin where from is 0, and else with those of the inputs before in `sums`; they end in `sums`, or in `out` where to is k.
-   row_stride: of the weight rows. ahead: what is fetched meanwhile, NULL: nothing. */
-INLINE void NAME(tile)(const float *const *x, const char *w, int64_t row_stride, const char *ahead, int64_t ahead_stride,
-                       V (*sums)[FEATURES], const void *bias, void *out, int64_t stride, int64_t from, int64_t to,
-                       int64_t k, const int rows, const int features, const int relu, const int weight_type,
+/* `rows` rows (at most ROWS) times `features` weight rows (1 or FEATURES), over the inputs from `from` to before `to`.
+   Sums begin at zero where from is 0, and else with those of the inputs before, in `sums`; they end in `sums`, or in
+   `out` where to is k. row_stride: of the weight rows. ahead: what is fetched meanwhile, NULL: nothing. */
+INLINE void NAME(tile)(const float *const *x, const char *w, int64_t row_stride, const char *ahead,
+                       int64_t ahead_stride, V (*sums)[FEATURES], const void *bias, void *out, int64_t stride,
+                       int64_t from, int64_t to, int64_t k, const int rows, const int features, const int relu, const int weight_type,
                        const int dtype) {
   V total[ROWS][FEATURES];
   const float *row[ROWS];
-  const int64_t size = SIZE(weight_type), line = LINE / size, last = to - from;
+  const int64_t size = SIZE(weight_type), last = to - from;
   for (int r = 0; r < rows; r++) row[r] = x[r] + from;
   for (int r = 0; r < rows; r++)
     for (int f = 0; f < FEATURES; f++) total[r][f] = from ? sums[r][f] : NAME(zero)();
@@ -49,10 +51,10 @@ INLINE void NAME(tile)(const float *const *x, const char *w, int64_t row_stride,
     }                                                                                            \
   }
 #define WHOLE ADD(NAME(load)(w + f * row_stride, i, weight_type), NAME(load)(row[r], i, FLOAT32))
-  if (ahead)
-    while (i + line <= last) {
+  if (ahead) /* also where a line is asked for twice: spread so, it costs less than once per line, all four at a time */
+    for (; i + LANES <= last; i += LANES) {
       for (int f = 0; f < features; f++) __builtin_prefetch(ahead + f * ahead_stride + i * size);
-      for (int64_t end = i + line; i < end; i += LANES) WHOLE
+      WHOLE
     }
   for (; i + LANES <= last; i += LANES) WHOLE
   if (i < last)
@@ -104,22 +106,22 @@ INLINE void NAME(all_rows)(const float *const *x, int64_t n, const char *w, int6
 }
 
 /* Outputs `first` to before `end` of n rows x of float32: weight (M, K) and bias (M,) of `dtype` -> out (n, stride).
-   sums: n * FEATURES vectors, kept from one part of the inputs to the next. panel: FEATURES * PART float32, where weights
-   are widened that many rows need. */
+   sums: n * FEATURES vectors, kept from one part of the inputs to the next. panel: FEATURES * PART float32, where
+   weights are widened that many rows need. */
 INLINE void NAME(features)(const float *const *x, int64_t n, const char *weight, const char *bias, char *out,
                            int64_t stride, int64_t k, int64_t first, int64_t end, char *sums, float *panel,
                            const int relu, const int dtype) {
   const int64_t size = SIZE(dtype), part = n <= ROWS ? k : PART;
   const int tallest = dtype == FLOAT32 ? ROWS : INLINE_ROWS;
-#define OUTPUTS(features, most, w, row_stride, ahead, type)                                                                  \
-  NAME(all_rows)(x, n, (const char *)(w), row_stride, ahead, k * size, sums, bias + feature * size,                    \
+#define OUTPUTS(features, most, w, row_stride, ahead, type)                                         \
+  NAME(all_rows)(x, n, (const char *)(w), row_stride, ahead, k * size, sums, bias + feature * size, \
                  out + feature * size, stride, from, to, k, most, features, relu, type, dtype)
   int64_t feature = first;
   for (; feature + FEATURES <= end; feature += FEATURES)
     for (int64_t from = 0, to; from < k; from = to) {
       to = from + part < k ? from + part : k;
       const char *w = weight + (feature * k + from) * size;
-      const char *ahead = feature + AHEAD + FEATURES <= end ? w + AHEAD * k * size : NULL;
+      const char *ahead = w + AHEAD * k * size; /* perhaps of the next expert, or of nobody, which does no harm */
       if (dtype == FLOAT32 || n <= WIDEN_ROWS) {
         OUTPUTS(FEATURES, tallest, w, k * size, ahead, dtype);
         continue;
@@ -128,7 +130,7 @@ INLINE void NAME(features)(const float *const *x, int64_t n, const char *weight,
         const char *its = w + f * k * size;
         int64_t i = 0;
         for (; i + LANES <= to - from; i += LANES) {
-          if (ahead) __builtin_prefetch(ahead + (f * k + i) * size);
+          __builtin_prefetch(ahead + (f * k + i) * size);
           NAME(store)(panel, f * PART + i, NAME(load)(its, i, dtype), FLOAT32);
         }
         if (i < to - from)
@@ -142,8 +144,9 @@ INLINE void NAME(features)(const float *const *x, int64_t n, const char *weight,
 #undef OUTPUTS
 }
 
-static void NAME(linear)(const float *const *x, int64_t n, const void *weight, const void *bias, void *out, int64_t stride,
-                         int64_t k, int64_t first, int64_t end, char *sums, float *panel, int relu, int dtype) {
+static void NAME(linear)(const float *const *x, int64_t n, const void *weight, const void *bias, void *out,
+                         int64_t stride, int64_t k, int64_t first, int64_t end, char *sums, float *panel, int relu,
+                         int dtype) {
 #define AS(type)                                                                                  \
   if (relu) NAME(features)(x, n, weight, bias, out, stride, k, first, end, sums, panel, 1, type); \
   else NAME(features)(x, n, weight, bias, out, stride, k, first, end, sums, panel, 0, type)
