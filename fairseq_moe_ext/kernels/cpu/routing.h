@@ -25,8 +25,8 @@ int64_t sort_assignments(const int64_t *ids, const uint8_t *kept, int64_t n, int
 }
 
 /* outputs (num_rows, dim) of `dtype`, rows (tokens, choices), weights (tokens, choices) float32 -> sums (tokens, dim)
-   of `dtype`, in the order of the choices; a row below 0 adds nothing. total: dim float32. Products and sums are rounded
-   one by one. 0, or -1 where there is no such row. */
+   of `dtype`, in the order of the choices; a row below 0 adds nothing. total: dim float32. Products and sums are
+   rounded one by one. 0, or -1 where there is no such row. */
 int64_t add_choices(const void *outputs, int64_t num_rows, const int64_t *rows, const float *weights, void *sums,
                     int64_t tokens, int64_t choices, int64_t dim, float *total, int64_t dtype, int64_t instructions) {
   const struct tiles *tiles = tiles_of(instructions);

@@ -32,8 +32,8 @@ INLINE void NAME(store_some)(void *to, int64_t at, int64_t count, V value, const
    `out` where to is k. row_stride: of the weight rows. ahead: what is fetched meanwhile, NULL: nothing. */
 INLINE void NAME(tile)(const float *const *x, const char *w, int64_t row_stride, const char *ahead,
                        int64_t ahead_stride, V (*sums)[FEATURES], const void *bias, void *out, int64_t stride,
-                       int64_t from, int64_t to, int64_t k, const int rows, const int features, const int relu, const int weight_type,
-                       const int dtype) {
+                       int64_t from, int64_t to, int64_t k, const int rows, const int features, const int relu,
+                       const int weight_type, const int dtype) {
   V total[ROWS][FEATURES];
   const float *row[ROWS];
   const int64_t size = SIZE(weight_type), last = to - from;
