@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.choice import hardware_of
-from fairseq_moe_ext.kernels.cpu_kernel import DTYPES, load_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import DTYPES, can_be_read, load_kernel
 
-VALUES_OF_ONE_THREAD = 2**18  # beyond, PyTorch's threads together are faster; the bits are the same
+VALUES_OF_ONE_THREAD = 2**18  # beyond, PyTorch's threads together are faster; the values are the same
 
 
 def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def _suits_the_c_kernel(outputs: Tensor, weights: Tensor) -> bool:
-    if outputs.device.type != "cpu" or outputs.dtype not in DTYPES:
+    if not can_be_read(outputs, weights) or outputs.dtype not in DTYPES:
         return False
     if torch.is_grad_enabled() and (outputs.requires_grad or weights.requires_grad):
         return False

@@ -40,6 +40,9 @@ VERSION = 5  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 
 
+LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
+
+
 class Groups:
     """The rows of X experts, as (4, X) int32: sources and targets (the first row of each expert, in what is read and in
     what is filled), counts (how many rows) and slots (where its weight lies)."""
@@ -53,6 +56,18 @@ class Groups:
     def counts(self) -> np.ndarray:
         """(X,) rows per expert."""
         return self.numbers[2]
+
+    def split(self, most: int) -> Groups:
+        """Of the experts with at most `most` rows, none with more than LONGEST at a time: the others come in parts."""
+        counts = self.counts
+        if most <= LONGEST or not len(counts) or counts.max() <= LONGEST:
+            return self
+        parts = np.where(counts <= most, -(-counts // LONGEST), 1)
+        experts = np.repeat(np.arange(len(counts)), parts)
+        before = (np.arange(len(experts)) - np.repeat(parts.cumsum() - parts, parts)) * LONGEST
+        sources, targets, counts, slots = self.numbers[:, experts]
+        its = np.where(counts <= most, np.minimum(counts - before, LONGEST), 0)
+        return Groups(sources + before, targets + before, its, slots)
 
 
 @dataclass(frozen=True)
@@ -92,10 +107,14 @@ class Kernel:
         dtype = rows.dtype
         if dtype not in DTYPES:
             raise ValueError(f"rows must be of one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if len(layers) not in (1, 2):
+            raise ValueError(f"layers must be one or two, got {len(layers)}")
         given = [_address(rows, "rows", dtype), _address(outputs, "outputs", dtype)]
         features = rows.size(1)
         for layer in layers:
             slots, its_features, inputs = layer.weight.shape
+            if 0 in (inputs, its_features):
+                raise ValueError(f"a weight must have inputs and outputs, got {tuple(layer.weight.shape)}")
             if inputs != features or layer.bias.shape != (slots, its_features):
                 raise ValueError(
                     f"rows and bias must fit the weight {tuple(layer.weight.shape)}, got rows of {features} features "
@@ -111,7 +130,7 @@ class Kernel:
         if len(layers) == 1:
             given += [0] * 5
         threads = torch.get_num_threads()
-        numbers = groups.numbers
+        numbers = groups.split(most).numbers  # a name of its own, which keeps it alive
         head = self._number, DTYPES[dtype], threads, len(layers), numbers.shape[1], most, _data(numbers)
         sizes = len(rows), len(outputs), min(len(layer.weight) for layer in layers)
         call = array("q", (*head, *sizes, *given, _start_team() if threads > 1 else 0))
@@ -122,18 +141,15 @@ class Kernel:
             raise ValueError("groups must lie within the {} rows, {} outputs and {} slots".format(*sizes))
 
 
-    def sort(self, ids: Tensor, kept: Tensor | None, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sort(self, ids: Tensor, kept: Tensor, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
         """As sorting.py's `sort_assignments` has it, of tensors on the CPU."""
-        ids = ids.contiguous()
-        kept = None if kept is None else kept.contiguous()
-        if ids.dtype != torch.int64 or kept is not None and (kept.dtype != torch.bool or kept.shape != ids.shape):
-            raise ValueError(f"ids must be int64 and kept bool, alike in shape, got {ids.dtype} of {tuple(ids.shape)}")
-        count = ids.numel()
+        ids, kept = ids.contiguous(), kept.contiguous()
+        if kept.shape != ids.shape:
+            raise ValueError(f"ids and kept must be alike in shape, got {tuple(ids.shape)} and {tuple(kept.shape)}")
+        given, count = (_address(ids, "ids", torch.int64), _address(kept, "kept", torch.bool)), ids.numel()
         assignments, rows = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
         offsets = torch.empty(num_ids + 1, dtype=torch.int32)
-        mask = None if kept is None else kept.data_ptr()
-        places = assignments.data_ptr(), offsets.data_ptr(), rows.data_ptr()
-        if self._sort(ids.data_ptr(), mask, count, num_ids, *places):
+        if self._sort(*given, count, num_ids, assignments.data_ptr(), offsets.data_ptr(), rows.data_ptr()):
             raise ValueError(f"ids that are kept must be from 0 to below {num_ids}")
         return assignments, offsets, rows
 
@@ -141,24 +157,37 @@ class Kernel:
         """As combine.py's `weighted_sum` has it, of tensors on the CPU; outputs are of one of DTYPES."""
         (tokens, choices), dim = rows.shape, outputs.size(1)
         outputs, rows, weights = outputs.contiguous(), rows.contiguous(), weights.float().contiguous()
-        if rows.dtype != torch.int64 or weights.shape != rows.shape:
-            raise ValueError(f"row ids must be int64 and of the weights' shape, got {rows.dtype} {tuple(rows.shape)}")
+        if weights.shape != rows.shape:
+            raise ValueError(f"row ids must be of the weights' shape {tuple(weights.shape)}, got {tuple(rows.shape)}")
         sums, total = outputs.new_empty(tokens, dim), torch.empty(dim)
-        given = outputs.data_ptr(), len(outputs), rows.data_ptr(), weights.data_ptr(), sums.data_ptr()
+        given = (
+            *(_address(outputs, "outputs", outputs.dtype), len(outputs), _address(rows, "row ids", torch.int64)),
+            *(_address(weights, "weights", torch.float32), sums.data_ptr()),
+        )
         if self._add(*given, tokens, choices, dim, total.data_ptr(), DTYPES[outputs.dtype], self._number):
             raise ValueError(f"row ids must be below the {len(outputs)} outputs")
         return sums
 
 
+def can_be_read(*tensors: Tensor) -> bool:
+    """Whether C may read and write in place of PyTorch: values on the CPU, of no class that only stands for some, while
+    nothing is recorded."""
+    on_cpu = all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
+    return on_cpu and not torch.jit.is_tracing()
+
+
 def _address(tensor: Tensor, name: str, dtype: torch.dtype) -> int:
     if tensor.dtype is not dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, on the CPU and of the rows' {dtype}, got {tensor.dtype} on {tensor.device}, "
+            f"{name} must be contiguous, on the CPU and of {dtype}, got {tensor.dtype} on {tensor.device}, "
             f"strides {tensor.stride()}"
         )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must need no gradient: the C kernel gives none")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"{name} must have values: the C kernel reads no {type(tensor).__name__} without")
+    return address
 
 
 def _data(numbers: np.ndarray) -> int:

@@ -19,7 +19,7 @@ CHOICES = ("auto", "any")  # by the table; the C kernel at any number of rows
 
 # instructions -> dtype -> rows; plain's and avx512's are those of an earlier kernel, yet to be measured with this one
 TABLE = {
-    "plain": {torch.float32: 48, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
+    "plain": {torch.float32: 48, torch.bfloat16: 48, torch.float16: 48},
     "avx2": {torch.float32: 96, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
     "avx512": {torch.float32: 48, torch.bfloat16: ANY_ROWS, torch.float16: ANY_ROWS},
 }
@@ -29,24 +29,28 @@ UNITS_ROWS = 2  # of a dtype that the CPU multiplies by itself, for PyTorch's pr
 def most_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Rows per expert up to which the C kernel runs on this machine; 0: it does not.
 
-    The environment was checked before (`check_rows`).
+    ValueError where FAIRSEQ_MOE_CPU_ROWS is none of CHOICES.
     """
     kernel = load_kernel() if device.type == "cpu" else None
-    any_rows = os.environ.get(VARIABLE) == "any"
+    choice = _choice()
     if kernel is None or dtype not in TABLE[kernel.instructions]:
         return 0
-    if any_rows:
+    if choice == "any":
         return ANY_ROWS
     return UNITS_ROWS if has_units(dtype) else TABLE[kernel.instructions][dtype]
 
 
 def check_rows() -> None:
     """ValueError where FAIRSEQ_MOE_CPU_ROWS is none of CHOICES, or asks for a kernel that does not run."""
+    if _choice() == "any" and load_kernel() is None:
+        raise ValueError(f"{VARIABLE} any needs the C kernel, which is not compiled or turned off by {KERNEL_VARIABLE}")
+
+
+def _choice() -> str:
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "any" and load_kernel() is None:
-        raise ValueError(f"{VARIABLE} any needs the C kernel, which is not compiled or turned off by {KERNEL_VARIABLE}")
+    return choice
 
 
 @lru_cache

@@ -14,7 +14,8 @@ Which kernel runs is a name:
     triton      bias and activation fused into two products (triton_mlp.py)
     grouped-mm  PyTorch's `grouped_mm`, which knows no slots (grouped_mm.py)
 
-A row's outputs depend on the row and its expert alone, not on the rows beside it nor on the slot; on a CPU bit by bit.
+A row's outputs depend on the row and its expert alone, not on the rows beside it nor on the slot; on a CPU bit by bit,
+except that more rows of an expert than crossing.py says are rounded otherwise.
 
 Legend: N = rows, E = experts, S = slots, D = model dim, F = hidden dim.
 """

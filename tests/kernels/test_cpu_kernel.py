@@ -65,9 +65,18 @@ def test_the_code_for_avx512_computes_the_same_where_its_instructions_are_emulat
             rows, weight, bias = make(counts, inputs, outputs, dtype)
             for activation in (None, F.relu, F.gelu):
                 assert_is_linear("avx512", rows, counts, weight / inputs**0.5, bias, activation, ANY_ROWS, library)
+            assert_sums(Kernel(library, "avx512"), rows[:80])
             together = by_kernel("avx512", rows, counts, weight, bias, library=library)
             last = by_kernel("avx512", rows[-1:], [0] * 10 + [1], weight, bias, library=library)
             assert torch.equal(last, together[-1:])
+
+
+def assert_sums(kernel, outputs):
+    """Bit by bit the weighted sum of two rows each."""
+    row_ids = torch.arange(len(outputs)).view(-1, 2)
+    weights = torch.rand(row_ids.shape, generator=torch.Generator().manual_seed(1))
+    first, second = (weights[:, k : k + 1] * outputs[row_ids[:, k]].float() for k in (0, 1))
+    assert torch.equal(kernel.add_choices(outputs, row_ids, weights), (first + second).to(outputs.dtype))
 
 
 @pytest.mark.parametrize("choice", KERNELS)
@@ -89,12 +98,12 @@ def test_every_number_of_16_bits_is_read_and_written(choice, dtype):
     """Bit by bit PyTorch's own rounding and widening."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[values.isfinite()].unsqueeze(1)
-    one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
-    same = by_kernel(choice, values, [len(values)], one, zero)
-    assert torch.equal(same, values)
-    factor = torch.full((1, 1, 1), 1.0078125, dtype=dtype)
-    result = by_kernel(choice, values, [len(values)], factor, zero)
-    assert torch.equal(result, (values.float() * factor[0].float()).to(dtype))
+    zero = torch.zeros(1, 5, dtype=dtype)  # five features: four that are written together, and one alone
+    for number in (1.0, 1.0078125, 300.0, 2**-12 + 2**-15):
+        factor = torch.full((1, 5, 1), number, dtype=dtype)
+        result = by_kernel(choice, values, [len(values)], factor, zero)
+        expected = (values.float() * factor[0, 0].float()).to(dtype)
+        assert torch.equal(result, expected.expand(-1, 5)), number
 
 
 @pytest.mark.parametrize("choice", WAYS)
@@ -245,6 +254,43 @@ def test_nothing_is_read_or_written_where_there_is_nothing(sources, targets, slo
         kernel = Kernel(cpu_kernel._library(), "plain")
         kernel.run(rows, [Linear(weight, bias)], Groups(sources, targets, [2, 3], slots), outputs)
     assert not outputs.any()
+
+
+@pytest.mark.skipif(not runs_here("plain"), reason="no kernel here")
+@pytest.mark.parametrize("inputs, outputs", [(0, 3), (3, 0)])
+def test_layers_without_features_are_refused(inputs, outputs):
+    rows, weight, bias = make([2], inputs, outputs)
+    with pytest.raises(ValueError, match="a weight must have inputs and outputs"):
+        by_kernel("plain", rows, [2], weight, bias)
+
+
+@pytest.mark.skipif(not runs_here("plain"), reason="no kernel here")
+@pytest.mark.parametrize("number", [0, 3])
+def test_other_numbers_of_layers_are_refused(number):
+    rows, weight, bias = make([2], 4, 4)
+    with pytest.raises(ValueError, match=f"layers must be one or two, got {number}"):
+        kernel = Kernel(cpu_kernel._library(), "plain")
+        kernel.run(rows, [Linear(weight, bias)] * number, groups_of([2]), torch.empty(2, 4))
+
+
+@pytest.mark.parametrize("choice", KERNELS)
+@KERNEL_DTYPES
+def test_an_expert_with_many_rows_is_computed_in_parts(choice, dtype):
+    """What is kept meanwhile does not grow with its rows, and its rows' bits are those of few."""
+    counts = [3, 2 * cpu_kernel.LONGEST + 5, cpu_kernel.LONGEST, 0, cpu_kernel.LONGEST + 1]
+    rows, weight, bias = make(counts, 20, 6, dtype)
+    split = groups_of(counts).split(ANY_ROWS)
+    assert split.counts.max() == cpu_kernel.LONGEST and split.counts.sum() == sum(counts)
+    together = by_kernel(choice, rows, counts, weight, bias).split(counts)
+    for expert, chunk in enumerate(rows.split(counts)):
+        its = slice(expert, expert + 1)
+        for first in range(0, counts[expert], 100):
+            few = chunk[first : first + 100]
+            found = by_kernel(choice, few, [len(few)], weight[its], bias[its])
+            assert torch.equal(found, together[expert][first : first + 100])
+    most = cpu_kernel.LONGEST + 1
+    left = by_kernel(choice, rows, counts, weight, bias, most=most).split(counts)
+    assert left[1].isnan().all() and all(torch.equal(left[number], together[number]) for number in (0, 2, 3, 4))
 
 
 @pytest.mark.skipif(not runs_here("plain"), reason="no kernel here")

@@ -34,7 +34,8 @@ def test_few_rows_go_to_the_kernel_where_there_is_one(monkeypatch):
             monkeypatch.setenv(VARIABLE, choice)
             instructions = cpu_kernel.load_kernel().instructions if there else None
             assert most_rows(torch.float32, CPU) == (TABLE[instructions][torch.float32] if there else 0) < ANY_ROWS
-            assert most_rows(torch.float16, CPU) == most_rows(torch.bfloat16, CPU) == (ANY_ROWS if there else 0)
+            of_16_bits = TABLE[instructions][torch.float16] if there else 0
+            assert most_rows(torch.float16, CPU) == most_rows(torch.bfloat16, CPU) == of_16_bits
             assert most_rows(torch.float64, CPU) == 0
     monkeypatch.setenv(VARIABLE, "auto")
     monkeypatch.setattr(crossing, "has_units", lambda dtype: dtype != torch.float32)
@@ -73,6 +74,9 @@ def test_rows_that_cannot_go_to_the_kernel_are_refused(monkeypatch, value, rule)
     monkeypatch.setenv(crossing.VARIABLE, value)
     with pytest.raises(ValueError, match=f"^{crossing.VARIABLE} {rule}"):
         crossing.check_rows()
+    if value == "all":
+        with pytest.raises(ValueError, match=rule):
+            most_rows(torch.float32, CPU)
 
 
 def test_a_kernel_that_is_not_this_one_is_none(monkeypatch, tmp_path):

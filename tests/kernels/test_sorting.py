@@ -7,6 +7,7 @@ from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_calls import WAYS, asking_for
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fairseq_moe_ext.kernels.combine import weighted_sum
 from fairseq_moe_ext.kernels.cpu_kernel import DTYPES, load_kernel
@@ -74,6 +75,20 @@ def test_choices_are_summed_in_their_order(choice, dtype, choices, dim):
                 expected[token] += weight.to(wide) * outputs[row].to(wide)
     with asking_for(choice):
         assert torch.equal(weighted_sum(outputs, rows, weights), expected.to(dtype))
+
+
+def test_tensors_that_only_stand_for_values_take_pytorchs_way():
+    """The C kernel would read or write where there is nothing."""
+    with FakeTensorMode():
+        found = sort_assignments(torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool), 3)
+        assert [len(each) for each in found] == [6, 4, 6]
+        assert weighted_sum(torch.ones(6, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)).shape == (3, 4)
+
+
+def test_what_is_recorded_takes_pytorchs_way():
+    kept = torch.ones(4, dtype=torch.bool)
+    recorded = torch.jit.trace(lambda ids: sort_assignments(ids, kept, 3)[0], torch.tensor([2, 0, 1, 0]))
+    assert recorded(torch.tensor([0, 0, 2, 1])).tolist() == [0, 1, 3, 2]
 
 
 def test_a_row_that_there_is_not_is_refused():

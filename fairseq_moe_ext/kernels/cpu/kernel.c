@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #if defined(__aarch64__)
@@ -168,7 +169,9 @@ int64_t cpu_kernel_version(void) { return VERSION; }
 /* The best instructions that this CPU has, and its system lets it use. */
 int64_t best_instructions(void) {
 #if defined(__x86_64__)
-  int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;
+  int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && c & 1u << 29; /* by a name that not all compilers know */
+  int has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     return AVX512;

@@ -1,23 +1,22 @@
 /* What happens to a token's row before its experts and after them, each in one pass. */
 
-/* ids (n,), kept (n,) or NULL: all -> assignments (n,), stably sorted by id, those that are not kept last; offsets
+/* ids (n,), kept (n,) -> assignments (n,), stably sorted by id, those that are not kept last; offsets
    (num_ids + 1,), where each id's begin, the last one where those of the last end; rows (n,), where each assignment has
    gone, -1 where it is not kept. 0, or -1 where an id that is kept is none of the num_ids. */
 int64_t sort_assignments(const int64_t *ids, const uint8_t *kept, int64_t n, int64_t num_ids, int64_t *assignments,
                          int32_t *offsets, int64_t *rows) {
   memset(offsets, 0, (num_ids + 1) * sizeof *offsets);
   for (int64_t i = 0; i < n; i++) {
-    if (kept && !kept[i]) continue;
+    if (!kept[i]) continue;
     if (ids[i] < 0 || ids[i] >= num_ids) return -1;
     offsets[ids[i] + 1]++;
   }
   for (int64_t id = 0; id < num_ids; id++) offsets[id + 1] += offsets[id];
   int64_t last = offsets[num_ids];
   for (int64_t i = 0; i < n; i++) {
-    int is_kept = !kept || kept[i];
-    int64_t row = is_kept ? offsets[ids[i]]++ : last++;
+    int64_t row = kept[i] ? offsets[ids[i]]++ : last++;
     assignments[row] = i;
-    rows[i] = is_kept ? row : -1;
+    rows[i] = kept[i] ? row : -1;
   }
   for (int64_t id = num_ids; id > 0; id--) offsets[id] = offsets[id - 1]; /* each had moved to where the next begin */
   offsets[0] = 0;

@@ -169,7 +169,7 @@ static void NAME(widen)(float *to, const void *from, int64_t count, int dtype) {
 
 /* exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left (Cephes' expf). */
 INLINE V NAME(exp)(V x) {
-  x = NAME(max)(x, NAME(all)(-87.0f)); /* below, it would be no normal number */
+  x = NAME(max)(x, NAME(all)(-88.0f)); /* n is -127 there, and `scale` by it gives zero: no subnormal number is left */
   V n = NAME(round)(x * NAME(all)(1.44269504088896341f));
   V r = NAME(fma)(n, NAME(all)(-0.693359375f), x);
   r = NAME(fma)(n, NAME(all)(2.12194440e-4f), r);
