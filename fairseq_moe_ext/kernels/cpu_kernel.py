@@ -38,8 +38,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C ker
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
 VERSION = 5  # of what is passed to the C kernel
 ANY_ROWS = 2**62
-
-
 LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
 
 
@@ -139,7 +137,6 @@ class Kernel:
             raise MemoryError("no memory for the experts' hidden features")
         if error:
             raise ValueError("groups must lie within the {} rows, {} outputs and {} slots".format(*sizes))
-
 
     def sort(self, ids: Tensor, kept: Tensor, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
         """As sorting.py's `sort_assignments` has it, of tensors on the CPU."""

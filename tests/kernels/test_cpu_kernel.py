@@ -5,6 +5,7 @@ Tests of the kernel call it, whatever this CPU would choose, and are skipped whe
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -183,17 +184,18 @@ def test_threads_share_every_expert(monkeypatch, choice, dtype, activation, coun
                 assert torch.equal(mlp(rows, counts, pool, activation), expected), threads
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux only")
 @pytest.mark.parametrize("choice", KERNELS)
 def test_one_expert_is_shared_by_threads(choice):
     """PyTorch's own: threads of the process that run meanwhile and were there before."""
     rows, weight, bias = make([3], 1024, 8192)
     with torch_threads(2):
         by_kernel(choice, rows, [3], weight, bias)
-        before = thread_seconds()
-        for _ in range(20):
+        before, end, spent = thread_seconds(), time.monotonic() + 30, {}
+        while sum(seconds > 0 for seconds in spent.values()) < 2 and time.monotonic() < end:  # clocks tick coarsely
             by_kernel(choice, rows, [3], weight, bias)
-        spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in thread_seconds().items()}
-    assert set(spent) == set(before), "no thread is started for a call"
+            spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in thread_seconds().items()}
+    assert set(spent) <= set(before), "no thread is started for a call"
     assert sum(seconds > 0 for seconds in spent.values()) >= 2, spent
 
 
