@@ -159,7 +159,7 @@ class BufferedExperts(CalledByCounts):
 
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
         """Which kernel computes rows of `dtype` on `device` (kernels/choice.py)."""
-        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim), slots=True)
+        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim))
 
     def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""

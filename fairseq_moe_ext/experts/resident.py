@@ -117,7 +117,7 @@ class ResidentExperts(CalledByCounts):
         """Which kernel computes rows of `dtype` on `device` where no gradients are wanted (kernels/choice.py)."""
         if self.retains_dropout:
             return "loop"
-        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim), slots=False)
+        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim))
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
         """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""

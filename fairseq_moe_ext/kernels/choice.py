@@ -27,15 +27,13 @@ class Hardware:
     triton: bool
 
 
-def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, dims: Sequence[int], slots: bool) -> str:
+def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> str:
     """`triton`, `grouped-mm` or `loop` for rows of `dtype` on `device`, as `wanted` (KERNELS) says or fits best.
 
-    dims: F and D. slots: whether experts lie in slots of a buffer, which grouped-mm does not reach: the loop takes its
-    place. ValueError where a kernel that was asked for cannot run.
+    dims: F and D. ValueError where a kernel that was asked for cannot run.
     """
     if wanted == "auto":
-        best = best_kernel(hardware_of(device), dtype, dims)
-        return "loop" if best == "grouped-mm" and slots else best
+        return best_kernel(hardware_of(device), dtype, dims)
     if wanted == "grouped-mm" and not has_grouped_mm():
         raise ValueError(
             f"kernel grouped-mm needs torch.nn.functional.grouped_mm, which PyTorch {torch.__version__} does not have"
@@ -49,7 +47,7 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, dims: S
         raise ValueError("kernel triton needs the package triton, which is not installed")
     if wanted == "triton" and device.type != "cuda" and not triton_is_interpreted():
         raise ValueError(f"kernel triton needs a GPU, got tokens on {device}")
-    return "loop" if wanted == "grouped-mm" and slots else wanted
+    return wanted
 
 
 def best_kernel(hardware: Hardware, dtype: torch.dtype, dims: Sequence[int]) -> str:

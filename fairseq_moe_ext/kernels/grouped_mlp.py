@@ -12,7 +12,7 @@ Which kernel runs is a name:
 
     loop        one product per expert, few rows by the C kernel (loop.py): waits for the offsets, works everywhere
     triton      bias and activation fused into two products (triton_mlp.py)
-    grouped-mm  PyTorch's `grouped_mm`, which knows no slots (grouped_mm.py)
+    grouped-mm  PyTorch's `grouped_mm` (grouped_mm.py)
 
 A row's outputs depend on the row and its expert alone, not on the rows beside it nor on the slot; on a CPU bit by bit,
 except that more rows of an expert than crossing.py says are rounded otherwise.

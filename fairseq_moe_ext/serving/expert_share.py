@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
-from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.gating.replicas import Replicas
@@ -120,9 +119,6 @@ def limit_experts(
 
 
 def choose_kernels(model: ServedModel, kernel: str) -> None:
-    """`--moe-kernel` for the experts as they are shared out; ValueError where the kernel could compute none of them."""
-    layers = model.moe_layers().values()
-    for layer in layers:
+    """`--moe-kernel` for the experts as they are shared out."""
+    for layer in model.moe_layers().values():
         layer.experts.use_kernel(kernel)
-    if kernel == "grouped-mm" and not any(isinstance(layer.experts, ResidentExperts) for layer in layers):
-        raise ValueError("--moe-kernel must be auto, loop or triton where all experts are in a buffer, got grouped-mm")

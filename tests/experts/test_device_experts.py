@@ -142,7 +142,8 @@ def row_by_row(rows, slots, pool):
 
 
 SLOTTED = [pytest.param(("triton", "cpu"), marks=INTERPRETED), ("loop", "cpu"),
-           pytest.param(("triton", "cuda"), marks=GPU), pytest.param(("loop", "cuda"), marks=GPU)]
+           ("grouped-mm", "cpu"),
+           *(pytest.param((kernel, "cuda"), marks=GPU) for kernel in ("triton", "loop", "grouped-mm"))]
 
 
 @pytest.mark.parametrize("path", SLOTTED, ids="-".join)

@@ -37,20 +37,13 @@ def test_results_report_and_trace_are_the_loops(loader, name, tmp_path):
 
 
 @pytest.mark.grouped_mm
-def test_grouped_mm_is_refused_where_all_experts_are_in_a_buffer(loader):
-    flags = ("--expert-buffer-size", "2")
-    with pytest.raises(ValueError, match="--moe-kernel must be .* where all experts are in a buffer, got grouped-mm"):
-        loader.load("lm_top2", {}, "--moe-kernel", "grouped-mm", *flags)
-    loader.load("lm_top2", {}, "--moe-kernel", "loop", *flags)
-
-
-@pytest.mark.grouped_mm
-def test_a_kernel_for_the_layers_that_are_resident(loader):
-    flags = ("--expert-buffer-size", "2", "--expert-buffer-scope", "encoder")
-    layers = loader.load("mt_nllb_ws2", {}, "--moe-kernel", "grouped-mm", *flags).moe_layers()
+@pytest.mark.parametrize("kernel", ["loop", "grouped-mm"])
+def test_experts_in_a_buffer_go_by_the_same_kernels(loader, kernel):
+    expected = logits(loader.load("lm_top2", {}))
+    model = loader.load("lm_top2", {}, "--moe-kernel", kernel, "--expert-buffer-size", "2")
     cpu = torch.device("cpu"), torch.float32
-    found = {(name.split(".")[0], layer.experts.kernel_for(*cpu)) for name, layer in layers.items()}
-    assert found == {("encoder", "loop"), ("decoder", "grouped-mm")}  # those in a buffer lie in slots
+    assert {layer.experts.kernel_for(*cpu) for layer in model.moe_layers().values()} == {kernel}
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_by_default_the_device_decides(loader):

@@ -36,12 +36,8 @@ def test_the_weights_cannot_be_read(damaged):
     [
         (("--future-target",), "--future-target must be as in .*, False, got True"),
         (("--moe-capacity-factor", "1", "--moe-virtual-ranks", "9"), "--moe-virtual-ranks must be at most .* 8, got 9"),
-        (
-            ("--moe-kernel", "grouped-mm", "--expert-buffer-size", "2"),
-            "--moe-kernel must be auto, loop or triton where all experts are in a buffer, got grouped-mm",
-        ),
     ],
-    ids=["another target", "more virtual ranks than experts", "a kernel without slots"],
+    ids=["another target", "more virtual ranks than experts"],
 )
 def test_a_flag_that_the_configuration_rules_out(damaged, flags, words):
     with pytest.raises((CheckpointError, ValueError), match=f"^{words}"):
