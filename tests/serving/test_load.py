@@ -18,18 +18,6 @@ from fairseq_moe_ext.serving.keyword_options import (
 
 
 @pytest.fixture(scope="module")
-def bilingual(shared_goldens):
-    folder = shared_goldens / "mt_plain"
-    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **PIECES) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def lines(bilingual):
-    return lines_of(bilingual)[:12]
-
-
-@pytest.fixture(scope="module")
 def command(shared_goldens, lines):
     def run(*options: str) -> commands.Generation:
         of_model = ("--task", "moe_translation", "--remove-bpe", "sentencepiece")

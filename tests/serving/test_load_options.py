@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from python_served import PIECES, lines_of
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
@@ -19,18 +18,6 @@ from fairseq_moe_ext.serving.keyword_options import (
     OptionError,
 )
 from fairseq_moe_ext.tasks.flags import MoEFlags
-
-
-@pytest.fixture(scope="module")
-def bilingual(shared_goldens):
-    folder = shared_goldens / "mt_plain"
-    with moe.load(folder / "checkpoint_last.pt", data=folder / "data-bin", **PIECES) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def lines(bilingual):
-    return lines_of(bilingual)[:12]
 
 
 @pytest.mark.parametrize(
