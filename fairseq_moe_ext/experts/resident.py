@@ -121,13 +121,14 @@ class ResidentExperts(CalledByCounts):
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
         """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""
-        pool = list(self.parameters())
-        if rows.dtype != self.dtype:  # autocast's
+        pool = [self._parameters[name] for name in EXPERT_KEYS]  # ten times as fast as parameters()
+        if rows.dtype != pool[0].dtype:  # autocast's
             pool = [parameter.to(rows.dtype) for parameter in pool]
         dropout = self.activation_dropout if self.training or self.retains_dropout else 0.0
         if dropout > 0 or wants_gradients(rows, *pool):
             return self._run_with_gradients(rows, offsets.on_host.tolist(), pool, dropout)
-        pool = [parameter.detach() for parameter in pool]
+        if torch.is_grad_enabled():
+            pool = [parameter.detach() for parameter in pool]
         steps = self._schedule.steps(DeviceCounts(offsets))
         return run_steps(steps, self.kernel_for(rows.device, rows.dtype), rows, offsets, pool, self.activation)
 

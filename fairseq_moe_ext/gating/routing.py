@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_moe_ext.kernels.autocast import no_autocast
+from fairseq_moe_ext.kernels.choosing import choose_experts, normalize
 
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
 
@@ -87,12 +88,12 @@ class Gate(nn.Module):
 
     def combine_weights(self, routing: Routing) -> Tensor:
         """(T, K) weights of the outputs' sum in the gate's dtype, zero where an assignment is not kept."""
-        weights = only_kept(routing.weights, routing.kept)
-        return weights if routing.is_weighted else self.normalize(weights, routing.kept)
+        kept_alone = only_kept if routing.is_weighted else self.normalize
+        return kept_alone(routing.weights, routing.kept)
 
     def normalize(self, weights: Tensor, kept: Tensor) -> Tensor:
-        """weights and kept (T, K), zero where not kept -> what the gate makes of them once nothing else is dropped."""
-        return weights
+        """weights and kept (T, K) -> what the gate makes of them once nothing else is dropped, zero where not kept."""
+        return only_kept(weights, kept)
 
 
 def only_kept(values: Tensor, kept: Tensor) -> Tensor:
@@ -101,13 +102,6 @@ def only_kept(values: Tensor, kept: Tensor) -> Tensor:
     A product with `kept` would leave NaN where it was, and what weighs something is read.
     """
     return values.masked_fill(~kept, 0)
-
-
-def _kept(expert_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """(T, K) bool: everything but padding."""
-    if padding_mask is None:
-        return torch.ones_like(expert_ids, dtype=torch.bool)
-    return (~padding_mask).unsqueeze(1).expand_as(expert_ids)
 
 
 class Top1Gate(Gate):
@@ -123,8 +117,7 @@ class Top1Gate(Gate):
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """As `Gate` has it, K = 1; the weight is the softmax probability."""
         _, probabilities = self.score(tokens)
-        expert_ids = probabilities.argmax(dim=1, keepdim=True)
-        return Routing(expert_ids, _kept(expert_ids, padding_mask), probabilities.gather(1, expert_ids), probabilities)
+        return Routing(*choose_experts(probabilities, None, padding_mask), probabilities)
 
 
 class Top2Gate(Gate):
@@ -186,18 +179,14 @@ class Top2Gate(Gate):
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """As `Gate` has it, K = 2; weights are probabilities, or add up to 1 where normalised before dropping."""
         logits, probabilities = self.score(tokens)
-        first = probabilities.argmax(dim=1, keepdim=True)
         if self.second_expert_policy == "sampling":
             # Gumbel-max: argmax(logits + noise) draws from the softmax
             logits = logits.float()  # half-precision noise is too coarse: it would favour some experts
             tiny = torch.finfo(torch.float32).tiny
             logits = logits - (-self._random(logits).clamp_min(tiny).log()).clamp_min(tiny).log()
-        second = logits.scatter(1, first, float("-inf")).argmax(dim=1, keepdim=True)
-        expert_ids = torch.cat((first, second), dim=1)
-        weights = probabilities.gather(1, expert_ids)
+        expert_ids, kept, weights = choose_experts(probabilities, logits, padding_mask)
         if self.normalize_before_dropping:
-            weights = _normalize(weights)
-        kept = _kept(expert_ids, padding_mask)
+            weights = normalize(weights, torch.ones_like(kept))
         if self.second_expert_policy == "random":
             second_weight = weights[:, 1]
             drawn = 2 * second_weight > self._random(second_weight)
@@ -206,13 +195,7 @@ class Top2Gate(Gate):
 
     def normalize(self, weights: Tensor, kept: Tensor) -> Tensor:
         """As `Gate` has it: to a sum of 1 over what is kept, unless that was done before dropping."""
-        return weights if self.normalize_before_dropping else only_kept(_normalize(weights), kept)
-
-
-def _normalize(weights: Tensor) -> Tensor:
-    """(T, K) weights divided by their sum, which is held above the dtype's eps."""
-    total = weights.sum(dim=1, keepdim=True)
-    return weights / total.clamp_min(torch.finfo(weights.dtype).eps)
+        return only_kept(weights, kept) if self.normalize_before_dropping else normalize(weights, kept)
 
 
 GATES: list[type[Gate]] = [Top1Gate, Top2Gate]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.choice import hardware_of
-from fairseq_moe_ext.kernels.cpu_kernel import DTYPES, can_be_read, load_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import DTYPES
+from fairseq_moe_ext.kernels.cpu_routing import routing_for
 
 VALUES_OF_ONE_THREAD = 2**18  # beyond, PyTorch's threads together are faster; the values are the same
 
@@ -24,9 +25,9 @@ def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
         from fairseq_moe_ext.kernels import triton_mlp  # imports triton, which may not be there
 
         return triton_mlp.weighted_sum(outputs, row_ids, weights)
-    kernel = load_kernel() if _suits_the_c_kernel(outputs, weights) else None
-    if kernel is not None:
-        return kernel.add_choices(outputs, row_ids, weights)
+    routing = routing_for(outputs, weights) if _suits_the_c_kernel(outputs, weights) else None
+    if routing is not None:
+        return routing.add_choices(outputs, row_ids, weights)
     wide = torch.promote_types(outputs.dtype, torch.float32)
     parts = outputs.index_select(0, row_ids.clamp_min(0).view(-1)).to(wide).view(*row_ids.shape, -1)  # (T, K, D)
     parts = parts.mul_(weights.to(wide).unsqueeze(2)).masked_fill_((row_ids < 0).unsqueeze(2), 0)
@@ -37,7 +38,7 @@ def weighted_sum(outputs: Tensor, row_ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def _suits_the_c_kernel(outputs: Tensor, weights: Tensor) -> bool:
-    if not can_be_read(outputs, weights) or outputs.dtype not in DTYPES:
+    if outputs.dtype not in DTYPES:
         return False
     if torch.is_grad_enabled() and (outputs.requires_grad or weights.requires_grad):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq_moe_ext.kernels.cpu_kernel import can_be_read, load_kernel
+from fairseq_moe_ext.kernels.cpu_routing import routing_for
 
 
 def sort_assignments(ids: Tensor, kept: Tensor, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,9 +15,9 @@ def sort_assignments(ids: Tensor, kept: Tensor, num_ids: int) -> tuple[Tensor, T
     Within an id assignments rise; those that are not kept come last, and the last offset is where they begin. The host
     learns nothing of it.
     """
-    kernel = load_kernel() if can_be_read(ids, kept) else None
-    if kernel is not None:
-        return kernel.sort(ids, kept, num_ids)
+    routing = routing_for(ids, kept)
+    if routing is not None:
+        return routing.sort(ids, kept, num_ids)
     masked = ids.masked_fill(~kept, num_ids).view(-1)
     # stable, so that a token's rows in an expert keep the tokens' order: results do not depend on the sort
     ordered, assignments = masked.sort(stable=True)

@@ -36,6 +36,7 @@ from kernel_calls import (
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.kernels import cpu_kernel, crossing
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, DTYPES, VARIABLE, Groups, Kernel, Linear
+from fairseq_moe_ext.kernels.cpu_routing import CRouting
 
 COUNTS = st.lists(st.sampled_from((0, 0, 1, 2, 3, 4, 5, 7, 9, FEW_ROWS, FEW_ROWS + 1)), min_size=1, max_size=6)
 
@@ -77,7 +78,7 @@ def assert_sums(kernel, outputs):
     row_ids = torch.arange(len(outputs)).view(-1, 2)
     weights = torch.rand(row_ids.shape, generator=torch.Generator().manual_seed(1))
     first, second = (weights[:, k : k + 1] * outputs[row_ids[:, k]].float() for k in (0, 1))
-    assert torch.equal(kernel.add_choices(outputs, row_ids, weights), (first + second).to(outputs.dtype))
+    assert torch.equal(CRouting(kernel).add_choices(outputs, row_ids, weights), (first + second).to(outputs.dtype))
 
 
 @pytest.mark.parametrize("choice", KERNELS)

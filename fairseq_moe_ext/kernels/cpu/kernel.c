@@ -9,6 +9,7 @@
 
    Legend: K = input features, F = hidden features, n = rows of one expert. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +24,7 @@
 #include <sched.h>
 #endif
 
-#define VERSION 5    /* of what cpu_kernel.py passes; another one is not called */
+#define VERSION 6    /* of what cpu_kernel.py passes; another one is not called */
 #define FEATURES 4   /* weight rows at a time */
 #define AHEAD 8      /* weight rows between the ones in use and the ones that are fetched */
 #define PART 1024    /* inputs at a time, of which FEATURES weight rows stay in the first cache for many rows */

@@ -1,4 +1,49 @@
-/* What happens to a token's row before its experts and after them, each in one pass. */
+/* What happens to a token's row before its experts and after them, each in one pass. choose_experts and normalize_choices
+   give PyTorch's bits, products and sums rounded one by one. */
+
+/* The first of the largest values but for the one at `without`, which counts as -infinity; a NaN is larger than all. */
+INLINE int64_t largest(const float *values, int64_t count, int64_t without) {
+  int64_t best = 0;
+  float most = without == 0 ? -INFINITY : values[0];
+  for (int64_t i = 1; i < count; i++)
+    if (!(values[i] <= most) && i != without) {
+      if (most != most) break;
+      most = values[i];
+      best = i;
+    }
+  return best;
+}
+
+/* probabilities (tokens, experts), logits (tokens, experts) or NULL, is_padding (tokens,) or NULL -> ids (tokens,
+   choices), the expert of the largest probability and, where there are logits, that of the largest of the others;
+   weights (tokens, choices), their probabilities; kept (tokens, choices), false on padding. */
+void choose_experts(const float *probabilities, const float *logits, const uint8_t *is_padding, int64_t tokens,
+                    int64_t experts, int64_t *ids, float *weights, uint8_t *kept) {
+  int64_t choices = logits ? 2 : 1;
+  for (int64_t token = 0; token < tokens; token++) {
+    const float *its = probabilities + token * experts;
+    ids[token * choices] = largest(its, experts, -1);
+    if (logits) ids[token * choices + 1] = largest(logits + token * experts, experts, ids[token * choices]);
+    for (int64_t choice = token * choices; choice < (token + 1) * choices; choice++) {
+      weights[choice] = its[ids[choice]];
+      kept[choice] = !(is_padding && is_padding[token]);
+    }
+  }
+}
+
+/* weights, kept (tokens, choices) -> normalized: over the sum of the token's that are kept, or over `least` if that is
+   more; zero where not kept. */
+void normalize_choices(const float *weights, const uint8_t *kept, int64_t tokens, int64_t choices, float least,
+                       float *normalized) {
+  for (int64_t first = 0; first < tokens * choices; first += choices) {
+    float total = 0;
+    for (int64_t choice = first; choice < first + choices; choice++)
+      if (kept[choice]) total += weights[choice];
+    if (total < least) total = least;
+    for (int64_t choice = first; choice < first + choices; choice++)
+      normalized[choice] = kept[choice] ? weights[choice] / total : 0;
+  }
+}
 
 /* ids (n,), kept (n,) -> assignments (n,), stably sorted by id, those that are not kept last; offsets
    (num_ids + 1,), where each id's begin, the last one where those of the last end; rows (n,), where each assignment has
