@@ -46,9 +46,8 @@ class Groups:
     what is filled), counts (how many rows) and slots (where its weight lies)."""
 
     def __init__(self, sources: ArrayLike, targets: ArrayLike, counts: ArrayLike, slots: ArrayLike):
-        self.numbers = np.empty((4, len(counts)), np.int32)
-        for row, values in zip(self.numbers, (sources, targets, counts, slots), strict=True):
-            row[:] = values
+        self.numbers = numbers = np.empty((4, len(counts)), np.int32)
+        numbers[0], numbers[1], numbers[2], numbers[3] = sources, targets, counts, slots
 
     @property
     def counts(self) -> np.ndarray:
