@@ -1,0 +1,126 @@
+"""An expert's weights -> its block of int8 or int4 (kernels/block.py): which scales, and the nearest codes.
+
+int8: a group's scale is its largest magnitude over 127. int4: of CANDIDATES, each with the scale that fits its codes
+best, the one with the least sum of s_k * (w_k - scale * q_k)^2 over the group. s_k says what an error in input column
+k costs: the mean of its squares over recorded rows, 1 where nothing is recorded. The largest element goes to the
+negative side, which has one value more.
+
+What is quantised is always the original: a quantised expert is never quantised again.
+
+Legend: M = outputs, K = inputs, G = groups, n = rows of a weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
+from fairseq_moe_ext.kernels.block import GROUP, LARGEST, SMALLEST, Block, QuantizedLinear
+
+# To how many steps a group's largest magnitude would come: above 8, the most that there are, it is cut off for the
+# others' sake.
+CANDIDATES = tuple(6.0 + 0.4 * number for number in range(20))
+VALUES_AT_ONCE = 1 << 18  # stay in a processor's cache
+LEAST_EXPONENT = -126  # of a unit: smaller powers of two are no normal float32
+TINY, HUGE = 1e-30, 1e30
+
+Columns = Sequence[Tensor | None]  # s_k of fc1 (D,) and of fc2 (F,), at least 0; None: 1
+
+
+def quantize_expert(
+    block: Block, parts: Sequence[Tensor], target: Tensor, name: str = "", columns: Columns = (None, None)
+) -> None:
+    """parts, in the order of EXPERT_KEYS and of any float dtype, into `target` (nbytes,) uint8 on the CPU.
+
+    name: what stands before a part's own name in the state dict, for errors. ValueError naming the tensor where a value
+    is a NaN or infinite, also when only float32 has no such number.
+    """
+    target.zero_()
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = EXPERT_KEYS.values()
+    names = ((fc1_weight, fc1_bias), (fc2_weight, fc2_bias))
+    for number, layer in enumerate(block.layers(target[None])):
+        weight, bias = parts[2 * number], parts[2 * number + 1].float()
+        weight_name, bias_name = names[number]
+        _check_finite(bias, name + bias_name)
+        layer.bias[0].copy_(bias)
+        _quantize_weight(layer, weight, name + weight_name, columns[number])
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: weights must be finite numbers to be quantised, got a NaN or an infinity")
+
+
+def _quantize_weight(layer: QuantizedLinear, weight: Tensor, name: str, columns: Tensor | None) -> None:
+    """weight (M, K), a few rows at a time, into a layer of one slot."""
+    bits = 8 if layer.codes.dtype == torch.int8 else 4
+    padding = (0, -weight.size(1) % GROUP)
+    importance = None if columns is None else F.pad(columns.float(), padding).view(-1, GROUP)
+    rows = max(1, VALUES_AT_ONCE // weight.size(1))
+    for start in range(0, weight.size(0), rows):
+        part = slice(start, start + rows)
+        values = weight[part].float()
+        largest = values.abs().amax(1)
+        _check_finite(largest, name)
+        exponents = torch.frexp(largest).exponent
+        groups = F.pad(_near_one(values, exponents), padding).unflatten(1, (-1, GROUP))
+        wanted = groups.abs().amax(2) / LARGEST[8] if bits == 8 else _searched_scales(groups, importance)
+        units, scales = _units_and_scales(wanted, exponents)
+        steps = (scales.float() * _power(units - exponents)[:, None])[..., None]
+        codes = torch.where(steps == 0, 0.0, groups / steps).round_().clamp_(SMALLEST[bits], LARGEST[bits])
+        layer.units[0, part] = _power(units)
+        layer.scales[0, part] = scales
+        layer.codes[0, part] = codes.to(torch.int8) if bits == 8 else _nibbles(codes)
+
+
+def _near_one(values: Tensor, exponents: Tensor) -> Tensor:
+    """values (n, K) with each row's largest magnitude from 0.5 to 1, so that squares neither overflow nor vanish: by a
+    power of two, which rounds nothing that counts, in two steps, since 2^149 is no float32."""
+    half = exponents // 2
+    return values * _power(-half)[:, None] * _power(half - exponents)[:, None]
+
+
+def _searched_scales(groups: Tensor, importance: Tensor | None) -> Tensor:
+    """groups (n, G, 64), importance (G, 64) or None for 1 -> scales (n, G)."""
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    steps = torch.where(largest == 0, 0.0, -1.0 / largest).clamp_(-HUGE, HUGE)
+    weighted = groups if importance is None else groups * importance
+    codes, products = torch.empty_like(groups), torch.empty_like(groups)
+    scales = -largest[..., 0] / -SMALLEST[4]  # of columns that cost nothing
+    best = torch.zeros_like(scales)
+    for candidate in CANDIDATES:
+        torch.mul(groups, steps * candidate, out=codes).round_().clamp_(SMALLEST[4], LARGEST[4])
+        with_weights = torch.mul(codes, weighted, out=products).sum(2)
+        squares = codes.square_() if importance is None else codes.square_().mul_(importance)
+        with_codes = squares.sum(2).clamp_(min=TINY)
+        fitting = with_weights / with_codes
+        gain = fitting * with_weights  # by so much the error is less than that of zeros
+        scales = torch.where(gain > best, fitting, scales)
+        best = torch.maximum(gain, best)
+    return scales
+
+
+def _units_and_scales(wanted: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (n, G) of rows that were divided by 2^exponents -> the units' exponents (n,) and scales (n, G) float16, of
+    which a row's largest magnitude lies from 1 to below 2."""
+    largest = wanted.abs().amax(1)
+    own = torch.frexp(largest).exponent - 1
+    own += (largest * _power(-own)).half() == 2  # rounded up
+    units = torch.where(largest == 0, 0, (own + exponents).clamp(min=LEAST_EXPONENT))
+    return units, (wanted * _power(exponents - units)[:, None]).half()
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """2^exponents as float32, exactly; from -126 to 127."""
+    return ((exponents + 127) << 23).to(torch.int32).view(torch.float32)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """codes (..., 64) whole numbers -> (..., 32) uint8."""
+    shifted = (codes - SMALLEST[4]).to(torch.uint8)
+    low, high = shifted.split(GROUP // 2, -1)
+    return low | high << 4
