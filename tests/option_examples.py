@@ -141,6 +141,7 @@ EXAMPLES = {
     "--moe-gating": _of("--moe-gating static"),
     "--moe-eval-capacity-token-fraction": _of("--moe-eval-capacity-token-fraction 0.05", "--moe-gating static"),
     "--moe-dtype": _of("--moe-dtype bfloat16"),
+    "--moe-weights": _of("--moe-weights int4"),
 }
 # what a command needs instead
 OF_EVAL_LM = {"--post-process": _of("--post-process subword_nmt"), _SKIP: None, "--expert-eviction": None}

@@ -9,7 +9,6 @@ still compute. Source: "Toward Efficient Inference for Mixture of Experts", sect
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +25,17 @@ from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.store import ExpertStore
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
+from fairseq_moe_ext.experts.formats import Float, Format
 from fairseq_moe_ext.experts.gradients import without_gradients
-from fairseq_moe_ext.experts.parts import EXPERT_KEYS, packed_shapes
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.experts.schedule import Step, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
-from fairseq_moe_ext.kernels.choice import choose_kernel
 from fairseq_moe_ext.kernels.offsets import Offsets
 
 STAGING_SLOTS = 2
 
-# (H experts' parts, the model's dtype) -> the store
+# (H experts' packed parts, the dtype of their slots) -> the store
 MakeStore = Callable[[list[list[Tensor]], torch.dtype], ExpertStore]
 
 
@@ -59,7 +58,7 @@ class BufferedExperts(CalledByCounts):
     any time between two calls, also between a call and its announcement.
 
     policy, order: eviction.py. kernel: as of ResidentExperts. local: the numbers of the experts that lie here, rising;
-    None: all.
+    None: all. form: how experts lie in slots and store; None: as floats.
     """
 
     def __init__(
@@ -74,8 +73,9 @@ class BufferedExperts(CalledByCounts):
         order: str,
         local: Sequence[int] | None = None,
         kernel: str = "auto",
+        form: Format | None = None,
     ):
-        super().__init__(num_experts, model_dim, hidden_dim, activation, local, kernel)
+        super().__init__(num_experts, form or Float(model_dim, hidden_dim), activation, local, kernel)
         self._make_store = make_store
         self._policy, self._order = policy, order
         self._store: ExpertStore | None = None
@@ -89,24 +89,13 @@ class BufferedExperts(CalledByCounts):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The experts' dtype, which rows must have."""
+        """The model's dtype, which rows must have."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the buffer's slots lie, and rows must come from."""
         return self._like.device
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of one expert, as it lies in a slot."""
-        shapes = packed_shapes(1, self.model_dim, self.hidden_dim).values()
-        return sum(map(math.prod, shapes)) * self._like.element_size()
-
-    @property
-    def total_bytes(self) -> int:
-        """Of the weights of all local experts."""
-        return len(self.local) * self.expert_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -135,8 +124,10 @@ class BufferedExperts(CalledByCounts):
             raise ValueError(f"the buffer's size must be from 1 to the {len(self.local)} experts, got {size}")
         self.stop()
         self._slots = min(size + STAGING_SLOTS, len(self.local))
-        for name, shape in packed_shapes(self._slots, self.model_dim, self.hidden_dim).items():
-            self.register_parameter(name, nn.Parameter(self._like.new_empty(shape), requires_grad=False))
+        dtype = self.format.dtype(self.dtype)
+        for name, shape in self.format.shapes(self._slots).items():
+            slots = self._like.new_empty(shape, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(slots, requires_grad=False))
         index = {expert: number for number, expert in enumerate(self.local)}
         ranked = [index[expert] for expert in (self.local if ranking is None else ranking) if expert in index]
         self._size, self._host_capacity = size, host_capacity
@@ -150,16 +141,12 @@ class BufferedExperts(CalledByCounts):
     def stop(self) -> None:
         """No copy is under way from here on and no thread left; the slots are let go."""
         self._disconnect()
-        for name in EXPERT_KEYS:
+        for name in self.format.shapes(1):
             self._parameters.pop(name, None)
 
     def input_dtype(self, tokens: Tensor) -> torch.dtype:
         """In which `tokens` must come: under autocast in the experts' own dtype, for a buffer computes in no other."""
         return tokens.dtype if autocast_dtype(tokens) is None else self.dtype
-
-    def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Which kernel computes rows of `dtype` on `device` (kernels/choice.py)."""
-        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim))
 
     def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""
@@ -189,7 +176,8 @@ class BufferedExperts(CalledByCounts):
             raise ValueError(f"offsets must be of the counts that were prefetched, {prefetched}, got {counts}")
         self._waited, self._read = 0.0, []
         try:
-            kernel, pool = self.kernel_for(rows.device, rows.dtype), [slots.detach() for slots in self.parameters()]
+            kernel = self.kernel_for(rows.device, rows.dtype)
+            pool = self.format.pool([slots.detach() for slots in self.parameters()])
             outputs = run_steps(self.steps(counts), kernel, rows, offsets, pool, self.activation)
         except BaseException:
             self._empty()  # some slots are half filled
@@ -236,7 +224,7 @@ class BufferedExperts(CalledByCounts):
         return self._lane.start(lambda: self._source.load(expert, self._parts(slot)))
 
     def _parts(self, slot: int) -> list[Tensor]:
-        return [getattr(self, name).detach()[slot] for name in EXPERT_KEYS]
+        return [slots.detach()[slot] for slots in self._parameters.values()]
 
     def _account(self, batch: _Batch) -> BufferCall:
         disk_reads = sum(count > 0 for count in self._read)
@@ -292,10 +280,11 @@ class BufferedExperts(CalledByCounts):
 
     def _apply(self, fn, recurse=True):
         was_started, batch = self.is_started, self._disconnect()
-        dtype, addresses = self.dtype, self._addresses()
+        dtype, addresses = self.format.dtype(self.dtype), self._addresses()
         super()._apply(fn, recurse)
-        if self._store is not None and self.dtype != dtype:
-            self._store.convert(self.dtype)
+        new_dtype = self.format.dtype(self.dtype)
+        if self._store is not None and new_dtype != dtype:
+            self._store.convert(new_dtype)
         if was_started:
             self._batch = batch
             self._connect()
@@ -313,28 +302,22 @@ class BufferedExperts(CalledByCounts):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
-        shapes = packed_shapes(1, self.model_dim, self.hidden_dim)
+        shapes, dtype = self.format.shapes(1).values(), self.format.dtype(self.dtype)
         for index, expert in enumerate(self.local):
-            parts = [self._like.new_empty(shape[1:]) for shape in shapes.values()]
+            parts = [self._like.new_empty(shape[1:], dtype=dtype) for shape in shapes]
             self._store.load(index, parts)
-            for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
+            for key, part in zip(EXPERT_KEYS.values(), self.format.unpack(parts), strict=True):
                 destination[f"{prefix}{expert}.{key}"] = part
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        missing: list[str] = []
-        misfits: list[str] = []
-        weights: list[list[Tensor]] = [[] for _ in self.local]
-        for _, index, tensor in self._keys.fitting(state_dict, prefix, missing, misfits):
-            weights[index].append(tensor)
-        missing_keys += missing
-        error_msgs += misfits
-        error_msgs += [f"{key}: missing, and these experts have no values of their own" for key in missing]
-        if strict:
-            unexpected_keys += self._keys.unexpected(state_dict, prefix)
-        if not missing and not misfits:
-            store = self._make_store(weights, self._like.dtype)
+        lists = missing_keys, unexpected_keys, error_msgs
+        weights = self._keys.of_every_expert(state_dict, prefix, strict, *lists)
+        if weights is not None:
+            names = [f"{prefix}{expert}." for expert in self.local]
+            packed = [self.format.pack(parts, name) for parts, name in zip(weights, names, strict=True)]
+            store = self._make_store(packed, self.format.dtype(self.dtype))
             self.stop()  # the slots hold other weights: start again
             self._store = self._source = store
 

@@ -1,6 +1,7 @@
 """A layer's experts in a safetensors file: written once, one tensor at a time, and read at their offsets.
 
-Legend: H = local experts; parts = an expert's four tensors, in the order of EXPERT_KEYS.
+Legend: H = local experts; parts = an expert's tensors as its format packs them, of floats four in the order of
+EXPERT_KEYS, in a quantised one a block.
 The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes. Its metadata holds a fingerprint
 of what the file was made of and a CRC-32 per tensor; every read is checked.
 """
@@ -30,6 +31,8 @@ from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 logger = logging.getLogger("fairseq_moe_ext")
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES[torch.uint8] = "U8"
+_FLOAT_KEYS = tuple(EXPERT_KEYS.values())
 _ALIGNMENT = 64
 _METADATA = "__metadata__"
 _CHECKSUMS = "crc32"
@@ -49,14 +52,20 @@ def other_files(folder: Path, name: str, file: Path) -> list[Path]:
 
 
 def open_or_build(
-    path: Path, local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str
+    path: Path,
+    local: Sequence[int],
+    weights: Sequence[Sequence[Tensor]],
+    fingerprint: str,
+    keys: Sequence[str] = _FLOAT_KEYS,
+    version: str = "",
 ) -> ExpertFile:
     """The file at `path` if it holds these experts, else after it was built anew.
 
-    local: H numbers of experts. weights: H experts' parts. fingerprint: equal for equal values of all of them.
+    local: H numbers of experts. weights: H experts' parts. fingerprint: equal for equal values of all of them; of
+    quantised ones for equal originals, whose codes `version` decides. keys: of an expert's parts in the file.
     StoreError where the file is not theirs and cannot be written.
     """
-    layout = _layout(local, weights, fingerprint)
+    layout = _layout(local, weights, fingerprint, keys, version)
     try:
         found = ExpertFile(path, layout)
         logger.info("experts are read from %s", path)
@@ -102,6 +111,7 @@ class ExpertFile:
             self._file.close()
             raise
         self._tensors = [(name, entry) for name, entry in layout.items() if name != _METADATA]
+        self._parts = len({name.partition(".")[2] for name, _ in self._tensors})  # of an expert
         self._state = self._stat()
 
     def _check(self, layout: dict) -> tuple[int, list[int]]:
@@ -130,7 +140,7 @@ class ExpertFile:
 
     def fill(self, expert: int, part: int, target: Tensor) -> int:
         """As `Source` has it; StoreError where the file is damaged, was changed or cannot be read."""
-        number = expert * len(EXPERT_KEYS) + part
+        number = expert * self._parts + part
         name, entry = self._tensors[number]
         direct = target.dtype == self.dtype(part) and target.is_contiguous() and target.device.type == "cpu"
         values = target if direct else torch.empty(entry["shape"], dtype=self.dtype(part))
@@ -153,12 +163,16 @@ class ExpertFile:
         return found.st_size, found.st_mtime_ns
 
 
-def _layout(local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str) -> dict:
+def _layout(
+    local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str, keys: Sequence[str], version: str
+) -> dict:
     """The file's header but for the checksums."""
     layout: dict = {_METADATA: {"format": "pt", "fingerprint": fingerprint}}
+    if version:
+        layout[_METADATA]["version"] = version
     offset = 0
     for expert, parts in zip(local, weights, strict=True):
-        for key, part in zip(EXPERT_KEYS.values(), parts, strict=True):
+        for key, part in zip(keys, parts, strict=True):
             end = offset + math.prod(part.shape) * part.element_size()
             entry = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
             layout[f"{expert}.{key}"] = entry

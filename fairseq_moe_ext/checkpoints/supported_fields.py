@@ -55,6 +55,7 @@ WITHOUT_EFFECT = frozenset(
         "moe_trace",
         "moe_dtype",
         "moe_kernel",
+        "moe_weights",
         "moe_debug",
         "moe_capacity_factor",  # these and below: how a checkpoint was once served, or not
         "moe_overflow",

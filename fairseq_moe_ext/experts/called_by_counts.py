@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fairseq_moe_ext.experts.buffer_call import BufferCall
+from fairseq_moe_ext.experts.formats import Format
 from fairseq_moe_ext.experts.parts import ExpertKeys, packed_shapes
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.offsets import Offsets
@@ -16,28 +18,61 @@ from fairseq_moe_ext.kernels.offsets import Offsets
 class CalledByCounts(nn.Module, ABC):
     """Experts that `run` by offsets on the device, and are called by counts on the host.
 
-    local: the numbers of the experts that lie here, rising; None: all. kernel: what computes them where nothing is
-    trained, one of KERNELS (kernels/choice.py).
+    form: how their weights lie. local: the numbers of the experts that lie here, rising; None: all. kernel: what
+    computes them where nothing is trained, one of KERNELS (kernels/choice.py).
     """
 
     def __init__(
         self,
         num_experts: int,
-        model_dim: int,
-        hidden_dim: int,
+        form: Format,
         activation: Activation,
         local: Sequence[int] | None,
         kernel: str,
     ):
         super().__init__()
-        self.num_experts, self.model_dim, self.hidden_dim = num_experts, model_dim, hidden_dim
+        self.num_experts, self.format = num_experts, form
+        self.model_dim, self.hidden_dim = form.model_dim, form.hidden_dim
         self.local = tuple(range(num_experts) if local is None else local)
         if list(self.local) != sorted(set(self.local) & set(range(num_experts))):
             raise ValueError(f"local must be rising numbers of experts below {num_experts}, got {self.local}")
         self.activation = activation
         self.kernel = kernel
         self.totals = BufferCall()  # of all calls
-        self._keys = ExpertKeys(num_experts, self.local, packed_shapes(len(self.local), model_dim, hidden_dim))
+        shapes = packed_shapes(len(self.local), form.model_dim, form.hidden_dim)
+        self._keys = ExpertKeys(num_experts, self.local, shapes)
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The model's, in which rows come."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert in fast memory."""
+        return self.format.expert_bytes(self.dtype)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the weights of all local experts."""
+        return len(self.local) * self.expert_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the weights in fast memory."""
+        return self.total_bytes
+
+    @property
+    def resident_experts(self) -> list[int]:
+        """The numbers of the experts in fast memory."""
+        return list(self.local)
+
+    def prefetch(self, rows_per_expert: Sequence[int]) -> None:
+        """The H counts of the next call, as soon as they are known; nothing to do where all experts are resident."""
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Which kernel computes rows of `dtype` on `device` where no gradients are wanted."""
+        return self.format.kernel(self.kernel, device, dtype)
 
     def use_kernel(self, kernel: str) -> None:
         """From here on compute by `kernel`."""

@@ -52,6 +52,29 @@ class ExpertKeys:
                 else:
                     yield name, index, state_dict[full_key]
 
+    def of_every_expert(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> list[list[Tensor]] | None:
+        """Per expert its parts in the order of EXPERT_KEYS; None where one is missing or does not fit, an error whether
+        or not the loading is strict. The lists are those of PyTorch's `_load_from_state_dict`."""
+        missing: list[str] = []
+        misfits: list[str] = []
+        parts: list[list[Tensor]] = [[] for _ in self._local]
+        for _, index, tensor in self.fitting(state_dict, prefix, missing, misfits):
+            parts[index].append(tensor)
+        missing_keys += missing
+        error_msgs += misfits
+        error_msgs += [f"{key}: missing, and these experts have no values of their own" for key in missing]
+        if strict:
+            unexpected_keys += self.unexpected(state_dict, prefix)
+        return None if missing or misfits else parts
+
     def unexpected(self, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
         """Keys under `prefix` that are no expert's of this layer."""
         known = re.compile(rf"{re.escape(prefix)}(\d+)\.(?:{'|'.join(map(re.escape, EXPERT_KEYS.values()))})$")

@@ -28,6 +28,8 @@ VALUES_AT_ONCE = 1 << 18  # stay in a processor's cache
 LEAST_EXPONENT = -126  # of a unit: smaller powers of two are no normal float32
 TINY, HUGE = 1e-30, 1e30
 
+VERSION = 1  # of what is chosen for the same weights: a store that another version has written is built anew
+
 Columns = Sequence[Tensor | None]  # s_k of fc1 (D,) and of fc2 (F,), at least 0; None: 1
 
 
@@ -43,11 +45,54 @@ def quantize_expert(
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = EXPERT_KEYS.values()
     names = ((fc1_weight, fc1_bias), (fc2_weight, fc2_bias))
     for number, layer in enumerate(block.layers(target[None])):
-        weight, bias = parts[2 * number], parts[2 * number + 1].float()
+        weight, bias = _values_of(parts[2 * number]), _values_of(parts[2 * number + 1]).float()
         weight_name, bias_name = names[number]
         _check_finite(bias, name + bias_name)
         layer.bias[0].copy_(bias)
         _quantize_weight(layer, weight, name + weight_name, columns[number])
+
+
+class QuantizedPart(Tensor):
+    """An expert's block that has no values yet: `slot.copy_(part)` quantises into the slot, (nbytes,) uint8.
+
+    originals: the expert's parts, which may lie in a file. ValueError, when it is copied, as `quantize_expert`.
+    """
+
+    @staticmethod
+    def __new__(cls, block: Block, originals: Sequence[Tensor], name: str):
+        """As `quantize_expert`."""
+        part = Tensor._make_wrapper_subclass(cls, (block.nbytes,), dtype=torch.uint8, device="cpu")
+        part._block, part.originals, part._name = block, originals, name
+        return part
+
+    def copy_to(self, target: Tensor) -> None:
+        """`target.copy_(self)`, in between on the CPU."""
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        block = target if direct else torch.empty(self.shape, dtype=torch.uint8)
+        with torch.no_grad():
+            quantize_expert(self._block, self.originals, block, self._name)
+            if not direct:
+                target.copy_(block)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and not isinstance(args[0], QuantizedPart):
+            args[1].copy_to(args[0])
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"a part that is not quantised yet can only be copied, got {func}")
+
+
+def _values_of(part: Tensor) -> Tensor:
+    """An ordinary tensor, read once where it lies in a file."""
+    if type(part) is Tensor:
+        return part
+    values = torch.empty(part.shape, dtype=part.dtype)
+    values.copy_(part)
+    return values
 
 
 def _check_finite(values: Tensor, name: str) -> None:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
+from fairseq_moe_ext.experts.formats import Float
 from fairseq_moe_ext.experts.gradients import wants_gradients
-from fairseq_moe_ext.experts.parts import EXPERT_KEYS, packed_shapes
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.experts.schedule import AllResident, Schedule, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
-from fairseq_moe_ext.kernels.choice import choose_kernel
 from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets
 
 
@@ -48,10 +48,10 @@ class ResidentExperts(CalledByCounts):
         kernel: str = "auto",
         schedule: Schedule = AllResident(),
     ):
-        super().__init__(num_experts, model_dim, hidden_dim, activation, local, kernel)
+        super().__init__(num_experts, Float(model_dim, hidden_dim), activation, local, kernel)
         self._schedule = schedule
         self.retains_dropout = False
-        for name, shape in packed_shapes(len(self.local), model_dim, hidden_dim).items():
+        for name, shape in self.format.shapes(len(self.local)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.activation_dropout = activation_dropout
         self._initialized = initialize
@@ -67,11 +67,6 @@ class ResidentExperts(CalledByCounts):
     def device(self) -> torch.device:
         """Where the parameters lie."""
         return self.fc1_weight.device
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of one expert."""
-        return sum(math.prod(parameter.shape[1:]) for parameter in self.parameters()) * self.dtype.itemsize
 
     def share(self, local: Sequence[int]) -> ResidentExperts:
         """A module for the experts `local` alone, its weights not set: a state dict is to follow."""
@@ -91,33 +86,13 @@ class ResidentExperts(CalledByCounts):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    @property
-    def total_bytes(self) -> int:
-        """Of the weights of all local experts."""
-        return sum(parameter.nbytes for parameter in self.parameters())
-
-    @property
-    def resident_bytes(self) -> int:
-        """Of the weights in fast memory."""
-        return self.total_bytes
-
-    @property
-    def resident_experts(self) -> list[int]:
-        """The numbers of the experts in fast memory."""
-        return list(self.local)
-
     def input_dtype(self, tokens: Tensor) -> torch.dtype:
         """In which `tokens` must come: under autocast in its dtype, as to a dense layer."""
         return autocast_dtype(tokens) or tokens.dtype
 
-    def prefetch(self, rows_per_expert: Sequence[int]) -> None:
-        """The H counts of the next call, as soon as they are known; nothing to do where all experts are resident."""
-
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Which kernel computes rows of `dtype` on `device` where no gradients are wanted (kernels/choice.py)."""
-        if self.retains_dropout:
-            return "loop"
-        return choose_kernel(self.kernel, device, dtype, (self.hidden_dim, self.model_dim))
+        """As `CalledByCounts` has it."""
+        return "loop" if self.retains_dropout else super().kernel_for(device, dtype)
 
     def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
         """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""

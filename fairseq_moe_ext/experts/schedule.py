@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation
-from fairseq_moe_ext.kernels.grouped_mlp import grouped_mlp
+from fairseq_moe_ext.kernels.grouped_mlp import Pool, grouped_mlp
 from fairseq_moe_ext.kernels.offsets import Offsets
 
 
@@ -46,7 +46,7 @@ class AllResident:
 
 
 def run_steps(
-    steps: Iterable[Step], kernel: str, rows: Tensor, offsets: Offsets, pool: Sequence[Tensor], activation: Activation
+    steps: Iterable[Step], kernel: str, rows: Tensor, offsets: Offsets, pool: Pool, activation: Activation
 ) -> Tensor:
     """rows (N, D) in the order of the H experts -> outputs (N, D); no gradients.
 

@@ -4,7 +4,8 @@
     offsets     where the rows of each of E experts begin and end, on their device or on the host (offsets.py)
     slots       (E,) int32 on the CPU: where expert e lies in the pool; negative where it is not computed. None: expert
                 e lies in slot e
-    pool        fc1_weight (S, F, D), fc1_bias (S, F), fc2_weight (S, D, F), fc2_bias (S, D), without gradients
+    pool        fc1_weight (S, F, D), fc1_bias (S, F), fc2_weight (S, D, F), fc2_bias (S, D), without gradients; or of
+                quantised experts their blocks (block.py)
     activation  elementwise
     outputs     (N, D), filled where an expert is computed; all other rows are left as they are
 
@@ -13,6 +14,8 @@ Which kernel runs is a name:
     loop        one product per expert, few rows by the C kernel (loop.py): waits for the offsets, works everywhere
     triton      bias and activation fused into two products (triton_mlp.py)
     grouped-mm  PyTorch's `grouped_mm` (grouped_mm.py)
+    quantized   quantised experts on rows that are quantised alike (quantized.py)
+    widened     quantised experts as floats, on rows as they are: the reference (quantized.py)
 
 A row's outputs depend on the row and its expert alone, not on the rows beside it nor on the slot; on a CPU bit by bit,
 except that more rows of an expert than crossing.py says are rounded otherwise.
@@ -22,15 +25,19 @@ Legend: N = rows, E = experts, S = slots, D = model dim, F = hidden dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation
+from fairseq_moe_ext.kernels.block import QuantizedPool
 from fairseq_moe_ext.kernels.grouped_mm import run_grouped_mm
 from fairseq_moe_ext.kernels.loop import run_loop
 from fairseq_moe_ext.kernels.offsets import Offsets
+from fairseq_moe_ext.kernels.quantized import run_quantized, run_widened
+
+Pool = list[Tensor] | QuantizedPool
 
 
 def grouped_mlp(
@@ -38,20 +45,29 @@ def grouped_mlp(
     rows: Tensor,
     offsets: Offsets,
     slots: Tensor | None,
-    pool: Sequence[Tensor],
+    pool: Pool,
     activation: Activation,
     outputs: Tensor | None = None,
 ) -> Tensor:
-    """Run `kernel` (`loop`, `triton` or `grouped-mm`); gives `outputs`, a new tensor where it is None."""
+    """Run `kernel`, one of the names above that takes such a pool; gives `outputs`, a new tensor where it is None."""
     outputs = torch.empty_like(rows, memory_format=torch.contiguous_format) if outputs is None else outputs
     if rows.size(0) == 0:
         return outputs
+    _function(kernel)(rows, offsets, slots, pool, activation, outputs)
+    return outputs
+
+
+def _function(kernel: str) -> Callable[..., None]:
     if kernel == "triton":
         from fairseq_moe_ext.kernels.triton_mlp import run_triton  # imports triton, which may not be there
 
-        run_triton(rows, offsets, slots, pool, activation, outputs)
-    elif kernel == "grouped-mm":
-        run_grouped_mm(rows, offsets, slots, pool, activation, outputs)
-    else:
-        run_loop(rows, offsets, slots, pool, activation, outputs)
-    return outputs
+        return run_triton
+    return _FUNCTIONS[kernel]
+
+
+_FUNCTIONS = {
+    "loop": run_loop,
+    "grouped-mm": run_grouped_mm,
+    "quantized": run_quantized,
+    "widened": run_widened,
+}

@@ -15,6 +15,7 @@ from typing import Any
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from torch import nn
 
+from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.cmr import CMRGate
@@ -73,7 +74,8 @@ def retain_in_experts(model: nn.Module, generation: Any) -> None:
 def _check(layer: MOELayer, probability: float) -> None:
     rule = f"--retain-dropout concerns the dropout inside the experts ({probability})"
     if not isinstance(layer.experts, ResidentExperts):
-        raise ValueError(f"{rule}, which those in a buffer do not have: it must go without --expert-buffer-size")
+        flag = "--expert-buffer-size" if layer.experts.format.name == FLOAT else "--moe-weights"
+        raise ValueError(f"{rule}, which those in a buffer and quantised ones do not have: it must go without {flag}")
     if layer.experts.kernel not in ("auto", "loop"):
         raise ValueError(f"{rule}, which --moe-kernel {layer.experts.kernel} does not have: it must be loop")
     if layer.dispatcher.spans_ranks:

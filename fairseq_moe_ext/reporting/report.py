@@ -34,6 +34,7 @@ class Report:
         self._experts: Mapping[str, torch.nn.Module] = WeakValueDictionary()
         self.device = "cpu"
         self.dtype = "float32"
+        self.expert_format = ""
         self.expert_bytes_total = 0
         self._expert_bytes = self._expert_bytes_resident = 0  # of this rank
         self.loading: dict[str, float] | None = None
@@ -44,6 +45,7 @@ class Report:
         self.device, self.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
         experts = {name: layer.experts for name, layer in layers.items()}
         self._experts = WeakValueDictionary(experts)
+        self.expert_format = next((each.format.name for each in experts.values()), "")
         self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in experts.values())
         self._expert_bytes = sum(each.total_bytes for each in experts.values())
         self._expert_bytes_resident = sum(each.resident_bytes for each in experts.values())
@@ -141,6 +143,7 @@ class Report:
             "world_size": len(ranks),
             "device": self.device,
             "dtype": self.dtype,
+            "expert_format": self.expert_format,
             "threads": torch.get_num_threads(),
         }
         if self.loading is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, load_kernel
 from fairseq_moe_ext.kernels.crossing import most_rows
@@ -15,8 +16,11 @@ def warm_up() -> None:
 
 
 def kernel_in_words(layers: dict[str, MOELayer]) -> str:
-    """Which kernels compute these layers' experts, on which instructions: one line."""
-    return "experts are computed by " + "; ".join(dict.fromkeys(map(_describe, layers.values())))
+    """Which kernels compute these layers' experts, on which instructions, and how quantised ones lie: one line."""
+    quantized = {layer.experts.format.name: layer for layer in layers.values() if layer.experts.format.name != FLOAT}
+    total = sum(layer.experts.num_experts * layer.experts.expert_bytes for layer in layers.values())
+    what = f"experts in {', '.join(quantized)} ({total / 1e9:.2f} GB)" if quantized else "experts"
+    return f"{what} are computed by " + "; ".join(dict.fromkeys(map(_describe, layers.values())))
 
 
 def _describe(layer: MOELayer) -> str:

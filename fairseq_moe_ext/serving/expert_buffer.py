@@ -21,7 +21,8 @@ from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, st
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
-from fairseq_moe_ext.experts.resident import ResidentExperts
+from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
+from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
 from fairseq_moe_ext.trace import load_trace
@@ -93,7 +94,7 @@ class ExpertBuffer:
         if settings.profile is not None:
             self._rankings = self._read_profile(settings.profile)
 
-    def _buffered(self, name: str, experts: ResidentExperts) -> BufferedExperts:
+    def _buffered(self, name: str, experts: CalledByCounts) -> BufferedExperts:
         return BufferedExperts(
             experts.num_experts,
             experts.model_dim,
@@ -104,6 +105,7 @@ class ExpertBuffer:
             order=self._settings.order,
             local=experts.local,
             kernel=experts.kernel,
+            form=experts.format,
         )
 
     def _read_profile(self, path: Path) -> dict[str, list[int]]:
@@ -118,7 +120,7 @@ class ExpertBuffer:
         return {name: hottest_experts(profiled[name]) for name in self._layers}
 
     def _make_store(
-        self, name: str, experts: ResidentExperts, weights: list[list[Tensor]], dtype: torch.dtype
+        self, name: str, experts: CalledByCounts, weights: list[list[Tensor]], dtype: torch.dtype
     ) -> ExpertStore:
         if self._settings.store == "host":
             return HostStore(weights, dtype)
@@ -128,10 +130,13 @@ class ExpertBuffer:
         folder = self._settings.store_dir or self.checkpoint.parent
         # ranks that hold other experts have files of their own
         share = "" if len(experts.local) == experts.num_experts else f".{zlib.crc32(repr(experts.local).encode()):08x}"
-        named, values = f"{self.checkpoint.stem}.{name}{share}", fingerprint(weights)
+        form = experts.format
+        kind = "" if form.name == FLOAT else f".{form.name}"
+        values = fingerprint([form.originals(parts) for parts in weights])
+        named = f"{self.checkpoint.stem}.{name}{share}{kind}"
         file = store_file(folder, named, values)
         is_new = not file.exists()
-        source = open_or_build(file, experts.local, weights, values)
+        source = open_or_build(file, experts.local, weights, values, form.keys, form.version)
         if is_new:
             self._superseded += other_files(folder, named, file)
         return FileStore(source, dtype)

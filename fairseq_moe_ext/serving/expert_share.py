@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fairseq_moe_ext.balancing.placement import Placement, contiguous
+from fairseq_moe_ext.experts.formats import FLOAT
+from fairseq_moe_ext.experts.quantized import QuantizedExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.gating.replicas import Replicas
@@ -39,8 +41,11 @@ def distribute_experts(
     capacity: CapacitySettings | None,
     placement: Placement | None,
     kernel: str,
+    weights: str = FLOAT,
 ) -> None:
     """Give the model's layers their experts: this rank's share, in a buffer, under a capacity, as the settings say.
+
+    weights: one of FORMATS (experts/formats.py); where it is not `float`, the model's experts have no memory yet.
 
     Sets `model.expert_buffer`. ValueError where model, ranks and settings do not fit together.
     """
@@ -50,7 +55,7 @@ def distribute_experts(
         num_ranks = capacity.virtual_ranks
     ranks_of = place_experts(model, placement, num_ranks, virtual)
     model.expert_buffer = None if buffer is None else ExpertBuffer(buffer, local_ranks)
-    share_experts(model, ranks, ranks_of, model.expert_buffer)
+    share_experts(model, ranks, ranks_of, model.expert_buffer, weights)
     if capacity is not None:
         limit_experts(model, capacity, ranks_of, num_ranks, None if ranks is None else ranks.rank)
     choose_kernels(model, kernel)
@@ -84,17 +89,21 @@ def share_experts(
     ranks: Ranks | None,
     ranks_of: Mapping[str, Sequence[Sequence[int]]],
     buffer: ExpertBuffer | None = None,
+    weights: str = FLOAT,
 ) -> None:
     """Leave this rank the experts that lie on it, in `buffer` if there is one, and connect the layers with other ranks.
 
-    ranks_of: per layer the ranks of every expert.
+    ranks_of: per layer the ranks of every expert. weights: as of `distribute_experts`.
     """
     layers = model.moe_layers()
     replicas = {}
     for name, layer in layers.items() if ranks is not None else ():
         replicas[name] = Replicas(ranks_of[name], ranks.rank, ranks.world_size)
-        with nullcontext() if buffer is None else torch.device("meta"):  # a buffer's experts need no memory yet
+        with nullcontext() if buffer is None and weights == FLOAT else torch.device("meta"):  # no memory is needed yet
             layer.use(experts=layer.experts.share(replicas[name].local[ranks.rank]))
+    for layer in layers.values() if weights != FLOAT else ():
+        with nullcontext() if buffer is None else torch.device("meta"):
+            layer.use(experts=QuantizedExperts.in_place_of(layer.experts, weights))
     if buffer is not None:
         buffer.install(layers)
     for name, each in replicas.items():

@@ -22,6 +22,7 @@ from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
 from fairseq_moe_ext.tasks.flag import check_values, flag
+from fairseq_moe_ext.tasks.weight_flags import WeightFlags, check_weight_flags
 from fairseq_moe_ext.torch_versions import has_grouped_mm
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,7 +43,7 @@ def _check_kernel(kernel: str) -> None:
 
 
 @dataclass
-class MoEFlags(CapacityFlags, BufferFlags):
+class MoEFlags(CapacityFlags, BufferFlags, WeightFlags):
     """How a Mixture-of-Experts checkpoint is served."""
 
     moe_gating: ChoiceEnum(GATINGS) = flag(
@@ -107,6 +108,7 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or rank.world_size)
     _check_outputs(flags, writes=rank.rank == 0)  # rank 0 writes for all
     check_buffer_flags(flags)
+    check_weight_flags(flags)
     check_capacity_flags(flags, rank.world_size)
     if getattr(flags, "continuous_batching", False):
         _check_continuous_batching(flags, rank.world_size)

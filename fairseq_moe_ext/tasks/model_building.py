@@ -21,6 +21,7 @@ from fairseq_moe_ext.checkpoints.model_fits import (
 )
 from fairseq_moe_ext.checkpoints.moe_config import has_moe_layers
 from fairseq_moe_ext.checkpoints.supported_fields import check_fields
+from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
@@ -30,6 +31,7 @@ from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_static_capacity
+from fairseq_moe_ext.tasks.weight_flags import weight_format
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -97,7 +99,8 @@ class ModelBuilding:
             check_flags_of_dense(flags, takes_dtype=True)
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         kernel = str(flags.moe_kernel)
-        distribute_experts(model, self.ranks, buffer_settings(flags), capacity_settings(flags), placement, kernel)
+        settings = buffer_settings(flags), capacity_settings(flags)
+        distribute_experts(model, self.ranks, *settings, placement, kernel, weight_format(flags))
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -120,7 +123,8 @@ class ModelBuilding:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
         flags = self._flags()
         values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
-        values["allocate_experts"] = buffer_settings(flags) is None and self.ranks is None
+        given_later = buffer_settings(flags) is not None or weight_format(flags) != FLOAT
+        values["allocate_experts"] = not given_later and self.ranks is None
         values["checkpoint_activations"] = values["offload_activations"] = False  # of training alone
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)
         if fraction is not None:
