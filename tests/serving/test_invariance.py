@@ -10,6 +10,7 @@ import pytest
 import torch
 from ties import Hypothesis, assert_same_hypotheses
 
+QUANTIZED = (("--moe-weights", "int8"), ("--moe-weights", "int4"))
 STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction")
 
 
@@ -81,8 +82,9 @@ class Translator:
         return found
 
 
-def test_dynamic_language_model_scores_a_block_alone_as_among_others(shared_goldens):
-    assert largest_change(evaluate(shared_goldens, 8), evaluate(shared_goldens, 1)) < 1e-5
+@pytest.mark.parametrize("flags", [(), *QUANTIZED])
+def test_dynamic_language_model_scores_a_block_alone_as_among_others(shared_goldens, flags):
+    assert largest_change(*(evaluate(shared_goldens, rows, *flags) for rows in (8, 1))) < 1e-5
 
 
 @pytest.mark.slow
@@ -92,8 +94,9 @@ def test_static_language_model_scores_a_block_alone_unlike_among_others(shared_g
     assert change > 0.5
 
 
-def test_dynamic_language_model_does_not_see_the_future(shared_goldens):
-    assert change_before_the_middle(shared_goldens) < 1e-5
+@pytest.mark.parametrize("flags", [(), *QUANTIZED])
+def test_dynamic_language_model_does_not_see_the_future(shared_goldens, flags):
+    assert change_before_the_middle(shared_goldens, *flags) < 1e-5
 
 
 def test_static_language_model_sees_the_future(shared_goldens):
