@@ -9,6 +9,9 @@ import torch
 from cases import Case
 from torch import Tensor
 
+from fairseq_moe_ext.experts.formats import FLOAT
+from fairseq_moe_ext.experts.quantized import QuantizedExperts
+from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.gating.replicas import Replicas
@@ -56,11 +59,23 @@ class Served:
     idle_rounds: int
 
 
-def split_layer(layer: MOELayer, placement: Placement, rank: int, world_size: int, exchange: Exchange) -> None:
-    """Leave `layer` the experts of `rank` alone, and connect it with the other ranks."""
+def quantized(experts: ResidentExperts, name: str, state: dict[str, Tensor]) -> QuantizedExperts:
+    """In the place of `experts`, with the weights of the state dict."""
+    found = QuantizedExperts.in_place_of(experts, name).train(experts.training)
+    found.load_state_dict(state)
+    return found
+
+
+def split_layer(
+    layer: MOELayer, placement: Placement, rank: int, world_size: int, exchange: Exchange, weights: str = FLOAT
+) -> None:
+    """Leave `layer` the experts of `rank` alone, and connect it with the other ranks; weights: one of FORMATS."""
     replicas = Replicas(placement, rank, world_size)
-    experts = layer.experts.share(replicas.local[rank]).to(layer.experts.dtype)
-    experts.load_state_dict(layer.experts.state_dict())
+    experts, state = layer.experts.share(replicas.local[rank]).to(layer.experts.dtype), layer.experts.state_dict()
+    if weights == FLOAT:
+        experts.load_state_dict(state)
+    else:
+        experts = quantized(experts.train(layer.training), weights, state)
     layer.use(experts=experts, dispatcher=over_ranks(layer.dispatcher, exchange.register(experts, replicas)))
 
 

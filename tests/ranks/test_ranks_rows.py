@@ -5,8 +5,9 @@ import torch
 from activations import ACTIVATIONS
 from cases import Case
 from rank_group import ranks
-from rank_layers import contiguous, split_layer
+from rank_layers import contiguous, quantized, split_layer
 
+from fairseq_moe_ext.experts.formats import QUANTIZED
 from fairseq_moe_ext.kernels.cpu_kernel import load_kernel
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.ranks.process_group import start_group
@@ -35,11 +36,11 @@ def output_on(layer, case: Case, value: float = 0.0):
         return layer(x.masked_fill(mask.unsqueeze(2), value), mask)
 
 
-def on_two_ranks(rank, world_size, name, gating, rows_of_ranks, value):
+def on_two_ranks(rank, world_size, name, gating, rows_of_ranks, value, weights="float"):
     """The output of this rank's batch, by a layer whose experts lie on both ranks, with `value` in padding."""
     layer = layer_of(name, gating)
     exchange = Exchange(start_group())
-    split_layer(layer, contiguous(5, world_size), rank, world_size, exchange)
+    split_layer(layer, contiguous(5, world_size), rank, world_size, exchange, weights)
     output = output_on(layer, case_of(rank, rows_of_ranks[rank]), value)
     exchange.idle_round(alive=False)
     return output
@@ -50,6 +51,17 @@ def on_two_ranks(rank, world_size, name, gating, rows_of_ranks, value):
 def test_ranks_do_not_change_a_bit(two_ranks, name, rows_of_ranks):
     for rank, output in enumerate(two_ranks(on_two_ranks, name, "dynamic", rows_of_ranks, 0.0)):
         assert torch.equal(output, output_on(layer_of(name), case_of(rank, rows_of_ranks[rank])))
+
+
+@pytest.mark.parametrize("gating", ["dynamic", "static"])
+@pytest.mark.parametrize("weights", QUANTIZED)
+def test_ranks_do_not_change_a_bit_of_quantised_experts(two_ranks, weights, gating):
+    """Static gating's slots are those of the largest rank: rows of other ranks' slots come beside."""
+    rows_of_ranks = (3, 5)
+    for rank, output in enumerate(two_ranks(on_two_ranks, "gelu", gating, rows_of_ranks, 0.0, weights)):
+        layer = layer_of("gelu", gating)
+        layer.use(experts=quantized(layer.experts, weights, layer.experts.state_dict()))
+        assert torch.equal(output, output_on(layer, case_of(rank, rows_of_ranks[rank])))
 
 
 @pytest.mark.parametrize("gating", ["dynamic", "static"])
