@@ -3,7 +3,7 @@
 Legend: E = experts of a layer, N = experts of a layer in a buffer, R = ranks. Bytes throughout. An estimate: weights
 are exact, what a batch needs is the decoder's caches, the scores over the vocabulary and a lump sum. Weights for a GPU
 pass through main memory, where fairseq makes the model. On disk lies the checkpoint, in its own dtype; `--expert-store
-disk` reads it, too.
+disk` reads it, too, or with quantised experts a store beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.checkpoint_summary import place_of
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
+from fairseq_moe_ext.experts.formats import FLOAT, format_named
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.nllb.config import NllbConfig
 from fairseq_moe_ext.nllb.convert import match_tensors
 from fairseq_moe_ext.nllb.hf_folder import HfFolder
@@ -41,6 +43,7 @@ class ModelSizes:
     """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many.
 
     vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
+    expert_dims: model dim and hidden dim of such an expert, which quantised ones need.
     """
 
     dense: int
@@ -51,6 +54,7 @@ class ModelSizes:
     model_dim: int
     vocabulary: int
     file_bytes: int | None = None
+    expert_dims: tuple[int, int] | None = field(default=None, compare=False)
 
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], file_bytes: int | None = None) -> ModelSizes:
@@ -60,12 +64,14 @@ class ModelSizes:
             raise CheckpointError("a model must have embed_tokens.weight")
         vocabulary, model_dim = embeddings[-1]  # the decoder's
         sizes: dict[tuple[str, int], int] = {}
-        dense = 0
+        dense, dims = 0, (0, 0)
         for name, shape in shapes.items():
             match = EXPERT_KEY.match(name)
             if match:
                 place = match.group(1), int(match.group(2))
                 sizes[place] = sizes.get(place, 0) + math.prod(shape)
+                if name.endswith(EXPERT_KEYS["fc1_weight"]):
+                    dims = max(dims, (shape[1], shape[0]), key=math.prod)
             else:
                 dense += math.prod(shape)
         layers = {layer for layer, _ in sizes}
@@ -79,12 +85,19 @@ class ModelSizes:
             model_dim=model_dim,
             vocabulary=vocabulary,
             file_bytes=file_bytes,
+            expert_dims=dims if layers else None,
         )
 
     @property
     def parameters(self) -> int:
         """How many, in the dense part and all experts."""
         return self.dense + self.expert * self.experts * self.moe_layers
+
+    def expert_bytes(self, weights: str, element: int) -> int:
+        """Of an expert in a format of FORMATS, or as floats of `element` bytes."""
+        if weights == FLOAT or self.expert_dims is None:
+            return self.expert * element
+        return format_named(weights, *self.expert_dims).expert_bytes(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -169,15 +182,24 @@ def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dic
     return {key: tuple(tensor.shape) for key, tensor in reversed(once.values())}
 
 
-def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload | None = None) -> list[Setting]:
-    """The ways to serve on GPUs of `device` bytes each and `host` bytes of main memory (None: whatever it takes)."""
+def plan(
+    sizes: ModelSizes, device: int, host: int | None = None, work: Workload | None = None, weights: str = FLOAT
+) -> list[Setting]:
+    """The ways to serve on GPUs of `device` bytes each and `host` bytes of main memory (None: whatever it takes).
+
+    weights: how the experts lie, one of FORMATS."""
     work = work or Workload()
     element, batch = work.element, work.bytes(sizes) + PROCESS
-    dense, a_place = sizes.dense * element, sizes.expert * sizes.moe_layers * element
+    dense, a_place = sizes.dense * element, sizes.expert_bytes(weights, element) * sizes.moe_layers
     experts = a_place * sizes.experts
-    disk = dense + experts if sizes.file_bytes is None else sizes.file_bytes
+    checkpoint = dense + sizes.expert * sizes.moe_layers * sizes.experts * element
+    disk = checkpoint if sizes.file_bytes is None else sizes.file_bytes
     room = int(USABLE * device) - dense - batch
-    dtype = "--moe-dtype float16" if element == 2 else ""
+    dtype, on_disk = "--moe-dtype float16" if element == 2 else "", "--expert-store disk"
+    stored, of_cpu = 0, ""  # bytes of a store beside the checkpoint
+    if weights != FLOAT:
+        of_cpu, stored = f"--moe-weights {weights}", experts
+        dtype, on_disk = f"{dtype} {of_cpu}".strip(), f"{on_disk} --expert-store-dir DIR"
 
     def setting(name: str, device_bytes: int, host_bytes: int, *flags: str) -> Setting:
         why = []
@@ -185,7 +207,8 @@ def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload
             why.append(f"more than {USABLE:.0%} of the GPU's {_gib(device)}")
         if host is not None and host_bytes > host:
             why.append(f"more than {_gib(host)} of RAM")
-        return Setting(name, device_bytes, host_bytes, disk, not why, " ".join(filter(None, flags)), ", ".join(why))
+        needed = disk + stored * (on_disk in flags)
+        return Setting(name, device_bytes, host_bytes, needed, not why, " ".join(filter(None, flags)), ", ".join(why))
 
     settings = [setting("one GPU, all experts on it", dense + experts + batch, dense + experts + PROCESS, dtype)]
     if not sizes.experts:
@@ -196,7 +219,7 @@ def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload
     settings.append(setting("one GPU, buffer, experts in RAM", used, dense + experts + PROCESS, dtype, buffer))
     free = experts if host is None else host - dense - PROCESS
     tier = max(0, min(free, experts) // 2)
-    flags = (dtype, buffer, "--expert-store disk", f"--expert-host-memory {max(1, tier // (1 << 30))}G")
+    flags = (dtype, buffer, on_disk, f"--expert-host-memory {max(1, tier // (1 << 30))}G")
     settings.append(setting("one GPU, buffer, disk and some RAM", used, dense + tier + PROCESS, *flags))
     fitting = (ranks for ranks in range(2, sizes.experts + 1) if room >= a_place * -(-sizes.experts // ranks))
     ranks = next(fitting, sizes.experts)
@@ -204,11 +227,12 @@ def plan(sizes: ModelSizes, device: int, host: int | None = None, work: Workload
     settings.append(setting(f"{ranks} GPUs, torchrun", share + batch, (share + PROCESS) * ranks, dtype))
     cpu = Workload(work.batch, work.beam, work.length, element=4)
     wanted = sizes.dense * 4 + cpu.bytes(sizes) + PROCESS
-    an_expert = sizes.expert * sizes.moe_layers * 4
+    an_expert = sizes.expert_bytes(weights, 4) * sizes.moe_layers
     places = CPU_PLACES if host is None else int(USABLE * host - wanted) // an_expert - STAGING_SLOTS
     places = max(1, min(places, sizes.experts))
     needed = wanted + (places + STAGING_SLOTS) * an_expert
-    settings.append(setting("CPU, buffer, disk", 0, needed, f"--cpu --expert-buffer-size {places} --expert-store disk"))
+    buffer = f"--expert-buffer-size {places}"
+    settings.append(setting("CPU, buffer, disk", 0, needed, "--cpu", of_cpu, buffer, on_disk))
     return settings
 
 

@@ -13,6 +13,7 @@ from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line import plan as plan_command
 from fairseq_moe_ext.command_line.parsing import byte_size
+from fairseq_moe_ext.experts.formats import format_named
 from fairseq_moe_ext.nllb.convert import convert_nllb
 from fairseq_moe_ext.serving.memory_plan import (
     PROCESS,
@@ -155,6 +156,32 @@ def test_the_table_speaks_in_the_unit_of_the_flags():
     (row,) = [line for line in table([Setting("all", 24 * 2**30, 0, 3 << 29, True, "")]).splitlines() if "all" in line]
     assert [cell.strip() for cell in row.split("|")[3:6]] == ["24.0 GiB", "", "1.5 GiB"]
     assert parse_bytes("24.0 GiB") == 24 * 2**30
+
+
+@pytest.mark.parametrize("weights, gib", [("int8", 49.6), ("int4", 25.6)])
+def test_quantised_experts_are_counted_by_their_blocks(weights, gib):
+    sizes = read_sizes("moe_transformer_nllb_54b")
+    block = format_named(weights, 2048, 8192).expert_bytes(torch.float16)
+    assert 12 * 128 * block == pytest.approx(gib * 2**30, rel=2e-3)
+    settings, floats = plan(sizes, 80 * GB, weights=weights), plan(sizes, 80 * GB)
+    assert [each.name.split(",")[1:] for each in settings] == [each.name.split(",")[1:] for each in floats]
+    for setting, of_floats in zip(settings, floats, strict=True):
+        assert f"--moe-weights {weights}" in setting.flags
+        assert ("--expert-store-dir DIR" in setting.flags) == ("--expert-store disk" in of_floats.flags)
+        store = 12 * 128 * block if "disk" in setting.flags else 0
+        assert setting.disk == of_floats.disk + store  # the checkpoint stays as it is
+    saved = 12 * 128 * (2 * sizes.expert - block)
+    everything = by_name(settings, "all experts")
+    assert everything.device == by_name(floats, "all experts").device - saved
+    assert everything.fits and not by_name(floats, "all experts").fits
+    on_cpu = by_name(plan(sizes, 80 * GB, host=64 * GB, weights=weights), "CPU")
+    assert on_cpu.host <= 64 * GB and on_cpu.flags.startswith(f"--cpu --moe-weights {weights} --expert-buffer-size ")
+
+
+def test_the_script_plans_quantised_experts(tmp_path, capsys):
+    hf_makers.write_model(tmp_path / "hf")
+    assert plan_command.main([str(tmp_path / "hf"), "--device-memory", "24GiB", "--moe-weights", "int8"]) == 0
+    assert capsys.readouterr().out.count("--moe-weights int8") == 5
 
 
 def test_shapes_of_no_model_are_refused():
