@@ -1,4 +1,4 @@
-"""What the disk store saves on a CPU: the peak of fairseq-eval-lm's process on a model with 1 GB of experts."""
+"""What the disk store and quantised experts save on a CPU: the peak of fairseq-eval-lm's process, 1 GB of experts."""
 
 import functools
 import json
@@ -56,5 +56,26 @@ def test_the_peak_falls_by_what_is_not_resident(checkpoints, resident, tmp_path,
     print(
         f"{name}, {size} of {EXPERTS}: {resident['peak_rss_bytes'] / 1e6:.0f} MB -> "
         f"{buffered['peak_rss_bytes'] / 1e6:.0f} MB, {share:.3f} of the {away / 1e6:.0f} MB that are not resident"
+    )
+    assert share >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own", "records"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("flags", [(), ("--expert-buffer-size", 1, "--expert-store", "disk")], ids=["resident", "disk"])
+def test_the_peak_falls_by_what_quantised_experts_do_not_take(checkpoints, resident, tmp_path, name, weights, flags):
+    data, folder = checkpoints
+    floats, _ = resident(name)
+    store = ("--expert-store-dir", tmp_path) if flags else ()
+    report = tmp_path / "quantised.json"
+    found, _ = measure(data, folder / f"{name}.pt", report, "--moe-weights", weights, *flags, *store)
+    away = floats["expert_bytes_total"] - found["expert_bytes_resident"]
+    share = (floats["peak_rss_bytes"] - found["peak_rss_bytes"]) / away
+    loading = json.loads(report.read_text())["loading"]
+    speed = loading["bytes"] / 1e6 / loading["seconds"]
+    print(
+        f"{name}, {weights} {flags}: {floats['peak_rss_bytes'] / 1e6:.0f} MB -> "
+        f"{found['peak_rss_bytes'] / 1e6:.0f} MB, {share:.3f} of the {away / 1e6:.0f} MB less; loaded at {speed:.0f} MB/s"
     )
     assert share >= 0.9
