@@ -36,7 +36,7 @@ NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
 # what the C kernel computes by itself, by its numbers
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
-VERSION = 6  # of what is passed to the C kernel
+VERSION = 7  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
 
@@ -53,6 +53,11 @@ class Groups:
     def counts(self) -> np.ndarray:
         """(X,) rows per expert."""
         return self.numbers[2]
+
+    def up_to(self, most: int) -> Groups:
+        """Without the rows of experts that have more than `most`."""
+        sources, targets, counts, slots = self.numbers
+        return Groups(sources, targets, np.where(counts <= most, counts, 0), slots)
 
     def split(self, most: int) -> Groups:
         """Of the experts with at most `most` rows, none with more than LONGEST at a time: the others come in parts."""
@@ -119,14 +124,19 @@ class Kernel:
             raise ValueError(f"outputs must have the last weight's {features} features, got {outputs.shape[1]}")
         if len(layers) == 1:
             given += [0] * 5
+        sizes = rows.shape[0], outputs.shape[0], num_slots  # no len(), which PyTorch has slower
+        self.call(self._run, groups, most, sizes, DTYPES[dtype], len(layers), *given)
+
+    def call(self, run: Callable[..., int], groups: Groups, most: int, sizes: tuple[int, int, int], *its: int) -> None:
+        """A function of C's on `its` numbers, for the groups' rows, as sharing.h and kernel.c want it; sizes: how many
+        rows, outputs and slots there are. ValueError where the groups do not lie within these."""
         threads = torch.get_num_threads()
-        if rows.shape[0] > LONGEST:
+        if sizes[0] > LONGEST:
             groups = groups.split(most)
         numbers = groups.numbers  # a name of its own, which keeps it alive
-        head = self.number, DTYPES[dtype], threads, len(layers), numbers.shape[1], most, _data(numbers)
-        sizes = rows.shape[0], outputs.shape[0], num_slots  # no len(), which PyTorch has slower
-        call = array("q", (*head, *sizes, *given, _start_team() if threads > 1 else 0))
-        error = self._run(call.buffer_info()[0])
+        team = threads, _start_team() if threads > 1 else 0
+        call = array("q", (numbers.shape[1], most, _data(numbers), *sizes, *team, self.number, *its))
+        error = run(call.buffer_info()[0])
         if error == -1:
             raise MemoryError("no memory for the experts' hidden features")
         if error:

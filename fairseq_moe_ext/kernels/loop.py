@@ -5,7 +5,7 @@ Legend: N = rows, E = experts, S = slots, D = model dim, F = hidden dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation, activate_rows
 from fairseq_moe_ext.kernels.alignment import aligned, is_aligned
-from fairseq_moe_ext.kernels.cpu_kernel import ACTIVATIONS, Groups, Kernel, Linear, load_kernel
+from fairseq_moe_ext.kernels.cpu_kernel import ACTIVATIONS, Groups, Linear, load_kernel
 from fairseq_moe_ext.kernels.crossing import most_rows
 from fairseq_moe_ext.kernels.offsets import Offsets
 
@@ -34,24 +34,31 @@ def run_loop(
 
     most: rows per expert up to which the C kernel computes; None: as crossing.py says.
     """
-    groups = _groups(offsets.on_host, slots)
+    groups = groups_of(offsets, slots)
     rows = rows.contiguous()
     most = most_rows(rows.dtype, rows.device) if most is None else most
     if most:
         kernel, pool = load_kernel(), [part.contiguous() for part in pool]
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
         if activation in ACTIVATIONS:
-            fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
             layers = Linear(fc1_weight, fc1_bias, activation), Linear(fc2_weight, fc2_bias)
             kernel.run(rows, layers, groups, outputs, most)
         else:
-            _run_in_two(kernel, rows, groups, pool, activation, outputs, most)
+            fc1, fc2 = [Linear(fc1_weight, fc1_bias)], [Linear(fc2_weight, fc2_bias)]
+            run_in_two(
+                groups.up_to(most),
+                rows.new_empty(0, fc1_weight.size(1)),
+                activation,
+                lambda its, hidden: kernel.run(rows, fc1, its, hidden),
+                lambda its, hidden: kernel.run(hidden, fc2, its, outputs),
+            )
     if rows.size(0) > most and groups.counts.max() > most:
         _run_products(rows, groups, pool, activation, outputs, most)
 
 
-def _groups(offsets: Tensor, slots: Tensor | None) -> Groups:
+def groups_of(offsets: Offsets, slots: Tensor | None) -> Groups:
     """The experts' rows, none of those without a slot. By NumPy, which is faster than PyTorch on so few numbers."""
-    bounds = offsets.numpy()
+    bounds = offsets.on_host.numpy()
     starts, counts = bounds[:-1], bounds[1:] - bounds[:-1]
     if slots is None:
         return Groups(starts, starts, counts, np.arange(len(counts)))
@@ -59,28 +66,26 @@ def _groups(offsets: Tensor, slots: Tensor | None) -> Groups:
     return Groups(starts, starts, counts * (slot_ids >= 0), slot_ids)
 
 
-def _run_in_two(
-    kernel: Kernel,
-    rows: Tensor,
+def run_in_two(
     groups: Groups,
-    pool: Sequence[Tensor],
+    none: Tensor,
     activation: Activation,
-    outputs: Tensor,
-    most: int,
+    fc1: Callable[[Groups, Tensor], None],
+    fc2: Callable[[Groups, Tensor], None],
 ) -> None:
-    """By the C kernel, with an activation of PyTorch's between its two calls; some experts at a time: more rows
-    together would only take more memory, and leave the cache between the two layers."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = pool
-    counts = np.where(groups.counts <= most, groups.counts, 0)
+    """Two calls of the C kernel with an activation of PyTorch's between them; some experts at a time: more rows
+    together would only take more memory, and leave the cache between the two layers.
+
+    none (0, F) has the dtype of the hidden features. fc1 fills them from the rows, fc2 takes them to the outputs.
+    """
+    counts = groups.counts
     first = 0
     for end in _spans(counts.tolist()):
-        sources, targets, _, slots = groups.numbers[:, first:end]
-        its = counts[first:end]
+        sources, targets, its, slots = groups.numbers[:, first:end]
         between = its.cumsum() - its
-        hidden = rows.new_empty(int(its.sum()), fc1_weight.size(1))
-        kernel.run(rows, [Linear(fc1_weight, fc1_bias)], Groups(sources, between, its, slots), hidden)
-        back = Groups(between, targets, its, slots)
-        kernel.run(activate_rows(hidden, activation), [Linear(fc2_weight, fc2_bias)], back, outputs)
+        hidden = none.new_empty(int(its.sum()), none.size(1))
+        fc1(Groups(sources, between, its, slots), hidden)
+        fc2(Groups(between, targets, its, slots), activate_rows(hidden, activation))
         first = end
 
 

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation, activate_rows
 from fairseq_moe_ext.kernels.block import GROUP, QuantizedLinear, QuantizedPool
-from fairseq_moe_ext.kernels.loop import run_loop
+from fairseq_moe_ext.kernels.cpu_kernel import ACTIVATIONS
+from fairseq_moe_ext.kernels.loop import groups_of, run_in_two, run_loop
 from fairseq_moe_ext.kernels.offsets import Offsets
+from fairseq_moe_ext.kernels.quantized_kernel import FC1, FC2, kernel_for
 
 LARGEST_CODE = 127
 LEAST = 1e-30  # a group of smaller values counts as zeros: 127 / a would overflow
@@ -39,6 +41,32 @@ def run_quantized(
     outputs: Tensor,
 ) -> None:
     """grouped_mlp.py's signature; rows (N, D) of float32, float16 or bfloat16."""
+    rows = rows.contiguous()
+    kernel = kernel_for(rows, outputs, pool)
+    if kernel is None:
+        _run_by_pytorch(rows, offsets, slots, pool, activation, outputs)
+        return
+    groups = groups_of(offsets, slots)
+    if activation in ACTIVATIONS:
+        kernel.run(rows, pool, groups, outputs, activation)
+        return
+    run_in_two(
+        groups,
+        torch.empty(0, pool.block.hidden_dim),
+        activation,
+        lambda its, hidden: kernel.run(rows, pool, its, hidden, None, [FC1]),
+        lambda its, hidden: kernel.run(hidden, pool, its, outputs, None, [FC2]),
+    )
+
+
+def _run_by_pytorch(
+    rows: Tensor,
+    offsets: Offsets,
+    slots: Tensor | None,
+    pool: QuantizedPool,
+    activation: Activation,
+    outputs: Tensor,
+) -> None:
     for _, slot, first, end in _experts(offsets, slots):
         fc1, fc2 = pool.block.layers(pool.blocks[slot : slot + 1])
         hidden = _apply(fc1, rows[first:end].float())

@@ -1,4 +1,4 @@
-/* The AVX-512 intrinsics that cpu_kernel.c uses, after their description in the instruction set's reference, lane by
+/* The AVX-512 intrinsics that kernel.c uses, after their description in the instruction set's reference, lane by
    lane: so that its code for AVX-512 also runs, slowly, on a CPU without it. Included before that file. */
 
 #include <immintrin.h>
@@ -85,6 +85,34 @@ __attribute__((target("f16c"), unused)) static __m256i e_cvtps_ph(__m512 a, int 
   memcpy(&r, h, 32);
   return r;
 }
+EMULATED __m512i e_loadu_si512(const void *p) { __m512i v; memcpy(&v, p, 64); return v; }
+INTEGERS(e_setzero_si512, (void), 0)
+INTEGERS(e_set1_epi8, (char a), (unsigned char)a * 0x01010101u)
+INTEGERS(e_xor_si512, (__m512i a, __m512i b), i_of(a).i[l] ^ i_of(b).i[l])
+EMULATED __m512i e_castsi256_si512(__m256i a) { lanes_i r = {{0}}; memcpy(&r, &a, 32); return of_i(r); }
+EMULATED __m256i e_castsi512_si256(__m512i a) { __m256i r; memcpy(&r, &a, 32); return r; }
+EMULATED __m512i e_inserti64x4(__m512i a, __m256i b, int at) {
+  memcpy((char *)&a + 32 * at, &b, 32);
+  return a;
+}
+EMULATED __m256i e_extracti64x4_epi64(__m512i a, int at) {
+  __m256i r;
+  memcpy(&r, (char *)&a + 32 * at, 32);
+  return r;
+}
+/* in every 128-bit group: by turns from a and b, of the lower two, or of the upper two */
+INTEGERS(e_unpacklo_epi32, (__m512i a, __m512i b), (l % 2 ? i_of(b) : i_of(a)).i[l / 4 * 4 + l % 4 / 2])
+INTEGERS(e_unpackhi_epi32, (__m512i a, __m512i b), (l % 2 ? i_of(b) : i_of(a)).i[l / 4 * 4 + 2 + l % 4 / 2])
+INTEGERS(e_unpacklo_epi64, (__m512i a, __m512i b), (l % 4 < 2 ? i_of(a) : i_of(b)).i[l / 4 * 4 + l % 2])
+INTEGERS(e_unpackhi_epi64, (__m512i a, __m512i b), (l % 4 < 2 ? i_of(a) : i_of(b)).i[l / 4 * 4 + 2 + l % 2])
+/* four products of a's unsigned and b's signed bytes, added to 32 bits */
+EMULATED int four_products(unsigned a, unsigned b) {
+  int sum = 0;
+  for (int i = 0; i < 4; i++) sum += (int)(a >> 8 * i & 255) * (signed char)(b >> 8 * i & 255);
+  return sum;
+}
+INTEGERS(e_dpbusd_epi32, (__m512i c, __m512i a, __m512i b), i_of(c).i[l] + (unsigned)four_products(i_of(a).i[l], i_of(b).i[l]))
+#define HAS_VNNI 1
 
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 e_add_epi32
@@ -146,3 +174,29 @@ __attribute__((target("f16c"), unused)) static __m256i e_cvtps_ph(__m512 a, int 
 #define _mm512_srli_epi32 e_srli_epi32
 #undef _mm512_storeu_ps
 #define _mm512_storeu_ps e_storeu_ps
+#undef _mm512_castsi256_si512
+#define _mm512_castsi256_si512 e_castsi256_si512
+#undef _mm512_castsi512_si256
+#define _mm512_castsi512_si256 e_castsi512_si256
+#undef _mm512_dpbusd_epi32
+#define _mm512_dpbusd_epi32 e_dpbusd_epi32
+#undef _mm512_extracti64x4_epi64
+#define _mm512_extracti64x4_epi64 e_extracti64x4_epi64
+#undef _mm512_inserti64x4
+#define _mm512_inserti64x4 e_inserti64x4
+#undef _mm512_loadu_si512
+#define _mm512_loadu_si512 e_loadu_si512
+#undef _mm512_set1_epi8
+#define _mm512_set1_epi8 e_set1_epi8
+#undef _mm512_setzero_si512
+#define _mm512_setzero_si512 e_setzero_si512
+#undef _mm512_unpackhi_epi32
+#define _mm512_unpackhi_epi32 e_unpackhi_epi32
+#undef _mm512_unpackhi_epi64
+#define _mm512_unpackhi_epi64 e_unpackhi_epi64
+#undef _mm512_unpacklo_epi32
+#define _mm512_unpacklo_epi32 e_unpacklo_epi32
+#undef _mm512_unpacklo_epi64
+#define _mm512_unpacklo_epi64 e_unpacklo_epi64
+#undef _mm512_xor_si512
+#define _mm512_xor_si512 e_xor_si512
