@@ -35,8 +35,8 @@ class DecoderRows:
     @property
     def encoder_out(self) -> dict[str, list[Tensor]]:
         """Stands for the encoder's output, whose keys and values are in the state already."""
-        weight = self._decoder.layers[0].encoder_attn.k_proj.weight
-        return {"encoder_out": [weight.new_empty(1, self.num_slots, weight.size(1))], "encoder_padding_mask": []}
+        like, dim = next(self._decoder.parameters()), self._decoder.layers[0].encoder_attn.kdim
+        return {"encoder_out": [like.new_empty(1, self.num_slots, dim)], "encoder_padding_mask": []}
 
     @contextmanager
     def at_steps(self, steps: Tensor):

@@ -45,11 +45,23 @@ def quantize_expert(
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = EXPERT_KEYS.values()
     names = ((fc1_weight, fc1_bias), (fc2_weight, fc2_bias))
     for number, layer in enumerate(block.layers(target[None])):
-        weight, bias = _values_of(parts[2 * number]), _values_of(parts[2 * number + 1]).float()
-        weight_name, bias_name = names[number]
-        _check_finite(bias, name + bias_name)
-        layer.bias[0].copy_(bias)
-        _quantize_weight(layer, weight, name + weight_name, columns[number])
+        quantize_linear(layer, parts[2 * number], parts[2 * number + 1], name, names[number], columns[number])
+
+
+def quantize_linear(
+    layer: QuantizedLinear,
+    weight: Tensor,
+    bias: Tensor | None,
+    name: str = "",
+    names: Sequence[str] = ("weight", "bias"),
+    columns: Tensor | None = None,
+) -> None:
+    """weight (M, K) and bias (M,), None: zero, into a layer of one slot on the CPU; errors as of `quantize_expert`."""
+    if bias is not None:
+        values = _values_of(bias).float()
+        _check_finite(values, name + names[1])
+        layer.bias[0].copy_(values)
+    _quantize_weight(layer, _values_of(weight), name + names[0], columns)
 
 
 class QuantizedPart(Tensor):

@@ -1,4 +1,4 @@
-"""A quantised expert's block of bytes: where each of its planes lies, and what its weights are.
+"""A block of bytes, a quantised expert or one linear layer: where each of its planes lies, and what its weights are.
 
 An expert is one contiguous run of bytes, fc1's planes and then fc2's, each beginning at a multiple of 64 bytes with
 zeros in the gaps: codes | scales | units | bias. A linear layer of M outputs and K inputs has G = ceil(K / 64) groups
@@ -19,7 +19,8 @@ F = hidden dim.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -62,6 +63,11 @@ class QuantizedLinear:
             return codes
         return torch.cat((codes & 15, codes >> 4), -1).to(torch.int8) - 8
 
+    def of_outputs(self, numbers: Tensor) -> QuantizedLinear:
+        """The layer with the outputs of these numbers (N,) alone, a copy."""
+        planes = (plane.index_select(1, numbers) for plane in (self.codes, self.scales, self.units, self.bias))
+        return QuantizedLinear(*planes, self.inputs)
+
     def weight(self) -> Tensor:
         """(S, M, K) float32, exactly what the format says."""
         slots, outputs, groups = self.scales.shape
@@ -74,18 +80,23 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True)
-class Block:
-    """bits: 8 or 4. ValueError where these or the dims are out of range."""
+class Blocks(ABC):
+    """Linear layers whose planes follow one another. bits: 8 or 4. ValueError where these or the dims are out of
+    range."""
 
     bits: int
-    model_dim: int
-    hidden_dim: int
 
     def __post_init__(self):
         if self.bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
-        if min(self.model_dim, self.hidden_dim) < 1:
-            raise ValueError(f"dims must be at least 1, got model dim {self.model_dim}, hidden dim {self.hidden_dim}")
+        if min(map(min, self.dims)) < 1:
+            given = ", ".join(f"{each.name.replace('_', ' ')} {getattr(self, each.name)}" for each in fields(self)[1:])
+            raise ValueError(f"dims must be at least 1, got {given}")
+
+    @property
+    @abstractmethod
+    def dims(self) -> tuple[tuple[int, int], ...]:
+        """(M, K) of every layer."""
 
     @property
     def group_bytes(self) -> int:
@@ -93,34 +104,31 @@ class Block:
         return GROUP * self.bits // 8
 
     @property
-    def planes(self) -> tuple[Planes, Planes]:
-        """fc1's and fc2's."""
-        fc1, end = self._planes(0, self.hidden_dim, self.model_dim)
-        return fc1, self._planes(end, self.model_dim, self.hidden_dim)[0]
+    def planes(self) -> tuple[Planes, ...]:
+        """Of every layer."""
+        found, end = [], 0
+        for outputs, inputs in self.dims:
+            groups, begins = math.ceil(inputs / GROUP), [end]
+            for size in (outputs * groups * self.group_bytes, 2 * outputs * groups, 4 * outputs, 4 * outputs):
+                begins.append(_aligned(begins[-1] + size))
+            *begins, end = begins
+            found.append(Planes(outputs, inputs, groups, *begins))
+        return tuple(found)
 
     @property
     def nbytes(self) -> int:
-        """Of one expert, a multiple of 64."""
-        fc2 = self.planes[1]
-        return _aligned(fc2.bias + 4 * fc2.outputs)
+        """Of one block, a multiple of 64."""
+        last = self.planes[-1]
+        return _aligned(last.bias + 4 * last.outputs)
 
-    def _planes(self, start: int, outputs: int, inputs: int) -> tuple[Planes, int]:
-        """The planes that begin at `start`, and where the next can."""
-        groups = math.ceil(inputs / GROUP)
-        begins = [start]
-        for size in (outputs * groups * self.group_bytes, 2 * outputs * groups, 4 * outputs, 4 * outputs):
-            begins.append(_aligned(begins[-1] + size))
-        return Planes(outputs, inputs, groups, *begins[:4]), begins[4]
-
-    def layers(self, pool: Tensor) -> tuple[QuantizedLinear, QuantizedLinear]:
-        """fc1 and fc2 of a pool (S, nbytes) uint8, whose bytes lie together: views, by which it can also be filled."""
+    def layers(self, pool: Tensor) -> tuple[QuantizedLinear, ...]:
+        """The layers of a pool (S, nbytes) uint8, whose bytes lie together: views, by which it can also be filled."""
         if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.size(1) != self.nbytes or not pool.is_contiguous():
             raise ValueError(
                 f"pool must be contiguous uint8 (slots, {self.nbytes}), got {pool.dtype} {tuple(pool.shape)} with "
                 f"strides {pool.stride()}"
             )
-        fc1, fc2 = self.planes
-        return self._views(pool, fc1), self._views(pool, fc2)
+        return tuple(self._views(pool, planes) for planes in self.planes)
 
     def _views(self, pool: Tensor, at: Planes) -> QuantizedLinear:
         def plane(start: int, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -135,15 +143,41 @@ class Block:
         )
 
     def widen(self, pool: Tensor) -> list[Tensor]:
-        """pool (S, nbytes) -> fc1_weight (S, F, D), fc1_bias (S, F), fc2_weight (S, D, F), fc2_bias (S, D), float32."""
+        """pool (S, nbytes) -> per layer weight (S, M, K) and bias (S, M), float32."""
         return [part for layer in self.layers(pool) for part in (layer.weight(), layer.bias.clone())]
 
 
 @dataclass(frozen=True)
-class QuantizedPool:
-    """S experts' blocks (S, nbytes) uint8."""
+class Block(Blocks):
+    """An expert: fc1 and fc2."""
 
-    block: Block
+    model_dim: int
+    hidden_dim: int
+
+    @property
+    def dims(self) -> tuple[tuple[int, int], ...]:
+        """As `Blocks` has it."""
+        return (self.hidden_dim, self.model_dim), (self.model_dim, self.hidden_dim)
+
+
+@dataclass(frozen=True)
+class LinearBlock(Blocks):
+    """One linear layer."""
+
+    outputs: int
+    inputs: int
+
+    @property
+    def dims(self) -> tuple[tuple[int, int], ...]:
+        """As `Blocks` has it."""
+        return ((self.outputs, self.inputs),)
+
+
+@dataclass(frozen=True)
+class QuantizedPool:
+    """S blocks (S, nbytes) uint8."""
+
+    block: Blocks
     blocks: Tensor
 
 

@@ -69,8 +69,8 @@ def _run_by_pytorch(
 ) -> None:
     for _, slot, first, end in _experts(offsets, slots):
         fc1, fc2 = pool.block.layers(pool.blocks[slot : slot + 1])
-        hidden = _apply(fc1, rows[first:end].float())
-        outputs[first:end] = _apply(fc2, activate_rows(hidden, activation))
+        hidden = apply_layer(fc1, rows[first:end].float())
+        outputs[first:end] = apply_layer(fc2, activate_rows(hidden, activation))
 
 
 def run_widened(
@@ -108,7 +108,7 @@ def _experts(offsets: Offsets, slots: Tensor | None) -> Iterator[tuple[int, int,
             yield expert, slot, first, end
 
 
-def _apply(layer: QuantizedLinear, rows: Tensor) -> Tensor:
+def apply_layer(layer: QuantizedLinear, rows: Tensor) -> Tensor:
     """One expert's layer on rows (n, K) float32 -> (n, M) float32. Products of a group are whole numbers below 2^24,
     which float32 sums in any order without rounding."""
     codes, row_scales = quantize_rows(rows)

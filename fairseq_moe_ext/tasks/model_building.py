@@ -22,6 +22,7 @@ from fairseq_moe_ext.checkpoints.model_fits import (
 from fairseq_moe_ext.checkpoints.moe_config import has_moe_layers
 from fairseq_moe_ext.checkpoints.supported_fields import check_fields
 from fairseq_moe_ext.experts.formats import FLOAT
+from fairseq_moe_ext.models.int8_dense import put_in_int8
 from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
@@ -31,7 +32,7 @@ from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_static_capacity
-from fairseq_moe_ext.tasks.weight_flags import weight_format
+from fairseq_moe_ext.tasks.weight_flags import quantizes_all, weight_format
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -101,6 +102,8 @@ class ModelBuilding:
         kernel = str(flags.moe_kernel)
         settings = buffer_settings(flags), capacity_settings(flags)
         distribute_experts(model, self.ranks, *settings, placement, kernel, weight_format(flags))
+        if quantizes_all(flags):
+            put_in_int8(model, widens=kernel == "loop")
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))

@@ -1,4 +1,4 @@
-"""The flag of quantised experts."""
+"""The flags of quantised weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,20 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq_moe_ext.experts.formats import FLOAT, FORMATS, QUANTIZED_KERNELS
 from fairseq_moe_ext.tasks.flag import check_values, flag, values_of
 
+EXPERTS, ALL = SCOPES = ("experts", "all")
+
 
 @dataclass
 class WeightFlags(FairseqDataclass):
-    """How the experts' weights lie in memory while a checkpoint is served."""
+    """How weights lie in memory while a checkpoint is served."""
 
     moe_weights: ChoiceEnum(FORMATS) = flag(
         FLOAT, "the experts' weights: floats of the model's dtype, or quantised to int8 or int4 while they are loaded"
+    )
+    moe_weights_scope: ChoiceEnum(SCOPES) = flag(
+        EXPERTS,
+        "what --moe-weights quantises: the experts alone, or beside them all dense linear layers and embeddings, which "
+        "are int8 then in any case",
     )
 
 
@@ -23,6 +30,8 @@ def check_weight_flags(flags: Any) -> None:
     check_values(WeightFlags, flags)
     name = weight_format(flags)
     if name == FLOAT:
+        if quantizes_all(flags):
+            raise ValueError(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
         return
     kernel = str(getattr(flags, "moe_kernel", "auto"))
     if kernel not in QUANTIZED_KERNELS:
@@ -41,3 +50,8 @@ def check_weight_flags(flags: Any) -> None:
 def weight_format(flags: Any) -> str:
     """One of FORMATS."""
     return values_of(WeightFlags, flags)["moe_weights"]
+
+
+def quantizes_all(flags: Any) -> bool:
+    """Whether dense layers are quantised, too."""
+    return values_of(WeightFlags, flags)["moe_weights_scope"] == ALL

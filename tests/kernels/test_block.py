@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_moe_ext.kernels.block import Block
+from fairseq_moe_ext.kernels.block import Block, LinearBlock
 
 DIMS = [(1, 1), (64, 128), (70, 33), (200, 64)]
 
@@ -39,6 +39,19 @@ def test_planes_begin_at_multiples_of_64_and_layers_are_views_of_them(bits, dims
     assert pool[1].any() and not pool[0].any()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_a_linear_layer_alone_lies_as_fc1_does(bits, dims):
+    model_dim, hidden_dim = dims
+    data, block = naive_block.made(bits, *dims), LinearBlock(bits, hidden_dim, model_dim)
+    (*_, fc2_codes, _, _, _) = naive_block.planes(bits, *dims)[0][1]
+    assert block.nbytes == fc2_codes
+    weight, bias = block.widen(torch.tensor(np.frombuffer(data[:fc2_codes], np.uint8))[None])
+    expected, expected_bias = naive_block.read(bits, *dims, data)[0]
+    assert np.array_equal(weight[0].double().numpy(), expected)
+    assert np.array_equal(bias[0].double().numpy(), expected_bias)
+
+
 def test_a_block_takes_as_many_bytes_as_its_bits_scales_units_and_biases():
     for bits, mebibytes in ((8, 33.0), (4, 17.0)):  # NLLB-54B's experts
         units_and_biases = 2 * 4 * (2048 + 8192)
@@ -52,6 +65,8 @@ def test_a_block_takes_as_many_bytes_as_its_bits_scales_units_and_biases():
 def test_a_block_refuses_other_bits_and_dims(bits, dims, message):
     with pytest.raises(ValueError, match=message):
         Block(bits, *dims)
+    with pytest.raises(ValueError, match=message.replace("model dim", "outputs").replace("hidden dim", "inputs")):
+        LinearBlock(bits, *dims)
 
 
 @pytest.mark.parametrize("pool", [
