@@ -6,7 +6,8 @@
     fairseq-moe plan moe_transformer_nllb_54b --device-memory 24GB --moe-weights int4
 
 SOURCE is a checkpoint as for --path, a folder in Hugging Face's layout, or an architecture's name. Weights in float16
-on a GPU (--fp32: float32), in float32 on a CPU, the experts' as --moe-weights says. Counted: weights, the batch's
+on a GPU (--fp32: float32), in float32 on a CPU, the experts' as --moe-weights says, dense ones as
+--moe-weights-scope. Counted: weights, the batch's
 activations and caches, the process.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line.parsing import byte_size, command_parser, failed, positive
-from fairseq_moe_ext.experts.formats import FLOAT, FORMATS
+from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, SCOPES
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401  register architectures
 from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, table
 
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=positive, default=value, metavar="N", help="default: %(default)s")
     parser.add_argument("--fp32", action="store_true", help="float32 on the GPU, too")
     parser.add_argument("--moe-weights", choices=FORMATS, default=FLOAT, help="of the experts; default: %(default)s")
+    parser.add_argument(
+        "--moe-weights-scope", choices=SCOPES, default=EXPERTS, help="all: dense layers, too; default: %(default)s"
+    )
     args = parser.parse_args(arguments)
+    if args.moe_weights_scope == ALL and args.moe_weights == FLOAT:
+        parser.error(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
     try:
         sizes = read_sizes(args.source)
     except (CheckpointError, OSError) as error:
@@ -39,5 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Workload(args.batch_size, args.beam, args.length, 4 if args.fp32 else 2)
     experts = f"{sizes.moe_layers} MoE layers of {sizes.experts} experts" if sizes.experts else "no experts"
     print(f"{sizes.parameters:,} parameters, {experts}, vocabulary {sizes.vocabulary:,}\n")
-    print(table(plan(sizes, args.device_memory, args.host_memory, work, args.moe_weights)))
+    memory = args.device_memory, args.host_memory
+    print(table(plan(sizes, *memory, work, args.moe_weights, args.moe_weights_scope == ALL)))
     return 0

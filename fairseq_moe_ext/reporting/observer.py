@@ -71,7 +71,7 @@ class Observer:
         self._describe(model)
         warm_up()
         if first and self.report.layers and (self._ranks is None or self._ranks.rank == 0):
-            logger.info(kernel_in_words(model.moe_layers()))
+            logger.info(kernel_in_words(model.moe_layers(), self.report.dense_bytes_int8))
 
     def watch_dense(self, model) -> None:
         """One of fairseq's own models, which tells nothing: only what it comes to, its device and dtype are known."""

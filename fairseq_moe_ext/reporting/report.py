@@ -12,6 +12,7 @@ import torch
 
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.models.int8_dense import bytes_in_int8
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.reporting.finite import NonFinite
 from fairseq_moe_ext.reporting.totals import LayerTotals, PassTotals
@@ -35,7 +36,7 @@ class Report:
         self.device = "cpu"
         self.dtype = "float32"
         self.expert_format = ""
-        self.expert_bytes_total = 0
+        self.expert_bytes_total = self.dense_bytes_int8 = 0
         self._expert_bytes = self._expert_bytes_resident = 0  # of this rank
         self.loading: dict[str, float] | None = None
 
@@ -47,6 +48,7 @@ class Report:
         self._experts = WeakValueDictionary(experts)
         self.expert_format = next((each.format.name for each in experts.values()), "")
         self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in experts.values())
+        self.dense_bytes_int8 = bytes_in_int8(model)
         self._expert_bytes = sum(each.total_bytes for each in experts.values())
         self._expert_bytes_resident = sum(each.resident_bytes for each in experts.values())
         self.layers = {name: self.layers.get(name) or LayerTotals(name) for name in layers}
@@ -166,6 +168,7 @@ class Report:
         report["memory"] = {
             "peak_device_bytes": max(rank["peak_device_bytes"] for rank in ranks),
             "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in ranks),
+            "dense_bytes_int8": self.dense_bytes_int8,
             "expert_bytes_total": self.expert_bytes_total,
             "expert_bytes_resident": sum(rank["expert_bytes_resident"] for rank in ranks),
         }

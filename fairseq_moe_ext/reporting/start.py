@@ -15,11 +15,16 @@ def warm_up() -> None:
     torch._check(True)
 
 
-def kernel_in_words(layers: dict[str, MOELayer]) -> str:
-    """Which kernels compute these layers' experts, on which instructions, and how quantised ones lie: one line."""
+def kernel_in_words(layers: dict[str, MOELayer], int8_bytes: int = 0) -> str:
+    """Which kernels compute these layers' experts, on which instructions, and how quantised ones lie: one line.
+
+    int8_bytes: of dense layers in int8.
+    """
     quantized = {layer.experts.format.name: layer for layer in layers.values() if layer.experts.format.name != FLOAT}
     total = sum(layer.experts.num_experts * layer.experts.expert_bytes for layer in layers.values())
     what = f"experts in {', '.join(quantized)} ({total / 1e9:.2f} GB)" if quantized else "experts"
+    if int8_bytes:
+        what += f" and dense layers in int8 ({int8_bytes / 1e9:.2f} GB)"
     return f"{what} are computed by " + "; ".join(dict.fromkeys(map(_describe, layers.values())))
 
 

@@ -27,6 +27,7 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
 from fairseq_moe_ext.experts.formats import FLOAT, format_named
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
+from fairseq_moe_ext.kernels.block import LinearBlock
 from fairseq_moe_ext.nllb.config import NllbConfig
 from fairseq_moe_ext.nllb.convert import match_tensors
 from fairseq_moe_ext.nllb.hf_folder import HfFolder
@@ -35,6 +36,8 @@ from fairseq_moe_ext.nllb.names import named_tensors
 USABLE = 0.95  # of a device's memory: the rest is fragments
 PROCESS = 2_000_000_000  # Python, PyTorch and, on a GPU, its context
 CPU_PLACES = 8  # N on a CPU where nothing else is asked for
+# linear layers and embeddings beside experts: no gate, no positions
+_INT8_KEY = re.compile(r"^(?!.*\.experts\.).*(_proj|fc1|fc2|embed_tokens|output_projection)\.weight$")
 _VOCABULARY_KEYS = ("embed_tokens.weight", "output_projection.weight")
 
 
@@ -43,7 +46,8 @@ class ModelSizes:
     """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many.
 
     vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
-    expert_dims: model dim and hidden dim of such an expert, which quantised ones need.
+    expert_dims: model dim and hidden dim of such an expert, which quantised ones need. in_int8: (elements, bytes) of
+    the dense part's weights in int8.
     """
 
     dense: int
@@ -55,6 +59,7 @@ class ModelSizes:
     vocabulary: int
     file_bytes: int | None = None
     expert_dims: tuple[int, int] | None = field(default=None, compare=False)
+    in_int8: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], file_bytes: int | None = None) -> ModelSizes:
@@ -74,6 +79,12 @@ class ModelSizes:
                     dims = max(dims, (shape[1], shape[0]), key=math.prod)
             else:
                 dense += math.prod(shape)
+        quantizable = {name: shape for name, shape in shapes.items() if _INT8_KEY.search(name) and len(shape) == 2}
+        biases = (shapes.get(f"{name.removesuffix('weight')}bias", (0,)) for name in quantizable)
+        in_int8 = (
+            sum(map(math.prod, (*quantizable.values(), *biases))),
+            sum(LinearBlock(8, *shape).nbytes for shape in quantizable.values()),
+        )
         layers = {layer for layer, _ in sizes}
         numbers = re.compile(r"decoder\.layers\.(\d+)\.")
         return cls(
@@ -86,6 +97,7 @@ class ModelSizes:
             vocabulary=vocabulary,
             file_bytes=file_bytes,
             expert_dims=dims if layers else None,
+            in_int8=in_int8,
         )
 
     @property
@@ -98,6 +110,11 @@ class ModelSizes:
         if weights == FLOAT or self.expert_dims is None:
             return self.expert * element
         return format_named(weights, *self.expert_dims).expert_bytes(torch.float32)
+
+    def dense_bytes(self, element: int, int8: bool = False) -> int:
+        """Of all but experts as floats of `element` bytes; int8: but for what `--moe-weights-scope all` quantises."""
+        elements, quantized = self.in_int8 if int8 else (0, 0)
+        return (self.dense - elements) * element + quantized
 
 
 @dataclass(frozen=True)
@@ -183,22 +200,28 @@ def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dic
 
 
 def plan(
-    sizes: ModelSizes, device: int, host: int | None = None, work: Workload | None = None, weights: str = FLOAT
+    sizes: ModelSizes,
+    device: int,
+    host: int | None = None,
+    work: Workload | None = None,
+    weights: str = FLOAT,
+    int8_dense: bool = False,
 ) -> list[Setting]:
     """The ways to serve on GPUs of `device` bytes each and `host` bytes of main memory (None: whatever it takes).
 
-    weights: how the experts lie, one of FORMATS."""
+    weights: how the experts lie, one of FORMATS. int8_dense: whether the dense part lies in int8 beside them.
+    """
     work = work or Workload()
     element, batch = work.element, work.bytes(sizes) + PROCESS
-    dense, a_place = sizes.dense * element, sizes.expert_bytes(weights, element) * sizes.moe_layers
+    dense, a_place = sizes.dense_bytes(element, int8_dense), sizes.expert_bytes(weights, element) * sizes.moe_layers
     experts = a_place * sizes.experts
-    checkpoint = dense + sizes.expert * sizes.moe_layers * sizes.experts * element
+    checkpoint = sizes.dense_bytes(element) + sizes.expert * sizes.moe_layers * sizes.experts * element
     disk = checkpoint if sizes.file_bytes is None else sizes.file_bytes
     room = int(USABLE * device) - dense - batch
     dtype, on_disk = "--moe-dtype float16" if element == 2 else "", "--expert-store disk"
     stored, of_cpu = 0, ""  # bytes of a store beside the checkpoint
     if weights != FLOAT:
-        of_cpu, stored = f"--moe-weights {weights}", experts
+        of_cpu, stored = f"--moe-weights {weights}" + " --moe-weights-scope all" * int8_dense, experts
         dtype, on_disk = f"{dtype} {of_cpu}".strip(), f"{on_disk} --expert-store-dir DIR"
 
     def setting(name: str, device_bytes: int, host_bytes: int, *flags: str) -> Setting:
@@ -226,7 +249,7 @@ def plan(
     share = dense + a_place * -(-sizes.experts // ranks)
     settings.append(setting(f"{ranks} GPUs, torchrun", share + batch, (share + PROCESS) * ranks, dtype))
     cpu = Workload(work.batch, work.beam, work.length, element=4)
-    wanted = sizes.dense * 4 + cpu.bytes(sizes) + PROCESS
+    wanted = sizes.dense_bytes(4, int8_dense) + cpu.bytes(sizes) + PROCESS
     an_expert = sizes.expert_bytes(weights, 4) * sizes.moe_layers
     places = CPU_PLACES if host is None else int(USABLE * host - wanted) // an_expert - STAGING_SLOTS
     places = max(1, min(places, sizes.experts))

@@ -5,10 +5,8 @@ from typing import Any
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_moe_ext.experts.formats import FLOAT, FORMATS, QUANTIZED_KERNELS
+from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, QUANTIZED_KERNELS, SCOPES
 from fairseq_moe_ext.tasks.flag import check_values, flag, values_of
-
-EXPERTS, ALL = SCOPES = ("experts", "all")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import commands
 import hf_makers
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line import plan as plan_command
 from fairseq_moe_ext.command_line.parsing import byte_size
 from fairseq_moe_ext.experts.formats import format_named
+from fairseq_moe_ext.models.int8_dense import bytes_in_int8
 from fairseq_moe_ext.nllb.convert import convert_nllb
 from fairseq_moe_ext.serving.memory_plan import (
     PROCESS,
@@ -187,3 +189,31 @@ def test_the_script_plans_quantised_experts(tmp_path, capsys):
 def test_shapes_of_no_model_are_refused():
     with pytest.raises(CheckpointError):
         ModelSizes.of_shapes({})
+
+
+def test_a_dense_part_in_int8_is_what_a_loaded_model_takes(shared_goldens):
+    golden = shared_goldens / "mt_nllb_ws2"
+    sizes = read_sizes(str(golden / "checkpoint_last.pt"))
+    all_of_it = ("--moe-weights", "int4", "--moe-weights-scope", "all")
+    arguments = (golden / "data-bin", "--path", golden / "checkpoint_last.pt", *commands.NLLB, "-t", "de")
+    model, _ = commands.load("generate", *arguments, *all_of_it)
+    blocks = bytes_in_int8(model)
+    kept = sum(parameter.nbytes for parameter in model.parameters())
+    # a checkpoint also holds fairseq's versions, a number each
+    assert blocks + kept <= sizes.dense_bytes(4, int8=True) <= blocks + kept + 64
+    assert sizes.dense_bytes(4) > 3 * sizes.dense_bytes(4, int8=True)
+
+
+def test_nllbs_dense_part_in_int8(capsys):
+    sizes = read_sizes("moe_transformer_nllb_54b")
+    assert sizes.dense_bytes(2, int8=True) == pytest.approx(2.83 * 2**30, rel=1e-2)
+    settings = plan(sizes, 38 * GB, weights="int4", int8_dense=True)
+    on_disk = by_name(settings, "disk and some RAM")
+    assert by_name(settings, "all experts").fits and "--moe-weights int4 --moe-weights-scope all" in on_disk.flags
+    assert not by_name(plan(sizes, 38 * GB, weights="int4"), "all experts").fits
+    arguments = ["moe_transformer_nllb_54b", "--device-memory", "24GB", "--moe-weights-scope", "all"]
+    assert plan_command.main([*arguments, "--moe-weights", "int8"]) == 0
+    assert capsys.readouterr().out.count("--moe-weights int8 --moe-weights-scope all") == 5
+    with pytest.raises(SystemExit):
+        plan_command.main(arguments)
+    assert "--moe-weights-scope all needs --moe-weights int8 or int4, got float" in capsys.readouterr().err
