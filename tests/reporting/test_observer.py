@@ -106,6 +106,9 @@ class Elsewhere:
         for parameter in self._model.parameters():
             yield Namespace(device=self.device, dtype=parameter.dtype)
 
+    def modules(self):
+        return self._model.modules()
+
     def moe_layers(self):
         return self._model.moe_layers()
 
