@@ -8,14 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.block import QuantizedPool
+from fairseq_moe_ext.kernels.cpu_kernel import Groups
 from fairseq_moe_ext.kernels.quantized import apply_layer
+from fairseq_moe_ext.kernels.quantized_kernel import kernel_for
 
 
 def multiply(x: Tensor, pool: QuantizedPool) -> Tensor:
     """x (..., K) of float32, float16 or bfloat16 -> (..., M) in its dtype, by a pool of one linear layer."""
     rows = x.reshape(-1, x.size(-1)).contiguous()
-    (layer,) = pool.block.layers(pool.blocks)
-    return apply_layer(layer, rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
+    outputs = rows.new_empty(rows.size(0), pool.block.planes[0].outputs)
+    kernel = kernel_for(rows, outputs, pool)
+    if kernel is None:
+        (layer,) = pool.block.layers(pool.blocks)
+        outputs.copy_(apply_layer(layer, rows.float()))
+    else:
+        kernel.run(rows, pool, Groups([0], [0], [rows.size(0)], [0]), outputs, None, [0])
+    return outputs.unflatten(0, x.shape[:-1])
 
 
 def multiply_widened(x: Tensor, pool: QuantizedPool) -> Tensor:
