@@ -76,6 +76,7 @@ def test_the_peak_falls_by_what_quantised_experts_do_not_take(checkpoints, resid
     speed = loading["bytes"] / 1e6 / loading["seconds"]
     print(
         f"{name}, {weights} {flags}: {floats['peak_rss_bytes'] / 1e6:.0f} MB -> "
-        f"{found['peak_rss_bytes'] / 1e6:.0f} MB, {share:.3f} of the {away / 1e6:.0f} MB less; loaded at {speed:.0f} MB/s"
+        f"{found['peak_rss_bytes'] / 1e6:.0f} MB, {share:.3f} of the {away / 1e6:.0f} MB less, "
+        f"loaded at {speed:.0f} MB/s"
     )
     assert share >= 0.9
