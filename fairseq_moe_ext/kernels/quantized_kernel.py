@@ -18,6 +18,7 @@ from fairseq_moe_ext.kernels.cpu_kernel import (
     ACTIVATIONS,
     ANY_ROWS,
     DTYPES,
+    NAMES,
     Groups,
     Kernel,
     address_of,
@@ -33,6 +34,13 @@ def kernel_for(rows: Tensor, outputs: Tensor, pool: QuantizedPool) -> QuantizedK
     fits = rows.dtype in DTYPES and outputs.dtype in DTYPES and can_be_read(rows, outputs, pool.blocks)
     kernel = load_kernel() if fits else None
     return None if kernel is None else _kernel(kernel)
+
+
+def instructions_of(kernel: Kernel) -> str:
+    """What quantised experts run on: of AVX-512 VNNI only, else AVX2."""
+    if kernel.instructions != "avx512":
+        return kernel.name
+    return "AVX-512 VNNI" if kernel.library.has_vnni() else NAMES["avx2"]
 
 
 class QuantizedKernel:

@@ -8,8 +8,8 @@
    Legend: K = input features, G = groups of a row, M = output features, n = rows of one expert. */
 
 #define GROUP 64
-#define TILE_ROWS 4     /* rows at a time */
-#define SOME_GROUPS 16  /* that one thread quantises at a time */
+#define TILE_ROWS 4      /* rows at a time */
+#define SOME_GROUPS 16   /* that one thread quantises at a time */
 #define MOST_OUTPUTS 256 /* that one thread computes at a time, a multiple of GROUP */
 
 /* n rows. excess: by how much a group's sum of products comes out too high, since weights are read with an offset. */
@@ -21,6 +21,7 @@ struct quantized_rows {
 };
 
 typedef int32_t integers __attribute__((vector_size(16)));
+INLINE integers four_integers(int32_t value) { return (integers){value, value, value, value}; }
 
 /* What a set of instructions does. */
 struct products {
@@ -65,9 +66,17 @@ INLINE int32_t quantize_group(const float *x, int8_t *codes, float *scale) {
 #include "quantized_vnni.h"
 #endif
 
+int has_vnni(void) {
+#if defined(__x86_64__)
+  return HAS_VNNI;
+#else
+  return 0;
+#endif
+}
+
 static const struct products *products_of(int64_t instructions) {
 #if defined(__x86_64__)
-  if (instructions == AVX512 && HAS_VNNI) return &products_vnni;
+  if (instructions == AVX512 && has_vnni()) return &products_vnni;
   if (instructions != PLAIN) return &products_avx2;
 #endif
   (void)instructions;

@@ -26,8 +26,8 @@ INLINE void NAME(some_rows)(const struct quantized_rows *x, int64_t row, const c
     W weights = NAME(read_weights)(weight, g * 8 * bits, ahead, bits);
     for (int r = 0; r < rows; r++) {
       integers sums = NAME(dot)(codes[r] + g * GROUP, &weights, bits);
-      if (bits == 4 || OFFSET8) sums -= excess[r * groups + g];
-      quarter scale = NAME(load4)(scales, FEATURES * g, FLOAT32) * row_scales[r * groups + g];
+      if (bits == 4 || OFFSET8 != 0) sums -= four_integers(excess[r * groups + g]);
+      quarter scale = NAME(load4)(scales, FEATURES * g, FLOAT32) * all_plain(row_scales[r * groups + g]);
       total[r] = NAME(fma4)(scale, __builtin_convertvector(sums, quarter), total[r]);
     }
   }
