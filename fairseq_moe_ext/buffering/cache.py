@@ -159,12 +159,12 @@ class BufferedExperts(CalledByCounts):
         self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
         self._start_copies()
 
-    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
         """As `Experts` has it; RuntimeError where gradients are asked for."""
-        return without_gradients("experts in a buffer", self._run(rows, offsets), rows)
+        return without_gradients("experts in a buffer", self._run(rows, offsets, row_ids), rows)
 
     @torch.no_grad()
-    def _run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+    def _run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
         if self.training:
             raise RuntimeError("experts in a buffer cannot be trained: call eval() first")
         counts = offsets.counts
@@ -178,7 +178,7 @@ class BufferedExperts(CalledByCounts):
         try:
             kernel = self.kernel_for(rows.device, rows.dtype)
             pool = self.format.pool([slots.detach() for slots in self.parameters()])
-            outputs = run_steps(self.steps(counts), kernel, rows, offsets, pool, self.activation)
+            outputs = run_steps(self.steps(counts), kernel, rows, offsets, pool, self.activation, row_ids)
         except BaseException:
             self._empty()  # some slots are half filled
             raise

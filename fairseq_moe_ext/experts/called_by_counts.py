@@ -85,8 +85,9 @@ class CalledByCounts(nn.Module, ABC):
         return self.run(rows, Offsets.of_counts(rows_per_expert, rows.device))
 
     @abstractmethod
-    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
-        """rows (N, D) in the order of the H experts -> outputs (N, D).
+    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
+        """rows (N, D) in the order of the H experts, or those of rows (T, D) with the numbers row_ids (N,) int64 ->
+        outputs (N, D).
 
         Rows behind the last expert's belong to nobody, and their outputs have no meaning.
         """

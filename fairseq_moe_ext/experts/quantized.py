@@ -62,17 +62,17 @@ class QuantizedExperts(CalledByCounts):
         """In which `tokens` must come: under autocast in the model's own dtype."""
         return tokens.dtype if autocast_dtype(tokens) is None else self.dtype
 
-    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
         """As `Experts` has it; RuntimeError where gradients are asked for."""
-        return without_gradients("quantised experts", self._run(rows, offsets), rows)
+        return without_gradients("quantised experts", self._run(rows, offsets, row_ids), rows)
 
     @torch.no_grad()
-    def _run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+    def _run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
         if self.training:
             raise RuntimeError("quantised experts cannot be trained: call eval() first")
         kernel, pool = self.kernel_for(rows.device, rows.dtype), self.format.pool([self.blocks])
         steps = self._schedule.steps(DeviceCounts(offsets))
-        return run_steps(steps, kernel, rows, offsets, pool, self.activation)
+        return run_steps(steps, kernel, rows, offsets, pool, self.activation, row_ids)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.format.unpack([self.blocks])

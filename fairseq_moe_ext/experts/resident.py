@@ -94,18 +94,20 @@ class ResidentExperts(CalledByCounts):
         """As `CalledByCounts` has it."""
         return "loop" if self.retains_dropout else super().kernel_for(device, dtype)
 
-    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
+    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
         """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""
         pool = [self._parameters[name] for name in EXPERT_KEYS]  # ten times as fast as parameters()
         if rows.dtype != pool[0].dtype:  # autocast's
             pool = [parameter.to(rows.dtype) for parameter in pool]
         dropout = self.activation_dropout if self.training or self.retains_dropout else 0.0
         if dropout > 0 or wants_gradients(rows, *pool):
+            rows = rows if row_ids is None else rows.index_select(0, row_ids)
             return self._run_with_gradients(rows, offsets.on_host.tolist(), pool, dropout)
         if torch.is_grad_enabled():
             pool = [parameter.detach() for parameter in pool]
         steps = self._schedule.steps(DeviceCounts(offsets))
-        return run_steps(steps, self.kernel_for(rows.device, rows.dtype), rows, offsets, pool, self.activation)
+        kernel = self.kernel_for(rows.device, rows.dtype)
+        return run_steps(steps, kernel, rows, offsets, pool, self.activation, row_ids)
 
     def _run_with_gradients(self, rows: Tensor, offsets: list[int], pool: list[Tensor], dropout: float) -> Tensor:
         outputs = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation
-from fairseq_moe_ext.kernels.grouped_mlp import Pool, grouped_mlp
+from fairseq_moe_ext.kernels.grouped_mlp import Pool, grouped_mlp, reads_row_ids
 from fairseq_moe_ext.kernels.offsets import Offsets
 
 
@@ -46,16 +46,25 @@ class AllResident:
 
 
 def run_steps(
-    steps: Iterable[Step], kernel: str, rows: Tensor, offsets: Offsets, pool: Pool, activation: Activation
+    steps: Iterable[Step],
+    kernel: str,
+    rows: Tensor,
+    offsets: Offsets,
+    pool: Pool,
+    activation: Activation,
+    row_ids: Tensor | None = None,
 ) -> Tensor:
-    """rows (N, D) in the order of the H experts -> outputs (N, D); no gradients.
+    """rows (N, D) in the order of the H experts, or those of the numbers row_ids (N,) -> outputs (N, D).
 
-    kernel, pool: grouped_mlp.py.
+    No gradients. kernel, pool: grouped_mlp.py.
     """
-    outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if row_ids is not None and not reads_row_ids(kernel, rows):
+        rows, row_ids = rows.index_select(0, row_ids), None
+    outputs = rows.new_empty(rows.size(0) if row_ids is None else row_ids.size(0), rows.size(1))
     for step in steps:
         slots = None
         if step.slots is not None:
             slots = torch.tensor(step.slots, dtype=torch.int32)
-        grouped_mlp(kernel, rows, offsets.part(step.first, step.end), slots, pool, activation, outputs)
+        part = offsets.part(step.first, step.end)
+        grouped_mlp(kernel, rows, part, slots, pool, activation, outputs, row_ids)
     return outputs

@@ -42,8 +42,9 @@ class Experts(Protocol):
     def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call, as soon as they are known."""
 
-    def run(self, rows: Tensor, offsets: Offsets) -> Tensor:
-        """rows (N, D) in the order of the H experts -> outputs (N, D)."""
+    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
+        """rows (N, D) in the order of the H experts, or those of rows (T, D) with the numbers row_ids (N,) int64 ->
+        outputs (N, D)."""
 
     def __call__(self, rows: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """The same by H counts on the host."""

@@ -36,16 +36,27 @@ NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
 # what the C kernel computes by itself, by its numbers
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
-VERSION = 7  # of what is passed to the C kernel
+VERSION = 8  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
 
 
 class Groups:
     """The rows of X experts, as (4, X) int32: sources and targets (the first row of each expert, in what is read and in
-    what is filled), counts (how many rows) and slots (where its weight lies)."""
+    what is filled), counts (how many rows) and slots (where its weight lies).
 
-    def __init__(self, sources: ArrayLike, targets: ArrayLike, counts: ArrayLike, slots: ArrayLike):
+    row_ids: (N,) int64, what is read are the rows of these numbers; None: the rows as they lie.
+    """
+
+    def __init__(
+        self,
+        sources: ArrayLike,
+        targets: ArrayLike,
+        counts: ArrayLike,
+        slots: ArrayLike,
+        row_ids: Tensor | None = None,
+    ):
+        self.row_ids = row_ids
         self.numbers = numbers = np.empty((4, len(counts)), np.int32)
         numbers[0], numbers[1], numbers[2], numbers[3] = sources, targets, counts, slots
 
@@ -57,7 +68,7 @@ class Groups:
     def up_to(self, most: int) -> Groups:
         """Without the rows of experts that have more than `most`."""
         sources, targets, counts, slots = self.numbers
-        return Groups(sources, targets, np.where(counts <= most, counts, 0), slots)
+        return Groups(sources, targets, np.where(counts <= most, counts, 0), slots, self.row_ids)
 
     def split(self, most: int) -> Groups:
         """Of the experts with at most `most` rows, none with more than LONGEST at a time: the others come in parts."""
@@ -69,7 +80,7 @@ class Groups:
         before = (np.arange(len(experts)) - np.repeat(parts.cumsum() - parts, parts)) * LONGEST
         sources, targets, counts, slots = self.numbers[:, experts]
         its = np.where(counts <= most, np.minimum(counts - before, LONGEST), 0)
-        return Groups(sources + before, targets + before, its, slots)
+        return Groups(sources + before, targets + before, its, slots, self.row_ids)
 
 
 class Linear(NamedTuple):
@@ -131,16 +142,18 @@ class Kernel:
         """A function of C's on `its` numbers, for the groups' rows, as sharing.h and kernel.c want it; sizes: how many
         rows, outputs and slots there are. ValueError where the groups do not lie within these."""
         threads = torch.get_num_threads()
-        if sizes[0] > LONGEST:
+        if sizes[1] > LONGEST:
             groups = groups.split(most)
-        numbers = groups.numbers  # a name of its own, which keeps it alive
+        numbers, row_ids = groups.numbers, groups.row_ids
+        ids = (0, 0) if row_ids is None else (address_of(row_ids, "row ids", torch.int64), row_ids.shape[0])
         team = threads, _start_team() if threads > 1 else 0
-        call = array("q", (numbers.shape[1], most, _data(numbers), *sizes, *team, self.number, *its))
+        call = array("q", (numbers.shape[1], most, _data(numbers), *ids, *sizes, *team, self.number, *its))
         error = run(call.buffer_info()[0])
         if error == -1:
             raise MemoryError("no memory for the experts' hidden features")
         if error:
-            raise ValueError("groups must lie within the {} rows, {} outputs and {} slots".format(*sizes))
+            what = "groups" if row_ids is None else "groups and row ids"
+            raise ValueError("{} must lie within the {} rows, {} outputs and {} slots".format(what, *sizes))
 
 
 def can_be_read(*tensors: Tensor) -> bool:

@@ -8,6 +8,8 @@
                 quantised experts their blocks (block.py)
     activation  elementwise
     outputs     (N, D), filled where an expert is computed; all other rows are left as they are
+    row_ids     (N,) int64: which of `rows`, then (T, D), each row is; None: they lie in expert order. For kernels that
+                `reads_row_ids` names, which need no copy of the rows
 
 Which kernel runs is a name:
 
@@ -27,11 +29,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.block import QuantizedPool
+from fairseq_moe_ext.kernels.cpu_kernel import DTYPES, can_be_read, load_kernel
 from fairseq_moe_ext.kernels.grouped_mm import run_grouped_mm
 from fairseq_moe_ext.kernels.loop import run_loop
 from fairseq_moe_ext.kernels.offsets import Offsets
@@ -48,13 +50,21 @@ def grouped_mlp(
     pool: Pool,
     activation: Activation,
     outputs: Tensor | None = None,
+    row_ids: Tensor | None = None,
 ) -> Tensor:
     """Run `kernel`, one of the names above that takes such a pool; gives `outputs`, a new tensor where it is None."""
-    outputs = torch.empty_like(rows, memory_format=torch.contiguous_format) if outputs is None else outputs
-    if rows.size(0) == 0:
+    if outputs is None:
+        outputs = rows.new_empty(len(rows) if row_ids is None else len(row_ids), rows.size(1))
+    if outputs.size(0) == 0:
         return outputs
-    _function(kernel)(rows, offsets, slots, pool, activation, outputs)
+    more = {} if row_ids is None else {"row_ids": row_ids}
+    _function(kernel)(rows, offsets, slots, pool, activation, outputs, **more)
     return outputs
+
+
+def reads_row_ids(kernel: str, rows: Tensor) -> bool:
+    """Whether `kernel` takes row ids for these rows: where the C kernel computes."""
+    return kernel in ("loop", "quantized") and rows.dtype in DTYPES and can_be_read(rows) and load_kernel() is not None
 
 
 def _function(kernel: str) -> Callable[..., None]:

@@ -28,13 +28,14 @@ def run_loop(
     pool: Sequence[Tensor],
     activation: Activation,
     outputs: Tensor,
+    row_ids: Tensor | None = None,
     most: int | None = None,
 ) -> None:
     """grouped_mlp.py's signature.
 
     most: rows per expert up to which the C kernel computes; None: as crossing.py says.
     """
-    groups = groups_of(offsets, slots)
+    groups = groups_of(offsets, slots, row_ids)
     rows = rows.contiguous()
     most = most_rows(rows.dtype, rows.device) if most is None else most
     if most:
@@ -52,18 +53,18 @@ def run_loop(
                 lambda its, hidden: kernel.run(rows, fc1, its, hidden),
                 lambda its, hidden: kernel.run(hidden, fc2, its, outputs),
             )
-    if rows.size(0) > most and groups.counts.max() > most:
+    if outputs.size(0) > most and groups.counts.max() > most:
         _run_products(rows, groups, pool, activation, outputs, most)
 
 
-def groups_of(offsets: Offsets, slots: Tensor | None) -> Groups:
+def groups_of(offsets: Offsets, slots: Tensor | None, row_ids: Tensor | None = None) -> Groups:
     """The experts' rows, none of those without a slot. By NumPy, which is faster than PyTorch on so few numbers."""
     bounds = offsets.on_host.numpy()
     starts, counts = bounds[:-1], bounds[1:] - bounds[:-1]
     if slots is None:
-        return Groups(starts, starts, counts, np.arange(len(counts)))
+        return Groups(starts, starts, counts, np.arange(len(counts)), row_ids)
     slot_ids = slots.numpy()
-    return Groups(starts, starts, counts * (slot_ids >= 0), slot_ids)
+    return Groups(starts, starts, counts * (slot_ids >= 0), slot_ids, row_ids)
 
 
 def run_in_two(
@@ -84,7 +85,7 @@ def run_in_two(
         sources, targets, its, slots = groups.numbers[:, first:end]
         between = its.cumsum() - its
         hidden = none.new_empty(int(its.sum()), none.size(1))
-        fc1(Groups(sources, between, its, slots), hidden)
+        fc1(Groups(sources, between, its, slots, groups.row_ids), hidden)
         fc2(Groups(between, targets, its, slots), activate_rows(hidden, activation))
         first = end
 
@@ -111,7 +112,9 @@ def _run_products(
     for expert in np.flatnonzero(groups.counts > most).tolist():
         source, target, count, slot = groups.numbers[:, expert].tolist()
         hidden = rows.new_empty(count, fc1_weight.size(1))
-        _product(rows[source : source + count], fc1_weight[slot], fc1_bias[slot], hidden)
+        its = slice(source, source + count)
+        chosen = rows[its] if groups.row_ids is None else rows.index_select(0, groups.row_ids[its])
+        _product(chosen, fc1_weight[slot], fc1_bias[slot], hidden)
         hidden = hidden.relu_() if activation in (F.relu, torch.relu) else activate_rows(hidden, activation)
         _product(hidden, fc2_weight[slot], fc2_bias[slot], outputs[target : target + count])
 

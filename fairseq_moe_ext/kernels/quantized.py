@@ -39,14 +39,16 @@ def run_quantized(
     pool: QuantizedPool,
     activation: Activation,
     outputs: Tensor,
+    row_ids: Tensor | None = None,
 ) -> None:
-    """grouped_mlp.py's signature; rows (N, D) of float32, float16 or bfloat16."""
+    """grouped_mlp.py's signature; rows of float32, float16 or bfloat16."""
     rows = rows.contiguous()
     kernel = kernel_for(rows, outputs, pool)
     if kernel is None:
+        rows = rows if row_ids is None else rows.index_select(0, row_ids)
         _run_by_pytorch(rows, offsets, slots, pool, activation, outputs)
         return
-    groups = groups_of(offsets, slots)
+    groups = groups_of(offsets, slots, row_ids)
     if activation in ACTIVATIONS:
         kernel.run(rows, pool, groups, outputs, activation)
         return

@@ -42,12 +42,12 @@ def times(args: argparse.Namespace, dtype: torch.dtype, count: int) -> tuple[flo
     outputs = torch.empty_like(rows)
     found: dict[int, list[float]] = {ANY_ROWS: [], 0: []}
     for most in found:
-        run_loop(rows, offsets, None, pool, F.relu, outputs, most)
+        run_loop(rows, offsets, None, pool, F.relu, outputs, most=most)
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end or len(found[0]) < 5:
         for most, its in found.items():
             start = time.perf_counter()
-            run_loop(rows, offsets, None, pool, F.relu, outputs, most)
+            run_loop(rows, offsets, None, pool, F.relu, outputs, most=most)
             its.append(time.perf_counter() - start)
     return statistics.median(found[ANY_ROWS]), statistics.median(found[0])
 

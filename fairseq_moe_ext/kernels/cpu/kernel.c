@@ -24,7 +24,7 @@
 #include <sched.h>
 #endif
 
-#define VERSION 7    /* of what cpu_kernel.py passes; another one is not called */
+#define VERSION 8    /* of what cpu_kernel.py passes; another one is not called */
 #define FEATURES 4   /* weight rows at a time */
 #define AHEAD 8      /* weight rows between the ones in use and the ones that are fetched */
 #define PART 1024    /* inputs at a time, of which FEATURES weight rows stay in the first cache for many rows */
@@ -107,13 +107,15 @@ static void compute(const struct work *work, const struct expert *expert, int st
   const struct layer *its = &call->layer[stage];
   int64_t n = expert->rows, slot = expert->slot;
   int64_t k = its->inputs, m = its->outputs, size = SIZE(call->dtype);
-  const char *x = stage ? kept : call->x + expert->source * k * size;
   char *out = stage + 1 < call->layers ? kept : call->out + expert->target * m * size;
   const float **rows = (const float **)scratch;
   char *sums = scratch + lines(work->longest * sizeof *rows);
   float *panel = (float *)(sums + work->longest * SUMS), *wide = panel + FEATURES * PART;
-  if (call->dtype != FLOAT32) tiles->widen(wide, x, n * k, call->dtype);
-  for (int64_t row = 0; row < n; row++) rows[row] = (call->dtype == FLOAT32 ? (const float *)x : wide) + row * k;
+  for (int64_t row = 0; row < n; row++) {
+    const char *x = stage ? kept + row * k * size : call->x + row_of(&call->groups, expert, row) * k * size;
+    rows[row] = call->dtype == FLOAT32 ? (const float *)x : wide + row * k;
+    if (call->dtype != FLOAT32) tiles->widen(wide + row * k, x, k, call->dtype);
+  }
   int64_t first = block * block_of(call, stage), end = smaller(first + block_of(call, stage), m);
   tiles->linear(rows, n, its->weight + slot * m * k * size, its->bias + slot * m * size, out, m, k, first, end, sums,
                 panel, its->activation == RELU, call->dtype);

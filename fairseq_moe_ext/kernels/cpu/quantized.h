@@ -171,17 +171,18 @@ static void compute_quantized(const struct work *work, const struct expert *expe
   int64_t n = expert->rows, k = call->layer[0].inputs, m = its->outputs;
   struct quantized_rows x = rows_in(kept, n, k), hidden = rows_in(kept + quantized_bytes(n, k), n, call->layer[0].outputs);
   if (!stage) {
-    const char *from = call->x + expert->source * k * SIZE(call->in_dtype);
     int64_t end = smaller((block + 1) * SOME_GROUPS, x.groups);
-    for (int64_t row = 0; row < n; row++)
+    for (int64_t row = 0; row < n; row++) {
+      const char *from = call->x + row_of(&call->groups, expert, row) * k * SIZE(call->in_dtype);
       for (int64_t group = block * SOME_GROUPS; group < end; group++) {
         float values[GROUP] = {0};
         int64_t count = smaller(GROUP, k - group * GROUP);
-        const char *at = from + (row * k + group * GROUP) * SIZE(call->in_dtype);
+        const char *at = from + group * GROUP * SIZE(call->in_dtype);
         if (call->in_dtype == FLOAT32) memcpy(values, at, count * sizeof *values);
         else tiles->widen(values, at, count, call->in_dtype);
         quantize_into(&x, row, group, values, call);
       }
+    }
     return;
   }
   int64_t outputs = outputs_of(call, its), first = block * outputs, end = smaller(first + outputs, m);

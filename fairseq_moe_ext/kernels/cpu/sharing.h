@@ -5,12 +5,14 @@
 #define RING 4                 /* experts whose stages several threads compute at a time */
 #define BLOCK_BYTES (64 << 10) /* of weights, about, that one thread takes at a time */
 
-/* The rows of experts, as cpu_kernel.py's Groups: those from sources on are read, those from targets on are filled.
-   Rows of an expert that has more than `most` are left as they are. */
+/* The rows of experts, as cpu_kernel.py's Groups: those from sources on are read, or where there are ids those with the
+   ids from there on; those from targets on are filled. Rows of an expert that has more than `most` are left as they
+   are. */
 struct groups {
   int64_t experts, most;
   const int32_t *numbers; /* (4, experts): sources, targets, counts, slots */
-  int64_t num_rows, num_outputs, num_slots;
+  const int64_t *ids;     /* (num_ids,), or NULL */
+  int64_t num_ids, num_rows, num_outputs, num_slots;
 };
 
 struct team {
@@ -49,10 +51,22 @@ static int is_active(const struct groups *groups, const struct expert *its) {
   return 0 < its->rows && its->rows <= groups->most;
 }
 
+/* Which of the rows that are read is an expert's `row`th. */
+INLINE int64_t row_of(const struct groups *groups, const struct expert *its, int64_t row) {
+  return groups->ids ? groups->ids[its->source + row] : its->source + row;
+}
+
 /* Whether an expert's rows, its outputs and its weights lie where there are some. */
 static int is_inside(const struct groups *groups, const struct expert *its) {
-  return 0 <= its->source && its->source + its->rows <= groups->num_rows && 0 <= its->target &&
-         its->target + its->rows <= groups->num_outputs && 0 <= its->slot && its->slot < groups->num_slots;
+  int64_t end = its->source + its->rows, numbered = groups->ids ? groups->num_ids : groups->num_rows;
+  if (its->source < 0 || end > numbered || its->target < 0 || its->target + its->rows > groups->num_outputs ||
+      its->slot < 0 || its->slot >= groups->num_slots)
+    return 0;
+  for (int64_t row = 0; groups->ids && row < its->rows; row++) {
+    int64_t id = row_of(groups, its, row);
+    if (id < 0 || id >= groups->num_rows) return 0;
+  }
+  return 1;
 }
 
 static void wait_for(const int32_t *counter, int64_t value) {
