@@ -6,11 +6,12 @@ import sacrebleu
 import torch
 from buffer_makers import buffered
 from fairseq.modules import MultiheadAttention
+from model_makers import language_model, sentences
 from served_models import EVERY_MODEL, Loader, logits
 from torch import nn
 
 from fairseq_moe_ext.kernels.block import LinearBlock
-from fairseq_moe_ext.models.int8_dense import Int8Embedding, Int8Linear, Int8Weight, bytes_in_int8
+from fairseq_moe_ext.models.int8_dense import Int8Embedding, Int8Linear, Int8Weight, bytes_in_int8, put_in_int8
 from fairseq_moe_ext.tasks.flags import check_flags
 
 ALL = ("--moe-weights", "int8", "--moe-weights-scope", "all")
@@ -138,3 +139,19 @@ def test_quality_on_upstreams_models(shared_goldens, name, perplexity, bleu):
 def bleu_of(generation):
     texts = {kind: [fields[-1] for _, fields in sorted(generation.of_kind(kind))] for kind in "HT"}
     return sacrebleu.corpus_bleu(texts["H"], [texts["T"]]).score
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{"moe_cmr": True}, {"share_decoder_input_output_embed": False}], ids=str)
+def test_models_of_other_kinds(fields):
+    """Conditional routing has dense layers beside the experts and a gate of its own, which stays as it is."""
+    model = language_model(**fields).eval()
+    state, tokens = model.state_dict(), sentences()
+    exact = model(src_tokens=tokens)[0]
+    put_in_int8(model)
+    model.load_state_dict(state)
+    found = model.eval()(src_tokens=tokens)[0]
+    left = [name for name, each in model.named_modules() if type(each) is nn.Linear]
+    assert left and all(name.endswith(".gate.wg") for name in left)
+    assert len(left) == (4 if "moe_cmr" in fields else 2)
+    assert 0 < (found - exact).norm() < 0.03 * exact.norm()
