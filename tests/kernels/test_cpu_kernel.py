@@ -4,7 +4,6 @@ by row.
 Tests of the kernel call it, whatever this CPU would choose, and are skipped where it was not compiled."""
 
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -18,17 +17,14 @@ from kernel_calls import (
     FEW_ROWS,
     KERNEL_DTYPES,
     KERNELS,
-    SOURCE,
     WAYS,
     asking_for,
     assert_is_linear,
     by_kernel,
-    compiled,
     groups_of,
     make,
     make_pool,
     mlp,
-    needs_compiler,
     one_by_one,
     runs_here,
 )
@@ -52,15 +48,10 @@ def test_the_kernel_puts_each_row_through_its_expert(choice, dtype, counts, inpu
 
 
 @pytest.mark.slow
-@needs_compiler
 @pytest.mark.skipif(not runs_here("avx2"), reason="no AVX2 here")
-def test_the_code_for_avx512_computes_the_same_where_its_instructions_are_emulated(tmp_path):
+def test_the_code_for_avx512_computes_the_same_where_its_instructions_are_emulated(emulated_avx512):
     """Lane by lane, on a CPU that need not have them: every number of rows of a tile, every remainder."""
-    folder = shutil.copytree(SOURCE.parent, tmp_path / "cpu")
-    header = folder / "avx512.h"
-    header.write_text(header.read_text().replace("avx512f,avx512dq,avx512bw,avx512vl,avx2", "avx2"))
-    emulated = Path(__file__).parent / "avx512_emulated.h"
-    library = compiled(tmp_path, folder / "kernel.c", "-O1", "-include", emulated, "-lm")
+    library = emulated_avx512
     counts = [1, 2, 3, 4, 5, 6, 7, 9, 13, 0, 30]
     for dtype in DTYPES:
         for inputs, outputs in ((37, 11), (64, 16), (5, 3), (1043, 4)):

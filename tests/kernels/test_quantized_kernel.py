@@ -1,8 +1,5 @@
 """int8 and int4 experts by the C kernel with each of its instructions, beside a twin after the format."""
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +7,7 @@ import torch.nn.functional as F
 from cases import examples, torch_threads
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_calls import KERNEL_DTYPES, KERNELS, SOURCE, WAYS, asking_for, compiled, needs_compiler, runs_here
+from kernel_calls import KERNEL_DTYPES, KERNELS, WAYS, asking_for, runs_here
 from quantized_calls import (
     Layer,
     assert_is_linear,
@@ -61,17 +58,10 @@ def test_the_kernel_puts_each_row_through_its_expert(choice, bits, dtype, counts
 
 
 @pytest.mark.slow
-@needs_compiler
 @pytest.mark.skipif(not runs_here("avx2"), reason="no AVX2 here")
-def test_the_code_for_vnni_gives_the_bits_of_that_for_avx2_where_its_instructions_are_emulated(tmp_path):
-    folder = shutil.copytree(SOURCE.parent, tmp_path / "cpu")
-    for header in (folder / "avx512.h", folder / "quantized_vnni.h"):
-        text = header.read_text().replace("avx512vl,avx512vnni,", "avx512vl,")
-        header.write_text(text.replace("avx512f,avx512dq,avx512bw,avx512vl,avx2", "avx2"))
-    emulated = Path(__file__).parent / "avx512_emulated.h"
-    library = compiled(tmp_path, folder / "kernel.c", "-O1", "-include", emulated, "-lm")
+def test_the_code_for_vnni_gives_the_bits_of_that_for_avx2_where_its_instructions_are_emulated(emulated_avx512):
     counts = [1, 2, 3, 4, 5, 0, 7]
-    emulation, avx2 = quantized_kernel("avx512", library), quantized_kernel("avx2")
+    emulation, avx2 = quantized_kernel("avx512", emulated_avx512), quantized_kernel("avx2")
     for bits in (8, 4):
         for dim, hidden in ((37, 66), (64, 128), (300, 21)):
             pool, layers = random_pool(bits, dim, hidden, len(counts))
