@@ -50,7 +50,7 @@ def float_experts(args: argparse.Namespace) -> Call:
     experts, dim, hidden = args.experts, args.model_dim, args.hidden_dim
     shapes = (experts, hidden, dim), (experts, hidden), (experts, dim, hidden), (experts, dim)
     pool = [torch.randn(shape) for shape in shapes]
-    return lambda count: run_loop(*inputs(args, count), None, pool, F.relu, outputs(args, count), ANY_ROWS)
+    return lambda count: run_loop(*inputs(args, count), None, pool, F.relu, outputs(args, count), most=ANY_ROWS)
 
 
 def quantized_experts(args: argparse.Namespace, bits: int) -> Call:
