@@ -61,7 +61,7 @@ class Served:
 
 def quantized(experts: ResidentExperts, name: str, state: dict[str, Tensor]) -> QuantizedExperts:
     """In the place of `experts`, with the weights of the state dict."""
-    found = QuantizedExperts.in_place_of(experts, name).train(experts.training)
+    found = QuantizedExperts.in_place_of(experts, name)
     found.load_state_dict(state)
     return found
 

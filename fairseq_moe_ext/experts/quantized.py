@@ -46,7 +46,8 @@ class QuantizedExperts(CalledByCounts):
     def in_place_of(cls, experts: ResidentExperts, name: str) -> QuantizedExperts:
         """With room for the same experts in the format of that name; `experts` need have no memory."""
         form = format_named(name, experts.model_dim, experts.hidden_dim)
-        return cls(experts.num_experts, form, experts.activation, experts.local, experts.kernel)
+        found = cls(experts.num_experts, form, experts.activation, experts.local, experts.kernel)
+        return found.train(experts.training)
 
     @property
     def dtype(self) -> torch.dtype:

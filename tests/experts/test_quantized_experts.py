@@ -97,6 +97,12 @@ def test_local_experts_are_those_of_all(name):
 
 
 @NAMES
+def test_a_rank_may_hold_no_expert(name):
+    experts = quantized(name, floats(local=()))
+    assert experts(torch.zeros(0, DIM), []).shape == (0, DIM) and experts.total_bytes == 0
+
+
+@NAMES
 def test_what_does_not_fit_is_an_error_strict_or_not(name):
     state = dict(floats().state_dict())
     experts = QuantizedExperts.in_place_of(floats(), name)

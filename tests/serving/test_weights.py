@@ -9,11 +9,13 @@ import commands
 import pytest
 import torch
 from buffer_makers import buffered
+from model_makers import language_model
 from served_models import EVERY_MODEL, Loader, logits
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
 from fairseq_moe_ext.experts.formats import QUANTIZED, format_named
+from fairseq_moe_ext.serving.expert_share import share_experts
 from fairseq_moe_ext.tasks.flags import check_flags
 
 STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.3")
@@ -171,6 +173,24 @@ def test_a_built_store_is_quantised_once_and_is_of_one_format(loader, tmp_path, 
         assert caplog.text.count("experts were written to") == written
         assert "may be deleted" not in caplog.text
     assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_layer_out_of_scope_or_smaller_than_its_buffer_is_resident(loader, name):
+    wanted = loader.logits("mt_plain", {}, *weights(name))
+    for flags in (buffered(9), buffered(2, "--expert-buffer-scope", "encoder")):
+        assert torch.equal(loader.logits("mt_plain", {}, *weights(name), *flags), wanted)
+
+
+def test_conditional_routing_has_its_layer_twice_in_the_state_dict():
+    resident = language_model(moe_cmr=True).eval()
+    model = language_model(seed=1, moe_cmr=True, allocate_experts=False, initialize_experts=False).eval()
+    share_experts(model, None, {}, weights="int8")
+    model.load_state_dict(resident.state_dict())
+    tokens = torch.randint(4, 37, (3, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model(tokens)[0], resident(tokens)[0]
+    assert 0 < (found - expected).abs().max() < 0.02
 
 
 def test_retained_dropout_of_the_experts_is_refused(shared_goldens):
