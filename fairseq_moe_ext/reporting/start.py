@@ -8,6 +8,7 @@ from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, load_kernel
 from fairseq_moe_ext.kernels.crossing import most_rows
+from fairseq_moe_ext.kernels.quantized_kernel import instructions_of
 
 
 def warm_up() -> None:
@@ -33,6 +34,10 @@ def _describe(layer: MOELayer) -> str:
     dtype = experts.dtype
     where = f"{str(dtype).removeprefix('torch.')} on {device}"
     kernel = experts.kernel_for(device, dtype)
+    if kernel == "quantized" and device.type == "cpu":
+        ours = load_kernel()
+        how = "PyTorch's products" if ours is None else f"the C kernel ({instructions_of(ours)})"
+        return f"the kernel quantized by {how}, {where}"
     if kernel != "loop":
         return f"the kernel {kernel}, {where}"
     if device.type != "cpu":
