@@ -17,6 +17,7 @@ from fairseq_moe_ext.experts.resident import ResidentExperts
 from fairseq_moe_ext.experts.schedule import AllResident, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
+from fairseq_moe_ext.kernels.numa import touch_new
 from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets
 
 
@@ -41,6 +42,7 @@ class QuantizedExperts(CalledByCounts):
         # follows the model's dtype and device
         self.register_buffer("_like", torch.empty(0), persistent=False)
         self._schedule = AllResident()
+        self._touch_new()
 
     @classmethod
     def in_place_of(cls, experts: ResidentExperts, name: str) -> QuantizedExperts:
@@ -48,6 +50,16 @@ class QuantizedExperts(CalledByCounts):
         form = format_named(name, experts.model_dim, experts.hidden_dim)
         found = cls(experts.num_experts, form, experts.activation, experts.local, experts.kernel)
         return found.train(experts.training)
+
+    def _touch_new(self) -> None:
+        touch_new(self.format.pool([self.blocks]))
+
+    def _apply(self, fn, recurse=True):
+        on_meta = self.device.type == "meta"
+        super()._apply(fn, recurse)
+        if on_meta:
+            self._touch_new()
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

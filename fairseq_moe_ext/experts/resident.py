@@ -18,6 +18,7 @@ from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.experts.schedule import AllResident, Schedule, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
+from fairseq_moe_ext.kernels.numa import converted_near, touch_new
 from fairseq_moe_ext.kernels.offsets import DeviceCounts, Offsets
 
 
@@ -53,6 +54,7 @@ class ResidentExperts(CalledByCounts):
         self.retains_dropout = False
         for name, shape in self.format.shapes(len(self.local)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self._touch_new()
         self.activation_dropout = activation_dropout
         self._initialized = initialize
         if initialize:
@@ -74,6 +76,16 @@ class ResidentExperts(CalledByCounts):
         return ResidentExperts(
             self.num_experts, self.model_dim, self.hidden_dim, *kept, initialize=False, local=local, kernel=self.kernel
         )
+
+    def _touch_new(self) -> None:
+        touch_new(self.format.pool([self._parameters[name].detach() for name in EXPERT_KEYS]))
+
+    def _apply(self, fn, recurse=True):
+        on_meta = self.device.type == "meta"
+        super()._apply(fn if on_meta else converted_near(fn), recurse)
+        if on_meta:
+            self._touch_new()
+        return self
 
     def retain_dropout(self) -> None:
         """From here on the dropout stays on in evaluation, too."""

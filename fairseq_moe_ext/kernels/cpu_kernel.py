@@ -36,7 +36,7 @@ NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
 # what the C kernel computes by itself, by its numbers
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
-VERSION = 8  # of what is passed to the C kernel
+VERSION = 9  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
 
@@ -97,8 +97,13 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, instructions: str):
         self.library, self.instructions, self.name = library, instructions, NAMES[instructions]
         self.number = INSTRUCTIONS.index(instructions)
-        self._run: Callable[..., int] = library.run_experts
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int64
+        self._run, self._touch = self.function("run_experts"), self.function("touch_experts")
+
+    def function(self, name: str) -> Callable[..., int]:
+        """One of the library's that `call` takes."""
+        found: Callable[..., int] = getattr(self.library, name)
+        found.argtypes, found.restype = [ctypes.c_void_p], ctypes.c_int64
+        return found
 
     def run(
         self, rows: Tensor, layers: Sequence[Linear], groups: Groups, outputs: Tensor, most: int = ANY_ROWS
@@ -138,6 +143,14 @@ class Kernel:
         sizes = rows.shape[0], outputs.shape[0], num_slots  # no len(), which PyTorch has slower
         self.call(self._run, groups, most, sizes, DTYPES[dtype], len(layers), *given)
 
+    def touch(self, weight: Tensor) -> None:
+        """PyTorch's threads touch the memory of a new weight (S, M, K), of one of DTYPES: each the pages of those rows
+        that it will compute first (cpu/touching.h). Its values are lost; a bias has few pages, and is left alone."""
+        slots, outputs, inputs = weight.shape
+        layer = address_of(weight, "weight", weight.dtype), 0, inputs, outputs, ACTIVATIONS[None]
+        its = DTYPES[weight.dtype], 1, 0, 0, *layer, *[0] * 5
+        self.call(self._touch, Groups([], [], [], []), ANY_ROWS, (0, 0, slots), *its)
+
     def call(self, run: Callable[..., int], groups: Groups, most: int, sizes: tuple[int, int, int], *its: int) -> None:
         """A function of C's on `its` numbers, for the groups' rows, as sharing.h and kernel.c want it; sizes: how many
         rows, outputs and slots there are. ValueError where the groups do not lie within these."""
@@ -146,7 +159,7 @@ class Kernel:
             groups = groups.split(most)
         numbers, row_ids = groups.numbers, groups.row_ids
         ids = (0, 0) if row_ids is None else (address_of(row_ids, "row ids", torch.int64), row_ids.shape[0])
-        team = threads, _start_team() if threads > 1 else 0
+        team = threads, *(_team() if threads > 1 else (0, 0))
         call = array("q", (numbers.shape[1], most, _data(numbers), *ids, *sizes, *team, self.number, *its))
         error = run(call.buffer_info()[0])
         if error == -1:
@@ -231,11 +244,13 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _start_team() -> int:
-    """The address of the function by which PyTorch's OpenMP library runs something on its threads: there is no second
-    pool beside PyTorch's. 0 where one thread must do: that library has no such function, or its threads were left
-    behind in the process that forked this one."""
-    return _address_of_team() if os.getpid() == _process_of_team() else 0
+def _team() -> tuple[int, int]:
+    """The addresses of the functions by which PyTorch's OpenMP library runs something on its threads, and says which of
+    them is the calling one: there is no second pool beside PyTorch's, and a thread has the same number in every call.
+
+    0 where there is no such function. The first is 0 where one thread must do: also where that library's threads were
+    left behind in the process that forked this one."""
+    return _addresses_of_team() if os.getpid() == _process_of_team() else (0, 0)
 
 
 @lru_cache
@@ -245,9 +260,11 @@ def _process_of_team() -> int:
 
 
 @lru_cache
-def _address_of_team() -> int:
+def _addresses_of_team() -> tuple[int, int]:
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
+    except OSError:
+        return 0, 0
+    functions = (getattr(library, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
+    start, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 if function else 0 for function in functions)
+    return start, number

@@ -5,8 +5,7 @@ Legend: S = slots, N = rows, D = model dim, F = hidden dim.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -48,8 +47,7 @@ class QuantizedKernel:
 
     def __init__(self, kernel: Kernel):
         self._kernel = kernel
-        self._run: Callable[..., int] = kernel.library.run_quantized
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int64
+        self._run, self._touch = kernel.function("run_quantized"), kernel.function("touch_quantized")
 
     def run(
         self,
@@ -91,6 +89,16 @@ class QuantizedKernel:
         types = DTYPES[rows.dtype], DTYPES[outputs.dtype]
         sizes = rows.shape[0], outputs.shape[0], blocks.shape[0]
         self._kernel.call(self._run, groups, ANY_ROWS, sizes, block.bits, *types, len(layers), *given)
+
+    def touch(self, pool: QuantizedPool) -> None:
+        """As `Kernel.touch`: the codes and scales of a new pool."""
+        start, nbytes = address_of(pool.blocks, "blocks", torch.uint8), pool.block.nbytes
+        given = [0, 0]
+        for *begins, inputs, outputs in _planes(pool.block):
+            given += [*(start + begin for begin in begins), nbytes, inputs, outputs, ACTIVATIONS[None]]
+        float32 = DTYPES[torch.float32]
+        its = pool.block.bits, float32, float32, len(pool.block.planes), *given
+        self._kernel.call(self._touch, Groups([], [], [], []), ANY_ROWS, (0, 0, pool.blocks.shape[0]), *its)
 
 
 @lru_cache

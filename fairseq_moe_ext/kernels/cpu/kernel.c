@@ -1,8 +1,8 @@
 /* The experts' feed-forward for few rows per expert: what a matrix library does slowest, since it lays out a weight
    anew for every product. Here a weight is read once, in its own order, four of its rows at a time, which stay in the
    cache for all rows of the expert; what comes next is fetched meanwhile (tiles.h). An expert's hidden features stay in
-   the cache, too. Any number of threads share one expert: work is handed out by blocks of output features, every output
-   is one sum in one order, and so the same bit by bit whatever is computed beside it, by however many threads.
+   the cache, too. Any number of threads share one expert: they take blocks of output features, every output is one sum in
+   one order, and so the same bit by bit whatever is computed beside it, by however many threads.
 
    Called by cpu_kernel.py; C11 of GCC or clang, without Python or PyTorch. Threads are PyTorch's own: `parallel` is the
    function by which its OpenMP library starts a team.
@@ -24,7 +24,7 @@
 #include <sched.h>
 #endif
 
-#define VERSION 8    /* of what cpu_kernel.py passes; another one is not called */
+#define VERSION 9    /* of what cpu_kernel.py passes; another one is not called */
 #define FEATURES 4   /* weight rows at a time */
 #define AHEAD 8      /* weight rows between the ones in use and the ones that are fetched */
 #define PART 1024    /* inputs at a time, of which FEATURES weight rows stay in the first cache for many rows */
@@ -124,6 +124,8 @@ static void compute(const struct work *work, const struct expert *expert, int st
 }
 
 #include "quantized.h"
+
+#include "touching.h"
 
 int64_t cpu_kernel_version(void) { return VERSION; }
 
