@@ -169,7 +169,9 @@ static void compute_quantized(const struct work *work, const struct expert *expe
   const struct tiles *tiles = tiles_of(call->instructions);
   const struct quantized_layer *its = &call->layer[stage ? stage - 1 : 0];
   int64_t n = expert->rows, k = call->layer[0].inputs, m = its->outputs;
-  struct quantized_rows x = rows_in(kept, n, k), hidden = rows_in(kept + quantized_bytes(n, k), n, call->layer[0].outputs);
+  /* at the same place for every number of rows: an expert's first stage runs while another's last one reads its hidden */
+  char *behind = kept + quantized_bytes(work->longest, k);
+  struct quantized_rows x = rows_in(kept, n, k), hidden = rows_in(behind, n, call->layer[0].outputs);
   if (!stage) {
     int64_t end = smaller((block + 1) * SOME_GROUPS, x.groups);
     for (int64_t row = 0; row < n; row++) {
