@@ -146,7 +146,7 @@ def test_every_block_is_computed_once_with_the_bits_of_one_thread(recorder, call
 @CALLS
 def test_a_thread_takes_its_own_blocks_first_and_equally_fast_threads_few_others(recorder, call_class):
     threads, call = 4, call_class(recorder.library, COUNTS)
-    recorder.clear([1000] * threads)  # beside which computing takes no time, on any number of cores
+    recorder.clear([3000] * threads)  # beside which computing takes no time, on any number of cores
     with torch_threads(threads):
         call.run()
     records = recorder.records("taken")
@@ -203,7 +203,7 @@ def system_threads(records):
 
 def test_a_thread_has_one_number_in_all_calls(recorder):
     call = FloatCall(recorder.library, COUNTS)
-    recorder.clear([200] * 3)
+    recorder.clear([1000] * 3)
     with torch_threads(3):
         for _ in range(8):
             call.run()
@@ -290,7 +290,7 @@ def test_the_thread_that_touches_a_page_is_the_one_that_computes_its_rows(record
     with torch_threads(3):
         experts = ResidentExperts(len(COUNTS), DIM, HIDDEN, initialize=False)
         touching = system_threads(recorder.records("touched"))
-        recorder.clear([200] * 3)
+        recorder.clear([1000] * 3)
         FloatCall(recorder.library, COUNTS).run()
     assert len(touching) == 3 and touching == system_threads(recorder.records("taken"))
     assert experts.fc1_weight.numel()
