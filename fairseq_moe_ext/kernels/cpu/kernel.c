@@ -1,8 +1,8 @@
 /* The experts' feed-forward for few rows per expert: what a matrix library does slowest, since it lays out a weight
    anew for every product. Here a weight is read once, in its own order, four of its rows at a time, which stay in the
    cache for all rows of the expert; what comes next is fetched meanwhile (tiles.h). An expert's hidden features stay in
-   the cache, too. Any number of threads share one expert: they take blocks of output features, every output is one sum in
-   one order, and so the same bit by bit whatever is computed beside it, by however many threads.
+   the cache, too. Any number of threads share one expert: they take blocks of output features, every output is one sum
+   in one order, and so the same bit by bit whatever is computed beside it, by however many threads.
 
    Called by cpu_kernel.py; C11 of GCC or clang, without Python or PyTorch. Threads are PyTorch's own: `parallel` is the
    function by which its OpenMP library starts a team.

@@ -32,7 +32,8 @@ struct expert {
 
 /* A call under way. done[stage][number]: blocks that are computed of the expert that is the `number`th to have rows.
    taken[stage][number * owners + owner]: how often one of the owner's blocks of it was asked for; its first one is
-   firsts[stage][owner], and the next owner's follow behind its last. kept: what `compute` keeps of an expert from stage to stage; scratch: what it needs meanwhile, of each thread. */
+   firsts[stage][owner], and the next owner's follow behind its last. kept: what `compute` keeps of an expert from stage
+   to stage; scratch: what it needs meanwhile, of each thread. */
 struct work {
   const struct groups *groups;
   const void *call;
@@ -150,8 +151,9 @@ static int64_t run_work(struct work *work, const struct team *team) {
   int64_t threads = team->parallel ? team->threads : 1;
   work->lag = threads > 1; /* so that nobody waits for an expert's last block */
   work->ring = threads > 1 ? RING : 1;
-  work->owners = threads; /* also where there is less to do, and fewer threads do it */
-  threads = smaller(threads, work->active * larger(larger(work->blocks[0], work->blocks[1]), work->blocks[2]));
+  work->owners = threads;
+  /* nobody else for a single block; else all, since OpenMP ends threads that a smaller team leaves out */
+  if (work->active * larger(larger(work->blocks[0], work->blocks[1]), work->blocks[2]) < 2) threads = 1;
   work->number = threads > 1 ? team->number : NULL;
   int64_t counters = work->active * work->owners, numbers = work->active + counters + work->owners + 1;
   int64_t lists = lines((work->active + STAGES * numbers) * sizeof(int32_t));
