@@ -23,7 +23,7 @@ def multiply(x: Tensor, pool: QuantizedPool) -> Tensor:
         outputs.copy_(apply_layer(layer, rows.float()))
     else:
         kernel.run(rows, pool, Groups([0], [0], [rows.size(0)], [0]), outputs, None, [0])
-    return outputs.unflatten(0, x.shape[:-1])
+    return outputs.view(*x.shape[:-1], outputs.size(1))
 
 
 def multiply_widened(x: Tensor, pool: QuantizedPool) -> Tensor:
@@ -35,4 +35,4 @@ def multiply_widened(x: Tensor, pool: QuantizedPool) -> Tensor:
 def look_up(ids: Tensor, pool: QuantizedPool) -> Tensor:
     """ids (...) int64 below V -> their rows (..., K) of the layer's weight (V, K), float32."""
     (layer,) = pool.block.layers(pool.blocks)
-    return layer.of_outputs(ids.reshape(-1)).weight()[0].unflatten(0, ids.shape)
+    return layer.of_outputs(ids.reshape(-1)).weight()[0].view(*ids.shape, layer.inputs)

@@ -54,6 +54,16 @@ def test_a_row_has_the_bits_that_it_has_alone(choice, bits, dtype):
 
 
 @pytest.mark.parametrize("choice", WAYS)
+def test_a_single_row_and_token_have_no_other_dimension(choice):
+    """As with nn.Linear and nn.Embedding."""
+    pool, *_ = pool_of(8, 33, 70)
+    row = random(70)
+    with asking_for(choice):
+        assert torch.equal(multiply(row, pool), multiply(row[None], pool)[0])
+    assert torch.equal(look_up(torch.tensor(3), pool), look_up(torch.tensor([3]), pool)[0])
+
+
+@pytest.mark.parametrize("choice", WAYS)
 def test_no_rows(choice):
     pool, *_ = pool_of(8, 33, 70)
     with asking_for(choice):
