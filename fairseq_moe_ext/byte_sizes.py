@@ -8,6 +8,16 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(?:i?B)?", re.IG
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
+def bytes_in_words(size: int) -> str:
+    """With one decimal.
+
+    >>> bytes_in_words(27_486_060_544), bytes_in_words(1_180_000)
+    ('25.6 GiB', '1.1 MiB')
+    """
+    power, unit = (30, "GiB") if size >= 2**30 else (20, "MiB")
+    return f"{size / 2**power:.1f} {unit}"
+
+
 def parse_bytes(text: str) -> int:
     """Whole bytes; ValueError where `text` is no size.
 

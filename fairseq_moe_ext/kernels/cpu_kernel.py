@@ -220,7 +220,10 @@ def _kernel(choice: str) -> Kernel | None:
     if library is None:
         if choice != "auto":
             raise ValueError(f"{VARIABLE} {choice} needs the C kernel, which `pip install -e .` compiles")
-        logger.warning("experts run slower without the C kernel for few rows, which `pip install -e .` compiles")
+        logger.warning(
+            "experts run slower, few rows and quantised ones above all: the C kernel is not compiled, or of another "
+            "version than this code; `pip install -e .` compiles it"
+        )
         return None
     best = library.best_instructions()
     if choice == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fairseq_moe_ext.byte_sizes import bytes_in_words
 from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.kernels.cpu_kernel import ANY_ROWS, load_kernel
@@ -23,9 +24,9 @@ def kernel_in_words(layers: dict[str, MOELayer], int8_bytes: int = 0) -> str:
     """
     quantized = {layer.experts.format.name: layer for layer in layers.values() if layer.experts.format.name != FLOAT}
     total = sum(layer.experts.num_experts * layer.experts.expert_bytes for layer in layers.values())
-    what = f"experts in {', '.join(quantized)} ({total / 1e9:.2f} GB)" if quantized else "experts"
+    what = f"experts in {', '.join(quantized)} ({bytes_in_words(total)})" if quantized else "experts"
     if int8_bytes:
-        what += f" and dense layers in int8 ({int8_bytes / 1e9:.2f} GB)"
+        what += f" and dense layers in int8 ({bytes_in_words(int8_bytes)})"
     return f"{what} are computed by " + "; ".join(dict.fromkeys(map(_describe, layers.values())))
 
 
@@ -37,7 +38,7 @@ def _describe(layer: MOELayer) -> str:
     if kernel == "quantized" and device.type == "cpu":
         ours = load_kernel()
         how = "PyTorch's products" if ours is None else f"the C kernel ({instructions_of(ours)})"
-        return f"the kernel quantized by {how}, {where}"
+        return f"the kernel quantized, {how}, {where}"
     if kernel != "loop":
         return f"the kernel {kernel}, {where}"
     if device.type != "cpu":

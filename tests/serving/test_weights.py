@@ -125,7 +125,7 @@ def test_report_and_log_know_the_format_and_its_bytes(shared_goldens, tmp_path, 
     assert report["memory"]["expert_bytes_total"] < floats / (3 if name == "int8" else 5)
     for layer, size in zip(report["layers"], sizes, strict=True):
         assert layer["bytes_copied"] == layer["misses"] * size > 0
-    line = rf"experts in {name} \(0.00 GB\) are computed by .*quantized.*, float32 on cpu"
+    line = rf"experts in {name} \({8 * sum(sizes) / 2**20:.1f} MiB\) are computed by .*quantized.*, float32 on cpu"
     assert re.search(line, caplog.text)
 
 
