@@ -143,7 +143,7 @@ class Kernel:
         sizes = rows.shape[0], outputs.shape[0], num_slots  # no len(), which PyTorch has slower
         self.call(self._run, groups, most, sizes, DTYPES[dtype], len(layers), *given)
 
-    def touch(self, weight: Tensor) -> None:
+    def touch_pages(self, weight: Tensor) -> None:
         """PyTorch's threads touch the memory of a new weight (S, M, K), of one of DTYPES: each the pages of those rows
         that it will compute first (cpu/touching.h). Its values are lost; a bias has few pages, and is left alone."""
         slots, outputs, inputs = weight.shape

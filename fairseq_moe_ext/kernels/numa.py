@@ -49,12 +49,12 @@ def touch_new(pool: Sequence[Tensor] | QuantizedPool) -> None:
         rows = torch.empty(0)
         quantized = kernel_for(rows, rows, pool)
         if quantized is not None:
-            quantized.touch(pool)
+            quantized.touch_pages(pool)
         return
     weights = [part for part in pool if part.dim() == 3 and part.numel() and part.dtype in DTYPES]
     kernel = load_kernel() if can_be_read(*weights) else None
     for weight in weights if kernel is not None else ():
-        kernel.touch(weight)
+        kernel.touch_pages(weight)
 
 
 def converted_near(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -90,8 +90,8 @@ class QuantizedKernel:
         sizes = rows.shape[0], outputs.shape[0], blocks.shape[0]
         self._kernel.call(self._run, groups, ANY_ROWS, sizes, block.bits, *types, len(layers), *given)
 
-    def touch(self, pool: QuantizedPool) -> None:
-        """As `Kernel.touch`: the codes and scales of a new pool."""
+    def touch_pages(self, pool: QuantizedPool) -> None:
+        """As `Kernel.touch_pages`: the codes and scales of a new pool."""
         start, nbytes = address_of(pool.blocks, "blocks", torch.uint8), pool.block.nbytes
         given = [0, 0]
         for *begins, inputs, outputs in _planes(pool.block):
