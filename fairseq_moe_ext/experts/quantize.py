@@ -95,7 +95,7 @@ class QuantizedPart(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise NotImplementedError(f"a part that is not quantised yet can only be copied, got {func}")
+        raise TypeError(f"a part that is not quantised yet can only be copied, got {func}")
 
 
 def _values_of(part: Tensor) -> Tensor:

@@ -58,10 +58,7 @@ class QuantizedLinear:
 
     def group(self, number: int) -> Tensor:
         """q of one group of inputs, (S, M, 64) int8."""
-        codes = self.codes[:, :, number]
-        if codes.dtype == torch.int8:
-            return codes
-        return torch.cat((codes & 15, codes >> 4), -1).to(torch.int8) - 8
+        return _values_of(self.codes[:, :, number])
 
     def of_outputs(self, numbers: Tensor) -> QuantizedLinear:
         """The layer with the outputs of these numbers (N,) alone, a copy."""
@@ -70,11 +67,7 @@ class QuantizedLinear:
 
     def weight(self) -> Tensor:
         """(S, M, K) float32, exactly what the format says."""
-        slots, outputs, groups = self.scales.shape
-        weight = torch.empty(slots, outputs, groups, GROUP, device=self.scales.device)
-        for number in range(groups):
-            scale = self.scales[:, :, number, None].float()  # times q has 18 bits: nothing is rounded
-            torch.mul(self.group(number), scale, out=weight[:, :, number])
+        weight = _values_of(self.codes) * self.scales[..., None].float()  # has 18 bits: nothing is rounded
         weight *= self.units[:, :, None, None]
         return weight.flatten(2)[:, :, : self.inputs]
 
@@ -183,3 +176,10 @@ class QuantizedPool:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _values_of(codes: Tensor) -> Tensor:
+    """codes (..., 64) int8 or (..., 32) uint8 -> q (..., 64) int8."""
+    if codes.dtype == torch.int8:
+        return codes
+    return torch.cat((codes & 15, codes >> 4), -1).to(torch.int8) - 8
