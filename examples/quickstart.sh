@@ -34,7 +34,7 @@ for example in language_modeling translation; do
   bash "examples/$example/run.sh" serve
 done
 echo
-.venv/bin/python examples/compare.py "$work/language_modeling" "$work/translation"
+.venv/bin/python examples/table.py "$work/language_modeling" "$work/translation"
 echo
 echo "Both models were served by fairseq-eval-lm and fairseq-generate on one CPU thread; static gating at a capacity" \
   "fraction of 1.0, where nothing drops. Logs, reports and models are in $work; $((SECONDS - started)) s in all."

@@ -44,6 +44,6 @@ serve() {
 case "${1:-all}" in
   train) train ;;
   serve) serve ;;
-  all) train && serve && python examples/compare.py "$work" ;;
+  all) train && serve && python examples/table.py "$work" ;;
   *) echo "$0: train, serve or nothing, got '$1'" >&2 && exit 2 ;;
 esac

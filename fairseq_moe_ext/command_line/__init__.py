@@ -20,7 +20,6 @@ COMMANDS = {
     "plan": "what serving a model takes on the device, in main memory and on disk, and the flags to use",
     "balance": "say which rank shall hold which expert, fitted on a trace",
     "simulate": "how often an expert buffer of every size would miss, from a trace",
-    "compare": "a table of what was served with static and with dynamic gating, from reports",
 }
 
 

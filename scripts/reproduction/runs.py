@@ -18,7 +18,7 @@ from typing import Any
 from fairseq_cli import eval_lm, generate
 
 from fairseq_moe_ext.atomic_file import write_json
-from fairseq_moe_ext.command_line.compare import translation_quality
+from fairseq_moe_ext.command_line.translations import translation_quality
 from fairseq_moe_ext.trace import PhaseTrace, load_trace, save_trace
 from reproduction.models import ROOT, Model, arguments_of, configuration
 

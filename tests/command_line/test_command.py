@@ -18,7 +18,6 @@ CALLERS = {
     "plan": "scripts/plan_memory.py",
     "balance": "scripts/balance_experts.py",
     "simulate": "scripts/simulate_buffer.py",
-    "compare": "examples/compare.py",
 }
 
 
@@ -64,7 +63,6 @@ def test_the_version(capsys):
     (("plan",), "error: the following arguments are required: SOURCE, --device-memory"),
     (("plan", "x", "--device-memory", "1G", "--beam", "0"), "--beam: must be a whole number of at least 1, got '0'"),
     (("nllb", "x", "--output", "y", "--tokenizer", "z"), "--tokenizer goes with --to-hf, --force without it"),
-    (("compare",), "error: the following arguments are required: FOLDER"),
 ])
 def test_a_wrong_call_ends_with_2_and_one_sentence(arguments, words, capsys):
     code, out, err = ended(capsys, *arguments)
@@ -75,7 +73,6 @@ def test_a_wrong_call_ends_with_2_and_one_sentence(arguments, words, capsys):
     ("convert", "summary", "{}/no.pt"),
     ("nllb", "{}/no", "--output", "{}/x.pt"),
     ("plan", "{}/no.pt", "--device-memory", "1G"),
-    ("compare", "{}"),
 ])
 def test_a_failure_ends_with_1_and_one_sentence(arguments, tmp_path, capsys):
     code, out, err = ended(capsys, *(part.format(tmp_path) for part in arguments))

@@ -1,12 +1,20 @@
-"""`fairseq-moe compare`: the table of two reports, and what it refuses to read."""
+"""examples/table.py: the table of two reports, and what it refuses to read."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
-from fairseq_moe_ext.command_line.compare import main, translation_quality
+from fairseq_moe_ext.command_line.translations import translation_quality
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "table.py"
+spec = importlib.util.spec_from_file_location("examples_table", SCRIPT)
+table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(table)
+main = table.main
 
 TRANSLATIONS = "S-0\ta\nT-0\tx y z w\nH-0\t-0.1\tx y z w\nT-1\tu v\nH-1\t-0.2\tu v\n| Generate test\n"
 

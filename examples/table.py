@@ -1,6 +1,7 @@
-"""Print what was served, static beside dynamic gating, as one table.
+#!/usr/bin/env python3
+"""Print what the examples served, static beside dynamic gating, as one table.
 
-    fairseq-moe compare examples/output/language_modeling examples/output/translation
+    python examples/table.py examples/output/language_modeling examples/output/translation
 
 A FOLDER holds static.json and dynamic.json (`--moe-report`) beside the commands' outputs: static.log with the
 perplexity of a language model, or static.txt with the translations of fairseq-generate; the same of dynamic.
@@ -8,34 +9,22 @@ perplexity of a language model, or static.txt with the translations of fairseq-g
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import sacrebleu
 from tabulate import tabulate
 
-from fairseq_moe_ext.command_line.parsing import command_parser, failed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fairseq_moe_ext.command_line.parsing import failed  # noqa: E402
+from fairseq_moe_ext.command_line.translations import translation_quality  # noqa: E402
 
 HEADER = ("model", "gating", "quality", "encoder tok/s", "decoder tok/s", "peak memory", "experts active")
 GATINGS = ("static", "dynamic")
-
-
-def translation_quality(lines: str) -> dict[str, float]:
-    """BLEU (13a) and chrF of fairseq-generate's lines; ValueError where there is no translation with a reference."""
-    texts: dict[str, dict[str, str]] = {"T": {}, "H": {}}
-    for line in lines.splitlines():
-        kind, _, rest = line.partition("-")
-        if kind in texts:
-            number, *_, text = rest.split("\t")
-            texts[kind][number] = text
-    if not texts["T"] or texts["T"].keys() != texts["H"].keys():
-        raise ValueError("every T line must have an H line, and there must be one")
-    hypotheses, references = [texts["H"][number] for number in texts["T"]], [list(texts["T"].values())]
-    # the texts are tokens apart by spaces already
-    bleu = sacrebleu.corpus_bleu(hypotheses, references, force=True).score
-    return {"bleu": bleu, "chrf": sacrebleu.corpus_chrf(hypotheses, references).score}
 
 
 def quality(folder: Path, gating: str) -> str:
@@ -75,8 +64,8 @@ def row(folder: Path, gating: str) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`fairseq-moe compare` with these arguments (default: the process's own); returns the exit code."""
-    parser = command_parser("compare", __doc__)
+    """The table of these folders (default: of the process's arguments); returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path)
     args = parser.parse_args(arguments)
     for folder in args.folders:
@@ -89,3 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error)
     print(tabulate(rows, HEADER, tablefmt="github", disable_numparse=True))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
