@@ -16,7 +16,8 @@ ORDER = (
     *("checkpoints", "buffering", "balancing", "experts", "gating", "kernels"),
 )
 # single files that all may know
-HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "option_names", "torch_versions"}
+HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "option_names"}
+HELPERS |= {"safetensors_header", "torch_versions"}
 PURE_ROOMS = {"experts", "gating", "kernels", "buffering", "balancing"}
 FAIRSEQ_ROOMS = {*ORDER} - PURE_ROOMS
 ROOMS = {*ORDER} | HELPERS
@@ -86,7 +87,7 @@ def test_kernels_know_tensors_only():
 
 
 def test_buffering_knows_the_experts_and_traces_alone():
-    known = {"buffering", "experts", "kernels", "trace", "atomic_file", "bounded_json"}
+    known = {"buffering", "experts", "kernels", "trace", "atomic_file", "bounded_json", "safetensors_header"}
     assert not files_where(lambda file: rooms_in(imports(file)) - known, {"buffering"})
 
 

@@ -9,9 +9,7 @@ of what the file was made of and a CRC-32 per tensor; every read is checked.
 from __future__ import annotations
 
 import errno
-import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -27,15 +25,12 @@ from fairseq_moe_ext.bounded_json import check_regular, parse_json
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.buffering.store import StoreError
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
+from fairseq_moe_ext.safetensors_header import CHECKSUMS, DTYPES, METADATA, header_bytes
+from fairseq_moe_ext.safetensors_header import layout as header_layout
 
 logger = logging.getLogger("fairseq_moe_ext")
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_DTYPES[torch.uint8] = "U8"
 _FLOAT_KEYS = tuple(EXPERT_KEYS.values())
-_ALIGNMENT = 64
-_METADATA = "__metadata__"
-_CHECKSUMS = "crc32"
 _DIGITS = 16  # of a fingerprint in a file's name
 
 
@@ -110,7 +105,7 @@ class ExpertFile:
         except (StoreError, OSError):
             self._file.close()
             raise
-        self._tensors = [(name, entry) for name, entry in layout.items() if name != _METADATA]
+        self._tensors = [(name, entry) for name, entry in layout.items() if name != METADATA]
         self._parts = len({name.partition(".")[2] for name, _ in self._tensors})  # of an expert
         self._state = self._stat()
 
@@ -122,11 +117,11 @@ class ExpertFile:
             if length > size:
                 raise ValueError("its header is cut off")
             header = parse_json(self._file.read(length))
-            checksums = [int(crc, 16) for crc in header[_METADATA].pop(_CHECKSUMS).split()]
+            checksums = [int(crc, 16) for crc in header[METADATA].pop(CHECKSUMS).split()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{self._path}: not an expert store: {str(error)[:200]}") from error
         tensors = len(layout) - 1
-        wanted = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != _METADATA)
+        wanted = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != METADATA)
         if size != wanted:
             raise StoreError(f"{self._path}: an expert store of {wanted} bytes must have them, found {size}")
         if header != layout or len(checksums) != tensors:
@@ -135,8 +130,7 @@ class ExpertFile:
 
     def dtype(self, part: int) -> torch.dtype:
         """As `Source` has it."""
-        name = self._tensors[part][1]["dtype"]
-        return next(dtype for dtype, code in _DTYPES.items() if code == name)
+        return DTYPES[self._tensors[part][1]["dtype"]]
 
     def fill(self, expert: int, part: int, target: Tensor) -> int:
         """As `Source` has it; StoreError where the file is damaged, was changed or cannot be read."""
@@ -167,17 +161,13 @@ def _layout(
     local: Sequence[int], weights: Sequence[Sequence[Tensor]], fingerprint: str, keys: Sequence[str], version: str
 ) -> dict:
     """The file's header but for the checksums."""
-    layout: dict = {_METADATA: {"format": "pt", "fingerprint": fingerprint}}
-    if version:
-        layout[_METADATA]["version"] = version
-    offset = 0
-    for expert, parts in zip(local, weights, strict=True):
-        for key, part in zip(keys, parts, strict=True):
-            end = offset + math.prod(part.shape) * part.element_size()
-            entry = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
-            layout[f"{expert}.{key}"] = entry
-            offset = end
-    return layout
+    metadata = {"format": "pt", "fingerprint": fingerprint, **({"version": version} if version else {})}
+    tensors = (
+        (f"{expert}.{key}", part.dtype, part.shape)
+        for expert, parts in zip(local, weights, strict=True)
+        for key, part in zip(keys, parts, strict=True)
+    )
+    return header_layout(tensors, metadata)
 
 
 def _build(path: Path, weights: Sequence[Sequence[Tensor]], layout: dict) -> None:
@@ -189,7 +179,7 @@ def _build(path: Path, weights: Sequence[Sequence[Tensor]], layout: dict) -> Non
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes needed, {free} free")
     checksums = [0] * len(tensors)
     with new_file(path) as file:
-        file.write(_header(layout, checksums))
+        file.write(header_bytes(layout, checksums))
         for number, part in enumerate(tensors):
             values = torch.empty(part.shape, dtype=part.dtype)
             values.copy_(part)
@@ -197,15 +187,7 @@ def _build(path: Path, weights: Sequence[Sequence[Tensor]], layout: dict) -> Non
             checksums[number] = zlib.crc32(view)
             file.write(view)
         file.seek(0)
-        file.write(_header(layout, checksums))
-
-
-def _header(layout: dict, checksums: Sequence[int]) -> bytes:
-    """Of a length that does not depend on the checksums, with the bytes after it aligned."""
-    metadata = {**layout[_METADATA], _CHECKSUMS: " ".join(f"{crc:08x}" for crc in checksums)}
-    text = json.dumps({**layout, _METADATA: metadata}).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+        file.write(header_bytes(layout, checksums))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -6,6 +6,7 @@ The format: 8 bytes with the header's length, the header as JSON, the tensors' b
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 from fairseq_moe_ext.bounded_json import check_regular, parse_json
 from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
+from fairseq_moe_ext.safetensors_header import FLOATS, METADATA
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_HEADER = 100_000_000  # as safetensors itself has it
 _MOST_DIMS = 8
 
@@ -47,11 +48,19 @@ class FileTensor:
         return values
 
 
-def read_safetensors(path: Path) -> dict[str, FileTensor]:
-    """All tensors of the file, unread.
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """What a file's header says: its metadata as it stands there, and its tensors in the header's order, unread."""
 
-    CheckpointError where it is cut off or longer than it says, where a tensor is not of floats, or where the tensors'
-    bytes do not follow one another from the header to the end.
+    metadata: dict[str, Any]
+    tensors: dict[str, FileTensor]
+
+
+def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = FLOATS) -> SafetensorsFile:
+    """The file's header.
+
+    CheckpointError where it is cut off or longer than it says, where a tensor is of none of `dtypes`, or where the
+    tensors' bytes do not follow one another from the header to the end.
     """
     try:
         check_regular(path)
@@ -63,8 +72,8 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             header = parse_json(file.read(length))
         if not isinstance(header, dict):
             raise ValueError(f"its header must be a JSON object, got {type(header).__name__}")
-        header.pop("__metadata__", None)
-        tensors = {key: _tensor(path, key, entry, 8 + length) for key, entry in header.items()}
+        metadata = header.pop(METADATA, {})
+        tensors = {key: _tensor(path, key, entry, 8 + length, dtypes) for key, entry in header.items()}
         end = 8 + length
         for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
             if tensor.offset != end:
@@ -74,22 +83,23 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             raise ValueError(f"it must have {end} bytes, found {size}")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {one_line(error)}") from error
-    return tensors
+    return SafetensorsFile(metadata if isinstance(metadata, dict) else {}, tensors)
 
 
-def _tensor(path: Path, key: str, entry: Any, start: int) -> FileTensor:
+def _tensor(path: Path, key: str, entry: Any, start: int, dtypes: Mapping[str, torch.dtype]) -> FileTensor:
     """start: where the tensors' bytes begin."""
     if not isinstance(entry, dict):
         raise ValueError(f"{key[:80]} must be described by a JSON object, got {type(entry).__name__}")
     dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{key[:80]} must be of floats, got {str(dtype)[:20]}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        what = "floats" if dtypes is FLOATS else " or ".join(dtypes)
+        raise ValueError(f"{key[:80]} must be of {what}, got {str(dtype)[:20]}")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMS or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{key[:80]} must have at most {_MOST_DIMS} sizes and two offsets, in whole numbers")
     first, last = offsets
-    if last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if last - first != math.prod(shape) * dtypes[dtype].itemsize:
         raise ValueError(f"{key[:80]} of shape {tuple(shape)} cannot have {last - first} bytes")
-    return FileTensor(path, _DTYPES[dtype], tuple(shape), start + first)
+    return FileTensor(path, dtypes[dtype], tuple(shape), start + first)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
-from fairseq_moe_ext.checkpoints.record_file import Record, RecordFile
+from fairseq_moe_ext.checkpoints.record_file import RecordFile
+from fairseq_moe_ext.checkpoints.records import Record, Records
 from fairseq_moe_ext.torch_versions import storage_place
 
 # what is answered without reading
@@ -43,7 +46,7 @@ def check_tensor(tensor: Tensor, what: str, room: int | None = None) -> None:
 
 
 class StoredTensor(Tensor):
-    """A tensor in a RecordFile: shape and dtype are known, any use of the values reads them, and keeps nothing.
+    """A tensor in a file of records: shape and dtype are known, any use of the values reads them, and keeps nothing.
 
     `parameter.copy_(stored)` reads straight into the parameter where dtype and layout are the same.
     """
@@ -55,10 +58,19 @@ class StoredTensor(Tensor):
         check_tensor(meta, str(file.path), size)
         if meta.numel() * meta.element_size() > size:
             raise CheckpointError(f"{file.path}: a tensor of shape {tuple(meta.shape)[:8]} must not repeat its values")
-        stored = Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu")
-        stored._start = meta.storage_offset()
-        stored._file = file
-        stored._record = None if meta.numel() == 0 else file.record_at(offset, size)
+        record = None if meta.numel() == 0 else file.record_at(offset, size)
+        return cls._of_record(file, record, meta, meta.storage_offset())
+
+    @classmethod
+    def whole(cls, file: Records, record: Record, dtype: torch.dtype, shape: Sequence[int]) -> StoredTensor:
+        """All of a record of as many bytes."""
+        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return cls._of_record(file, record if meta.numel() else None, meta, 0)
+
+    @classmethod
+    def _of_record(cls, file: Records, record: Record | None, like: Tensor, start: int) -> StoredTensor:
+        stored = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device="cpu")
+        stored._start, stored._file, stored._record = start, file, record
         return stored
 
     @property

@@ -103,7 +103,7 @@ class HfFolder:
             raise CheckpointError(f"{shard}: {error.strerror}") from error
         if head == _LFS_POINTER:
             raise CheckpointError(f"{shard}: incomplete download: a Git LFS pointer in place of the weights")
-        return read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard)
+        return read_safetensors(shard).tensors if shard.suffix == ".safetensors" else _read_bin(shard)
 
 
 def values(tensor: Tensor | FileTensor) -> Tensor:

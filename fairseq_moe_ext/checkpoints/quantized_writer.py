@@ -1,0 +1,76 @@
+"""A quantised checkpoint's file, written piece by piece (partial_file.py).
+
+Its layout is known before the first byte: blocks first, whose sizes are multiples of 64 bytes, then what has values of
+4 bytes, of 2, of 1. Thus each tensor begins where its values may be mapped, and nothing lies between two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fairseq_moe_ext.checkpoints.partial_file import PartialFile
+from fairseq_moe_ext.checkpoints.quantized_about import FILE_PREFIX, METADATA_KEY, QuantizedAbout, QuantizedSource
+from fairseq_moe_ext.checkpoints.safetensors_file import read_safetensors
+from fairseq_moe_ext.safetensors_header import DTYPES, TensorShape, header_bytes, layout
+
+_LARGEST = 10**18  # bytes of a source's file: its number takes as much room as any
+_DIGEST = "0" * 64
+
+
+class QuantizedWriter(PartialFile):
+    """Writes `tensors` and `files` into `target`, X.safetensors; as PartialFile.
+
+    about: its source's fingerprint and the files' bytes are known at the end only, their names now. files: text files'
+    names and content.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        tensors: Iterable[TensorShape],
+        files: Mapping[str, bytes],
+        about: QuantizedAbout,
+        fingerprint: str,
+    ):
+        super().__init__(target, fingerprint)
+        self._about = about
+        self._tensors = sorted(tensors, key=_order)
+        self._tensors += [(FILE_PREFIX + name, torch.uint8, (len(content),)) for name, content in files.items()]
+        names = tuple((name, _LARGEST) for name, _ in about.source.files)
+        widest = replace(about, source=replace(about.source, fingerprint=_DIGEST, files=names))
+        self._room = len(self._header(widest))
+        self.open()
+        for name, content in files.items():
+            self.write(FILE_PREFIX + name, [torch.frombuffer(bytearray(content), dtype=torch.uint8)])
+
+    def set_source(self, source: QuantizedSource) -> None:
+        """What the file was made of, before it is completed: the same files."""
+        self._about = replace(self._about, source=source)
+
+    def _header(self, about: QuantizedAbout, checksums: Mapping[str, int] | None = None, room: int = 0) -> bytes:
+        head = layout(self._tensors, {"format": "pt", METADATA_KEY: about.as_json()})
+        known = checksums or {}
+        return header_bytes(head, [known.get(name, 0) for name, _, _ in self._tensors], room)
+
+    def _begin(self) -> None:
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self._tensors)
+        self._reserve(self._header(self._about, room=self._room), size)
+
+    def _find_places(self) -> dict[str, tuple[int, int]]:
+        found = read_safetensors(self._partial, DTYPES).tensors
+        return {name: (each.offset, each.nbytes) for name, each in found.items()}
+
+    def _seal(self, checksums: Mapping[str, int]) -> None:
+        self._file.seek(0)
+        self._file.write(self._header(self._about, checksums, self._room))
+        self._file.flush()
+
+
+def _order(tensor: TensorShape) -> tuple[int, int]:
+    _, dtype, shape = tensor
+    is_block = dtype == torch.uint8 and len(shape) == 1
+    return (0 if is_block else 1), -dtype.itemsize
