@@ -25,6 +25,7 @@ def about(**fields: Any) -> QuantizedAbout:
         source=QuantizedSource("5" * 64, (("model.pt", 1000),), "cc-by-nc-4.0"),
         calibrated=None,
         aliases={},
+        dims={},
         state=STATE,
     )
     return replace(usual, **fields)

@@ -44,8 +44,10 @@ class QuantizedAbout:
     """experts, dense: what they are in, one of QUANTIZED and of DENSE. quantizer: experts.quantize.VERSION.
 
     calibrated: the fingerprint of the record that the quantiser followed. aliases: a tensor's name -> the name under
-    which its values stand in the file. state: of the checkpoint, all but the model, as plain JSON: `args` and `cfg` are
-    objects or None, `extra_state` and `task_state` objects, `optimizer_history` a list.
+    which its values stand in the file. dims: what bytes alone do not tell, `<MoE layer>.experts.` -> model dim and
+    hidden dim of its experts, and a dense matrix's key -> outputs and inputs. state: of the checkpoint, all but the
+    model, as plain JSON: `args` and `cfg` are objects or None, `extra_state` and `task_state` objects,
+    `optimizer_history` a list.
     """
 
     experts: str
@@ -55,6 +57,7 @@ class QuantizedAbout:
     source: QuantizedSource
     calibrated: str | None
     aliases: dict[str, str]
+    dims: dict[str, tuple[int, int]]
     state: dict[str, Any]
 
     def as_json(self) -> str:
@@ -81,10 +84,12 @@ class QuantizedAbout:
         _check(content, "quantizer", type(content["quantizer"]) is int, "a whole number")
         _check(content, "calibrated", isinstance(content["calibrated"], str | None), "a string or null")
         _check(content, "aliases", _are_names(content["aliases"]), "an object of names")
+        _check(content, "dims", _are_dims(content["dims"]), "an object of two sizes each")
         _check(content, "state", _is_state(content["state"]), "a checkpoint's state")
         _check(content, "source", _is_source(content["source"]), "fingerprint, files and licence")
         source = content["source"]
         files = tuple((name, size) for name, size in source["files"])
+        content["dims"] = {name: tuple(sizes) for name, sizes in content["dims"].items()}
         return cls(**{**content, "source": QuantizedSource(source["fingerprint"], files, source["licence"])})
 
 
@@ -95,6 +100,12 @@ def _check(content: dict[str, Any], name: str, holds: bool, rule: str) -> None:
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+
+
+def _are_dims(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(sizes, list) and len(sizes) == 2 for sizes in value.values()):
+        return False
+    return all(type(size) is int and 0 < size < 1 << 31 for sizes in value.values() for size in sizes)
 
 
 def _is_state(value: Any) -> bool:

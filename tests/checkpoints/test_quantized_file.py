@@ -136,6 +136,8 @@ class TestWhatIsNoSuchFileIsRefused:
             ({"state": {"args": 1}}, "state of a quantised checkpoint must be a checkpoint's state"),
             ({"aliases": {"x": "nowhere"}}, "aliases must be further names of its tensors, got x for nowhere"),
             ({"aliases": {EXPERT: "half"}}, "aliases must be further names"),
+            ({"dims": {"x": [3]}}, "dims of a quantised checkpoint must be an object of two sizes each"),
+            ({"dims": {"x": [3, 0]}}, "dims of a quantised checkpoint must be"),
             ({"more": 1}, "wrong or missing: more"),
         ],
     )
