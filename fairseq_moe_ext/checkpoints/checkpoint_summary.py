@@ -96,14 +96,15 @@ def place_of(tensor: Tensor) -> tuple:
     return tensor.place if isinstance(tensor, StoredTensor) else (tensor.data_ptr(), tensor.shape, tensor.dtype)
 
 
-def _architecture(state: dict[str, Any]) -> str:
+def model_field(state: dict[str, Any], name: str) -> Any:
+    """A field of the model's configuration as the checkpoint has it; None where it does not say."""
     cfg = state.get("cfg")
     model = cfg.get("model") if hasattr(cfg, "keys") else state.get("args")
-    for name in ("_name", "arch"):
-        value = model.get(name) if hasattr(model, "keys") else getattr(model, name, None)
-        if value:
-            return str(value)[:80]
-    return "unknown"
+    return model.get(name) if hasattr(model, "keys") else getattr(model, name, None)
+
+
+def _architecture(state: dict[str, Any]) -> str:
+    return str(model_field(state, "_name") or model_field(state, "arch") or "unknown")[:80]
 
 
 def _describe(files: CheckpointFiles) -> str:

@@ -22,22 +22,20 @@ from torch import Tensor
 
 from fairseq_moe_ext.buffering.cache import STAGING_SLOTS
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
-from fairseq_moe_ext.checkpoints.checkpoint_summary import place_of
+from fairseq_moe_ext.checkpoints.checkpoint_summary import model_field, place_of
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
 from fairseq_moe_ext.experts.formats import FLOAT, format_named
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.kernels.block import LinearBlock
 from fairseq_moe_ext.nllb.config import NllbConfig
 from fairseq_moe_ext.nllb.convert import match_tensors
 from fairseq_moe_ext.nllb.hf_folder import HfFolder
 from fairseq_moe_ext.nllb.names import named_tensors
+from fairseq_moe_ext.serving.weight_reads import DenseWeights, Reads, reads_of
 
 USABLE = 0.95  # of a device's memory: the rest is fragments
 PROCESS = 2_000_000_000  # Python, PyTorch and, on a GPU, its context
 CPU_PLACES = 8  # N on a CPU where nothing else is asked for
-# linear layers and embeddings beside experts: no gate, no positions
-_INT8_KEY = re.compile(r"^(?!.*\.experts\.).*(_proj|fc1|fc2|embed_tokens|output_projection)\.weight$")
 _VOCABULARY_KEYS = ("embed_tokens.weight", "output_projection.weight")
 
 
@@ -46,8 +44,8 @@ class ModelSizes:
     """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many.
 
     vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
-    expert_dims: model dim and hidden dim of such an expert, which quantised ones need. in_int8: (elements, bytes) of
-    the dense part's weights in int8.
+    expert_dims: model dim and hidden dim of such an expert, which quantised ones need. weights: what `dense` counts.
+    encoder, decoder: what a pass and a step read. choices: of a token.
     """
 
     dense: int
@@ -59,17 +57,22 @@ class ModelSizes:
     vocabulary: int
     file_bytes: int | None = None
     expert_dims: tuple[int, int] | None = field(default=None, compare=False)
-    in_int8: tuple[int, int] = field(default=(0, 0), compare=False)
+    weights: DenseWeights = field(default=DenseWeights(), compare=False)
+    encoder: Reads | None = field(default=None, compare=False)
+    decoder: Reads | None = field(default=None, compare=False)
+    choices: int = field(default=2, compare=False)
 
     @classmethod
-    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]], file_bytes: int | None = None) -> ModelSizes:
+    def of_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], file_bytes: int | None = None, choices: int = 2
+    ) -> ModelSizes:
         """shapes: of a state in fairseq's names, a tensor that has several of them under one."""
         embeddings = [shape for key, shape in shapes.items() if key.endswith(_VOCABULARY_KEYS)]
         if not embeddings:
             raise CheckpointError("a model must have embed_tokens.weight")
         vocabulary, model_dim = embeddings[-1]  # the decoder's
         sizes: dict[tuple[str, int], int] = {}
-        dense, dims = 0, (0, 0)
+        dims = (0, 0)
         for name, shape in shapes.items():
             match = EXPERT_KEY.match(name)
             if match:
@@ -77,27 +80,29 @@ class ModelSizes:
                 sizes[place] = sizes.get(place, 0) + math.prod(shape)
                 if name.endswith(EXPERT_KEYS["fc1_weight"]):
                     dims = max(dims, (shape[1], shape[0]), key=math.prod)
-            else:
-                dense += math.prod(shape)
-        quantizable = {name: shape for name, shape in shapes.items() if _INT8_KEY.search(name) and len(shape) == 2}
-        biases = (shapes.get(f"{name.removesuffix('weight')}bias", (0,)) for name in quantizable)
-        in_int8 = (
-            sum(map(math.prod, (*quantizable.values(), *biases))),
-            sum(LinearBlock(8, *shape).nbytes for shape in quantizable.values()),
-        )
+        dense = DenseWeights.of_shapes({name: shape for name, shape in shapes.items() if not EXPERT_KEY.match(name)})
         layers = {layer for layer, _ in sizes}
+        experts = len(sizes) // len(layers) if layers else 0
+        sides = {
+            side: reads_of(side, shapes, experts, (vocabulary, model_dim))
+            for side in ("encoder", "decoder")
+            if any(name.startswith(f"{side}.layers.") for name in shapes)
+        }
         numbers = re.compile(r"decoder\.layers\.(\d+)\.")
         return cls(
-            dense=dense,
+            dense=dense.elements,
             expert=max(sizes.values(), default=0),
             moe_layers=len(layers),
-            experts=len(sizes) // len(layers) if layers else 0,
+            experts=experts,
             decoder_layers=len({match.group(1) for match in map(numbers.match, shapes) if match}),
             model_dim=model_dim,
             vocabulary=vocabulary,
             file_bytes=file_bytes,
             expert_dims=dims if layers else None,
-            in_int8=in_int8,
+            weights=dense,
+            encoder=sides.get("encoder"),
+            decoder=sides.get("decoder"),
+            choices=choices,
         )
 
     @property
@@ -111,10 +116,22 @@ class ModelSizes:
             return self.expert * element
         return format_named(weights, *self.expert_dims).expert_bytes(torch.float32)
 
+    def encoder_alone(self, room: int, a_place: int) -> tuple[int, int] | None:
+        """With all of the decoder's experts resident and `room` bytes for experts: places of a buffer in each of the
+        encoder's layers, and the bytes that all of it takes; None where that is no whole place.
+
+        a_place: bytes of an expert in every layer.
+        """
+        if self.encoder is None or self.decoder is None or not self.encoder.moe_layers:
+            return None
+        expert = a_place // self.moe_layers
+        resident, a_place = expert * self.decoder.moe_layers * self.experts, expert * self.encoder.moe_layers
+        places = min((room - resident) // a_place - STAGING_SLOTS, self.experts)
+        return None if places < 1 else (places, resident + (places + STAGING_SLOTS) * a_place)
+
     def dense_bytes(self, element: int, int8: bool = False) -> int:
         """Of all but experts as floats of `element` bytes; int8: but for what `--moe-weights-scope all` quantises."""
-        elements, quantized = self.in_int8 if int8 else (0, 0)
-        return (self.dense - elements) * element + quantized
+        return self.weights.bytes(element, int8) if int8 else self.dense * element
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setting:
-    """device: per GPU. fits: whether there is so much, and if not, why; flags: of fairseq-generate."""
+    """device: per GPU. fits: whether there is so much, and if not, why; flags: of fairseq-generate. places: experts of
+    a layer in a buffer."""
 
     name: str
     device: int
@@ -145,6 +163,7 @@ class Setting:
     fits: bool
     flags: str
     why: str = ""
+    places: int | None = None
 
 
 def read_sizes(source: str) -> ModelSizes:
@@ -159,13 +178,14 @@ def read_sizes(source: str) -> ModelSizes:
         stored = sum(math.prod(tensor.shape) * there[key][1].itemsize for tensor, key in found.items())
         return ModelSizes.of_shapes({tensor.fairseq[0]: tensor.shape for tensor in found}, stored)
     once: dict[Hashable, tuple[str, Tensor]] = {}
-    for key, tensor in read_checkpoint(source)["model"].items():
+    state = read_checkpoint(source)
+    for key, tensor in state["model"].items():
         # tied embeddings may also lie in a file twice: they are one where their values are
         tied = key.endswith(_VOCABULARY_KEYS) and getattr(tensor, "checksum", None)
         once.setdefault(tied or place_of(tensor), (key, tensor))
-    return ModelSizes.of_shapes(
-        {key: tuple(tensor.shape) for key, tensor in once.values()}, sum(tensor.nbytes for _, tensor in once.values())
-    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in once.values()}
+    stored = sum(tensor.nbytes for _, tensor in once.values())
+    return ModelSizes.of_shapes(shapes, stored, choices=1 if model_field(state, "moe_top1_expert") is True else 2)
 
 
 class _Vocabulary:
@@ -224,26 +244,34 @@ def plan(
         of_cpu, stored = f"--moe-weights {weights}" + " --moe-weights-scope all" * int8_dense, experts
         dtype, on_disk = f"{dtype} {of_cpu}".strip(), f"{on_disk} --expert-store-dir DIR"
 
-    def setting(name: str, device_bytes: int, host_bytes: int, *flags: str) -> Setting:
+    def setting(name: str, device_bytes: int, host_bytes: int, *flags: str, places: int | None = None) -> Setting:
         why = []
         if device_bytes > USABLE * device:
             why.append(f"more than {USABLE:.0%} of the GPU's {_gib(device)}")
         if host is not None and host_bytes > host:
             why.append(f"more than {_gib(host)} of RAM")
         needed = disk + stored * (on_disk in flags)
-        return Setting(name, device_bytes, host_bytes, needed, not why, " ".join(filter(None, flags)), ", ".join(why))
+        joined = " ".join(filter(None, flags))
+        return Setting(name, device_bytes, host_bytes, needed, not why, joined, ", ".join(why), places)
 
     settings = [setting("one GPU, all experts on it", dense + experts + batch, dense + experts + PROCESS, dtype)]
     if not sizes.experts:
         return settings
+    host_bytes = dense + experts + PROCESS
+    found = sizes.encoder_alone(room, a_place)
+    if found is not None:  # a decoder's step waits for no expert
+        places, taken = found
+        flags = (dtype, f"--expert-buffer-scope encoder --expert-buffer-size {places}")
+        name = "one GPU, buffer of the encoder, its experts in RAM"
+        settings.append(setting(name, dense + batch + taken, host_bytes, *flags, places=places))
     places = max(1, min(room // a_place - STAGING_SLOTS, sizes.experts))
     used = dense + batch + (places + STAGING_SLOTS) * a_place
     buffer = f"--expert-buffer-size {places}"
-    settings.append(setting("one GPU, buffer, experts in RAM", used, dense + experts + PROCESS, dtype, buffer))
+    settings.append(setting("one GPU, buffer, experts in RAM", used, host_bytes, dtype, buffer, places=places))
     free = experts if host is None else host - dense - PROCESS
     tier = max(0, min(free, experts) // 2)
     flags = (dtype, buffer, on_disk, f"--expert-host-memory {max(1, tier // (1 << 30))}G")
-    settings.append(setting("one GPU, buffer, disk and some RAM", used, dense + tier + PROCESS, *flags))
+    settings.append(setting("one GPU, buffer, disk and some RAM", used, dense + tier + PROCESS, *flags, places=places))
     fitting = (ranks for ranks in range(2, sizes.experts + 1) if room >= a_place * -(-sizes.experts // ranks))
     ranks = next(fitting, sizes.experts)
     share = dense + a_place * -(-sizes.experts // ranks)
@@ -251,11 +279,18 @@ def plan(
     cpu = Workload(work.batch, work.beam, work.length, element=4)
     wanted = sizes.dense_bytes(4, int8_dense) + cpu.bytes(sizes) + PROCESS
     an_expert = sizes.expert_bytes(weights, 4) * sizes.moe_layers
-    places = CPU_PLACES if host is None else int(USABLE * host - wanted) // an_expert - STAGING_SLOTS
+    settings.append(setting("CPU, all experts in RAM", 0, wanted + an_expert * sizes.experts, "--cpu", of_cpu))
+    left = None if host is None else int(USABLE * host - wanted)
+    found = None if left is None else sizes.encoder_alone(left, an_expert)
+    if found is not None:
+        places, taken = found
+        flags = (of_cpu, f"--expert-buffer-scope encoder --expert-buffer-size {places}", on_disk)
+        settings.append(setting("CPU, buffer of the encoder, disk", 0, wanted + taken, "--cpu", *flags, places=places))
+    places = CPU_PLACES if left is None else left // an_expert - STAGING_SLOTS
     places = max(1, min(places, sizes.experts))
     needed = wanted + (places + STAGING_SLOTS) * an_expert
     buffer = f"--expert-buffer-size {places}"
-    settings.append(setting("CPU, buffer, disk", 0, needed, "--cpu", of_cpu, buffer, on_disk))
+    settings.append(setting("CPU, buffer, disk", 0, needed, "--cpu", of_cpu, buffer, on_disk, places=places))
     return settings
 
 

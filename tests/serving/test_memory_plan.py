@@ -90,8 +90,10 @@ def test_plan_stays_within_main_memory():
     settings = plan(NLLB, 24 * GB, host=64 * GB)
     assert not by_name(settings, "experts in RAM").fits
     assert by_name(settings, "disk and some RAM").fits
-    assert by_name(settings, "CPU").host <= 64 * GB
-    assert not by_name(plan(NLLB, 24 * GB, host=8 * GB), "CPU").fits
+    assert by_name(settings, "CPU, buffer").host <= 64 * GB
+    assert not by_name(plan(NLLB, 24 * GB, host=8 * GB), "CPU, buffer").fits
+    assert not by_name(settings, "CPU, all experts").fits
+    assert by_name(plan(NLLB, 24 * GB, host=256 * GB), "CPU, all experts").fits
 
 
 def test_what_does_not_fit_says_why():
@@ -146,7 +148,7 @@ def test_the_script_prints_a_table(tmp_path, capsys):
     hf_makers.write_model(tmp_path / "hf")
     assert plan_command.main([str(tmp_path / "hf"), "--device-memory", "24GiB"]) == 0
     printed = capsys.readouterr().out
-    assert "4 MoE layers of 8 experts" in printed and printed.count("\n|") == 7
+    assert "4 MoE layers of 8 experts" in printed and printed.count("\n|") == 9
     assert plan_command.main([str(tmp_path / "nothing.pt"), "--device-memory", "24G"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert byte_size("1.5GB") == 3 << 29
@@ -166,8 +168,12 @@ def test_quantised_experts_are_counted_by_their_blocks(weights, gib):
     block = format_named(weights, 2048, 8192).expert_bytes(torch.float16)
     assert 12 * 128 * block == pytest.approx(gib * 2**30, rel=2e-3)
     settings, floats = plan(sizes, 80 * GB, weights=weights), plan(sizes, 80 * GB)
-    assert [each.name.split(",")[1:] for each in settings] == [each.name.split(",")[1:] for each in floats]
-    for setting, of_floats in zip(settings, floats, strict=True):
+    floats_by_name = {each.name.lstrip("0123456789"): each for each in floats}
+    for setting in settings:
+        if setting.name.lstrip("0123456789") not in floats_by_name:
+            assert "buffer of the encoder" in setting.name  # for which floats take too much
+            continue
+        of_floats = floats_by_name[setting.name.lstrip("0123456789")]
         assert f"--moe-weights {weights}" in setting.flags
         assert ("--expert-store-dir DIR" in setting.flags) == ("--expert-store disk" in of_floats.flags)
         store = 12 * 128 * block if "disk" in setting.flags else 0
@@ -176,14 +182,14 @@ def test_quantised_experts_are_counted_by_their_blocks(weights, gib):
     everything = by_name(settings, "all experts")
     assert everything.device == by_name(floats, "all experts").device - saved
     assert everything.fits and not by_name(floats, "all experts").fits
-    on_cpu = by_name(plan(sizes, 80 * GB, host=64 * GB, weights=weights), "CPU")
+    on_cpu = by_name(plan(sizes, 80 * GB, host=64 * GB, weights=weights), "CPU, buffer, disk")
     assert on_cpu.host <= 64 * GB and on_cpu.flags.startswith(f"--cpu --moe-weights {weights} --expert-buffer-size ")
 
 
 def test_the_script_plans_quantised_experts(tmp_path, capsys):
     hf_makers.write_model(tmp_path / "hf")
     assert plan_command.main([str(tmp_path / "hf"), "--device-memory", "24GiB", "--moe-weights", "int8"]) == 0
-    assert capsys.readouterr().out.count("--moe-weights int8") == 5
+    assert capsys.readouterr().out.count("--moe-weights int8") == 7
 
 
 def test_shapes_of_no_model_are_refused():
@@ -213,7 +219,7 @@ def test_nllbs_dense_part_in_int8(capsys):
     assert not by_name(plan(sizes, 38 * GB, weights="int4"), "all experts").fits
     arguments = ["moe_transformer_nllb_54b", "--device-memory", "24GB", "--moe-weights-scope", "all"]
     assert plan_command.main([*arguments, "--moe-weights", "int8"]) == 0
-    assert capsys.readouterr().out.count("--moe-weights int8 --moe-weights-scope all") == 5
+    assert capsys.readouterr().out.count("--moe-weights int8 --moe-weights-scope all") == 6
     with pytest.raises(SystemExit):
         plan_command.main(arguments)
     assert "--moe-weights-scope all needs --moe-weights int8 or int4, got float" in capsys.readouterr().err
