@@ -142,6 +142,7 @@ EXAMPLES = {
     "--moe-eval-capacity-token-fraction": _of("--moe-eval-capacity-token-fraction 0.05", "--moe-gating static"),
     "--moe-dtype": _of("--moe-dtype bfloat16"),
     "--moe-weights": _of("--moe-weights int4"),
+    "--moe-report-weight-error": _of("--moe-report-weight-error 4", "--moe-weights int4"),
     "--moe-weights-scope": _of("--moe-weights int8 --moe-weights-scope all"),
 }
 # what a command needs instead

@@ -159,8 +159,8 @@ class BufferedExperts(CalledByCounts):
         self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
         self._start_copies()
 
-    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
-        """As `Experts` has it; RuntimeError where gradients are asked for."""
+    def compute(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
+        """As `CalledByCounts` has it."""
         return without_gradients("experts in a buffer", self._run(rows, offsets, row_ids), rows)
 
     @torch.no_grad()

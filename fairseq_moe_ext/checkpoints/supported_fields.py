@@ -57,6 +57,7 @@ WITHOUT_EFFECT = frozenset(
         "moe_kernel",
         "moe_weights",
         "moe_weights_scope",
+        "moe_report_weight_error",
         "moe_debug",
         "moe_capacity_factor",  # these and below: how a checkpoint was once served, or not
         "moe_overflow",

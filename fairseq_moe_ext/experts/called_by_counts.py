@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from fairseq_moe_ext.experts.formats import Format
 from fairseq_moe_ext.experts.parts import ExpertKeys, packed_shapes
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.offsets import Offsets
+
+# what `run` was given, and its outputs
+ExpertsObserver = Callable[[Tensor, Offsets, "Tensor | None", Tensor], None]
 
 
 class CalledByCounts(nn.Module, ABC):
@@ -41,6 +44,7 @@ class CalledByCounts(nn.Module, ABC):
         self.totals = BufferCall()  # of all calls
         shapes = packed_shapes(len(self.local), form.model_dim, form.hidden_dim)
         self._keys = ExpertKeys(num_experts, self.local, shapes)
+        self._observer: ExpertsObserver | None = None
 
     @property
     @abstractmethod
@@ -78,16 +82,27 @@ class CalledByCounts(nn.Module, ABC):
         """From here on compute by `kernel`."""
         self.kernel = kernel
 
+    def observe(self, observer: ExpertsObserver) -> None:
+        """Tell `observer` of every call from here on."""
+        self._observer = observer
+
     def forward(self, rows: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, H counts that sum to N -> outputs (N, D)."""
         if sum(rows_per_expert) != rows.size(0):
             raise ValueError(f"rows_per_expert must sum to the {rows.size(0)} rows, got {sum(rows_per_expert)}")
         return self.run(rows, Offsets.of_counts(rows_per_expert, rows.device))
 
-    @abstractmethod
     def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
         """rows (N, D) in the order of the H experts, or those of rows (T, D) with the numbers row_ids (N,) int64 ->
-        outputs (N, D).
+        outputs (N, D). RuntimeError where gradients are asked for that these experts do not have.
 
         Rows behind the last expert's belong to nobody, and their outputs have no meaning.
         """
+        outputs = self.compute(rows, offsets, row_ids)
+        if self._observer is not None:
+            self._observer(rows, offsets, row_ids, outputs)
+        return outputs
+
+    @abstractmethod
+    def compute(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
+        """As `run`, which tells the observer of it."""

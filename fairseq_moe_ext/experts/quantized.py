@@ -75,8 +75,8 @@ class QuantizedExperts(CalledByCounts):
         """In which `tokens` must come: under autocast in the model's own dtype."""
         return tokens.dtype if autocast_dtype(tokens) is None else self.dtype
 
-    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
-        """As `Experts` has it; RuntimeError where gradients are asked for."""
+    def compute(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
+        """As `CalledByCounts` has it."""
         return without_gradients("quantised experts", self._run(rows, offsets, row_ids), rows)
 
     @torch.no_grad()

@@ -106,8 +106,8 @@ class ResidentExperts(CalledByCounts):
         """As `CalledByCounts` has it."""
         return "loop" if self.retains_dropout else super().kernel_for(device, dtype)
 
-    def run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None = None) -> Tensor:
-        """As `Experts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""
+    def compute(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
+        """As `CalledByCounts` has it, with gradients where they are wanted; outputs have the dtype of `rows`."""
         pool = [self._parameters[name] for name in EXPERT_KEYS]  # ten times as fast as parameters()
         if rows.dtype != pool[0].dtype:  # autocast's
             pool = [parameter.to(rows.dtype) for parameter in pool]

@@ -61,6 +61,8 @@ class ServedModel:
                 self.expert_buffer.checkpoint = Path(state_dict.loading.path)
             for key in self._experts_of_other_ranks(state_dict):
                 del state_dict[key]
+            if self.observer is not None:
+                self.observer.weights_come(self, state_dict)
         with loading_into(self, state_dict) as self.loading:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
 

@@ -14,6 +14,7 @@ from signal import Signals
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.kernels.offsets import fetch
 from fairseq_moe_ext.models.batch_seeds import BatchSeeds
@@ -25,6 +26,7 @@ from fairseq_moe_ext.reporting.outputs import Outputs
 from fairseq_moe_ext.reporting.report import Report
 from fairseq_moe_ext.reporting.start import kernel_in_words, warm_up
 from fairseq_moe_ext.reporting.totals import PassTotals
+from fairseq_moe_ext.reporting.weight_error import sample_layers
 from fairseq_moe_ext.trace import TraceRecorder, pack_trace, unpack_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -43,9 +45,10 @@ class Observer:
         trace_path: str | None = None,
         ranks: Ranks | None = None,
         exit_code: ExitCode | None = None,
+        weight_error_rows: int = 0,
     ):
         self.report = Report(gating)
-        self._ranks = ranks
+        self._ranks, self._weight_error_rows = ranks, weight_error_rows
         self._recorder = TraceRecorder() if trace_path else None
         self.has_model = False
         self.models = 0  # that are served together; of an ensemble one is watched
@@ -63,6 +66,11 @@ class Observer:
         self._hears_interrupts = self._finished = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
         self._described: tuple[torch.device, torch.dtype] | None = None
+
+    def weights_come(self, model, state: ModelState) -> None:
+        """The model is loaded next, from `state`; ValueError where its experts' floats cannot be read again."""
+        if self._weight_error_rows:
+            self.report.samples = sample_layers(model.moe_layers(), state, self._weight_error_rows)
 
     def model_ready(self, model) -> None:
         """The model has its weights; also again, after it was prepared once more. What was counted so far stays."""

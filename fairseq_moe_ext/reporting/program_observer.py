@@ -35,8 +35,9 @@ class ProgramObserver(Observer):
         report_path: str | None = None,
         trace_path: str | None = None,
         ranks: ProgramRanks | None = None,
+        weight_error_rows: int = 0,
     ):
-        super().__init__(gating, report_path, trace_path, ranks, exit_code=_LoggedFailures())
+        super().__init__(gating, report_path, trace_path, ranks, _LoggedFailures(), weight_error_rows)
         self.seeds = CallSeeds()
         self.writes = report_path is not None or trace_path is not None
         self._at_exit = True  # the end of a call's batches is not the end of what is served

@@ -16,6 +16,7 @@ from fairseq_moe_ext.models.int8_dense import bytes_in_int8
 from fairseq_moe_ext.ranks.exchange import Exchange
 from fairseq_moe_ext.reporting.finite import NonFinite
 from fairseq_moe_ext.reporting.totals import LayerTotals, PassTotals
+from fairseq_moe_ext.reporting.weight_error import LayerSample, WeightError
 
 
 class Report:
@@ -31,6 +32,7 @@ class Report:
         self.hypothesis_tokens = 0
         self.non_finite = NonFinite()
         self.layers: dict[str, LayerTotals] = {}
+        self.samples: Mapping[str, LayerSample] = {}  # of the layers, where the weights' errors are asked for
         # of the layers; a report does not keep a model that was served
         self._experts: Mapping[str, torch.nn.Module] = WeakValueDictionary()
         self.device = "cpu"
@@ -79,6 +81,8 @@ class Report:
     def close(self, exchange: Exchange | None = None) -> None:
         """All that this process served is done: take in what its experts ran and fetched, for whichever rank."""
         self.take_in_buffers()
+        for name, sample in self.samples.items():
+            self.layers[name].weight_error = sample.compare()
         for number, layer in enumerate(self.layers.values()):
             if layer.buffer.hits + layer.buffer.misses:
                 layer.seconds["copy"] = layer.buffer.seconds
@@ -109,7 +113,8 @@ class Report:
         self.hypothesis_tokens += figures["hypothesis_tokens"]
         self.non_finite.add(NonFinite(**figures["non_finite"]))
         for layer in figures["layers"]:
-            self.layers[layer["name"]].add_totals(LayerTotals(**{**layer, "buffer": BufferCall(**layer["buffer"])}))
+            own = {"buffer": BufferCall(**layer["buffer"]), "weight_error": WeightError(**layer["weight_error"])}
+            self.layers[layer["name"]].add_totals(LayerTotals(**{**layer, **own}))
         self._ranks.append(figures["rank"])
 
     def _rank(self, exchange: Exchange | None) -> dict:
@@ -181,6 +186,7 @@ class Report:
                 "active_experts_mean": layer.active_experts_mean,
                 "load": layer.load,
                 **_before_the_capacity(layer),
+                **_error_of_weights(layer.weight_error),
                 **({"load_per_rank": layer.load_per_rank} if layer.load_per_rank else {}),
                 "bytes_exchanged": layer.bytes_exchanged,
                 **{name: value for name, value in asdict(layer.buffer).items() if name != "seconds"},
@@ -230,6 +236,10 @@ def _before_the_capacity(layer: LayerTotals) -> dict:
         "load_before": layer.load_before,
         "dropped_fraction": layer.overflowing / layer.assignments if layer.assignments else 0.0,
     }
+
+
+def _error_of_weights(found: WeightError) -> dict:
+    return {"weight_error": {"rows": found.rows, "relative": found.relative}} if found.rows else {}
 
 
 def peak_resident_bytes() -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.gating.call import LayerCall
+from fairseq_moe_ext.reporting.weight_error import WeightError
 
 _COUNTS = ("calls", "assignments", "dropped", "rerouted", "active_experts", "bytes_exchanged")
 
@@ -44,6 +45,7 @@ class LayerTotals:
     rerouted: int = 0
     load_before: list[int] = field(default_factory=list)
     overflowing: float = 0.0
+    weight_error: WeightError = WeightError()
 
     def add(self, call: LayerCall) -> None:
         """Count one more call."""
@@ -65,7 +67,7 @@ class LayerTotals:
 
     def add_totals(self, other: LayerTotals) -> None:
         """Add what the same layer did in other calls, or on another rank."""
-        for name in (*_COUNTS, "overflowing", "buffer"):
+        for name in (*_COUNTS, "overflowing", "buffer", "weight_error"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("load", "load_before", "load_per_rank"):
             setattr(self, name, _sums(getattr(self, name), getattr(other, name)))

@@ -108,7 +108,8 @@ def load_models(
     check_device_flags(args)
     task = _set_up(args, not of_parser, ranks)
     if observer is not None:
-        task.observer = observer(str(args.moe_gating), args.moe_report, args.moe_trace, ranks)
+        outputs = args.moe_report, args.moe_trace, ranks, int(args.moe_report_weight_error or 0)
+        task.observer = observer(str(args.moe_gating), *outputs)
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
     return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model, state["criterion"])

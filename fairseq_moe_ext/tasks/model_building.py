@@ -32,7 +32,7 @@ from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_static_capacity
-from fairseq_moe_ext.tasks.weight_flags import quantizes_all, weight_format
+from fairseq_moe_ext.tasks.weight_flags import quantizes_all, weight_error_rows, weight_format
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -62,7 +62,8 @@ class ModelBuilding:
             if world_size() > 1 and flags.expert_placement is None:  # before the ranks wait for each other
                 check_rank_count(world_size(), int(getattr(args, "moe_expert_count", None) or 0))
             self.ranks = served_ranks()
-            self.observer = Observer(str(flags.moe_gating), flags.moe_report, flags.moe_trace, self.ranks)
+            outputs = flags.moe_report, flags.moe_trace, self.ranks
+            self.observer = Observer(str(flags.moe_gating), *outputs, weight_error_rows=weight_error_rows(flags))
         self.observer.models += 1
         self._served_words = len(self.source_dictionary)
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None

@@ -1,12 +1,19 @@
 """The flags of quantised weights."""
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, QUANTIZED_KERNELS, SCOPES
-from fairseq_moe_ext.tasks.flag import check_values, flag, values_of
+from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
+
+
+def _rows(text: Any) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", str(text)) or int(text) < 1:
+        raise ValueError(f"must be a whole number of rows of at least 1, got {text!r}")
+    return int(text)
 
 
 @dataclass
@@ -21,13 +28,23 @@ class WeightFlags(FairseqDataclass):
         "what --moe-weights quantises: the experts alone, or beside them all dense linear layers and embeddings, which "
         "are int8 then in any case",
     )
+    moe_report_weight_error: Optional[str] = flag(
+        None,
+        "with --moe-report and quantised experts: per MoE layer the relative error of their outputs on the run's first "
+        "rows, so many, against the checkpoint's floats",
+        read=_rows,
+        needs=("moe_report", None),
+    )
 
 
 def check_weight_flags(flags: Any) -> None:
     """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
     check_values(WeightFlags, flags)
-    name = weight_format(flags)
+    check_needs(WeightFlags, flags)
+    name, rows = weight_format(flags), weight_error_rows(flags)
     if name == FLOAT:
+        if rows:
+            raise ValueError(f"--moe-report-weight-error needs --moe-weights int8 or int4, got {rows} with {FLOAT}")
         if quantizes_all(flags):
             raise ValueError(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
         return
@@ -53,3 +70,8 @@ def weight_format(flags: Any) -> str:
 def quantizes_all(flags: Any) -> bool:
     """Whether dense layers are quantised, too."""
     return values_of(WeightFlags, flags)["moe_weights_scope"] == ALL
+
+
+def weight_error_rows(flags: Any) -> int:
+    """On how many of each layer's rows the report compares its experts with floats; 0: it does not."""
+    return values_of(WeightFlags, flags)["moe_report_weight_error"] or 0

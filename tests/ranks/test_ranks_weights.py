@@ -18,7 +18,7 @@ STATIC = ("--moe-gating", "static", "--moe-eval-capacity-token-fraction", "0.3")
 ])
 def test_several_ranks_translate_as_one(shared_goldens, tmp_path, name, ranks, flags):
     quick = ("--beam", 2, "--batch-size", 20, "--max-len-b", 6)
-    arguments = arguments_of(shared_goldens, "mt_plain", *quick, "--moe-weights", name)
+    arguments = arguments_of(shared_goldens, "mt_plain", *quick, "--moe-weights", name, "--moe-report-weight-error", 64)
     of_dtype = flags if "--moe-dtype" in flags else ()
     one = commands.generate(*arguments, *of_dtype, *telling(tmp_path))
     alone = Told.read(tmp_path)
@@ -34,6 +34,9 @@ def test_several_ranks_translate_as_one(shared_goldens, tmp_path, name, ranks, f
     assert found.report["loading"]["bytes"] < alone.report["loading"]["bytes"]  # rank 0 reads its own experts alone
     for layer, expected in found.layers().items():
         assert expected["load"] == alone.layers()[layer]["load"]
+        error, errors_alone = expected["weight_error"], alone.layers()[layer]["weight_error"]
+        assert (error["rows"], errors_alone["rows"]) == (ranks * 64, 64)  # each rank compares its own experts
+        assert 0.5 < error["relative"] / errors_alone["relative"] < 2
     if "disk" in flags:
         assert len(list((tmp_path / "store").iterdir())) == len(LAYERS) * ranks
 
