@@ -48,10 +48,14 @@ def dense_model(name: str | None) -> type | None:
     return found
 
 
-class _WithoutNormalValues(TorchFunctionMode):
+class WithoutNormalValues(TorchFunctionMode):
+    """In this context tensors without memory are not filled with normally distributed values."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return function(*args, **(kwargs or {}))
 
 
@@ -73,7 +77,7 @@ def _without_memory() -> Iterator[None]:
 
         sinusoidal.get_embedding = staticmethod(without_values)
         try:
-            with torch.device("meta"), _WithoutNormalValues():
+            with torch.device("meta"), WithoutNormalValues():
                 yield
         finally:
             sinusoidal.get_embedding = staticmethod(get_embedding)

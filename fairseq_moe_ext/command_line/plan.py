@@ -21,6 +21,7 @@ from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, SCOPES
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401  register architectures
 from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, table
 from fairseq_moe_ext.serving.memory_sizes import table_of_formats, table_of_memories
+from fairseq_moe_ext.tasks.weight_flags import check_weights_of_dense
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{given[0]} needs --device-memory: without it all formats and usual memories are shown")
     try:
         sizes = read_sizes(args.source)
-    except (CheckpointError, OSError) as error:
+        if not sizes.experts:
+            check_weights_of_dense(args)
+    except (CheckpointError, OSError, ValueError) as error:
         return failed(error)
     work = Workload(args.batch_size, args.beam, args.length, 4 if args.fp32 else 2)
     experts = f"{sizes.moe_layers} MoE layers of {sizes.experts} experts" if sizes.experts else "no experts"

@@ -25,6 +25,7 @@ from fairseq_moe_ext.kernels.grouped_mlp import Pool
 FLOAT = "float"
 QUANTIZED = {"int8": 8, "int4": 4}  # name -> bits
 FORMATS = (FLOAT, *QUANTIZED)
+DENSE = "int8"  # how dense layers are quantised, whatever the experts are
 EXPERTS, ALL = SCOPES = ("experts", "all")  # of a model, what is quantised
 QUANTIZED_KERNELS = {"auto": "quantized", "loop": "widened"}  # KERNELS -> grouped_mlp.py's names
 

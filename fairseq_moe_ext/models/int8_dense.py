@@ -8,10 +8,17 @@ Legend: M = output features, K = input features.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fairseq_moe_ext.checkpoints.model_fits import WithoutNormalValues
 from fairseq_moe_ext.experts.gradients import without_gradients
 from fairseq_moe_ext.experts.quantize import quantize_linear
 from fairseq_moe_ext.gating import MOELayer
@@ -21,6 +28,8 @@ from fairseq_moe_ext.kernels.block import LinearBlock, QuantizedPool
 from fairseq_moe_ext.kernels.quantized_linear import look_up, multiply, multiply_widened
 
 BITS = 8
+REPLACED = (nn.Linear, nn.Embedding)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Int8Weight(nn.Module):
@@ -111,6 +120,42 @@ class Int8Embedding(_Int8):
         return look_up(ids, self.int8.pool).to(self._like.dtype)
 
 
+def built_in_int8(build: Callable[[], Model], widens: bool = False) -> Model:
+    """`build`'s model after `put_in_int8`, of whose floats nothing that is replaced ever has memory."""
+    with _without_memory() as without:
+        model = build()
+    put_in_int8(model, widens)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():  # what was not replaced, or is another module's, too
+        for name, parameter in module._parameters.items():
+            if parameter in without:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
+                module._parameters[name] = made[parameter]
+    return model
+
+
+@contextmanager
+def _without_memory() -> Iterator[set[nn.Parameter]]:
+    """Linear layers and embeddings made in this context by this thread have no memory; gives their parameters."""
+    without: set[nn.Parameter] = set()
+    here = threading.get_ident()
+
+    def take_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        is_new = name not in module._parameters  # else it is tied, and another module's
+        if threading.get_ident() != here or type(module) not in REPLACED or not is_new or parameter.is_meta:
+            return None
+        without.add(found := nn.Parameter(torch.empty_like(parameter, device="meta")))
+        return found  # the other one was never written to, so that no page of it is resident
+
+    hook = register_module_parameter_registration_hook(take_memory)
+    try:
+        with WithoutNormalValues():
+            yield without
+    finally:
+        hook.remove()
+
+
 def put_in_int8(model: nn.Module, widens: bool = False) -> None:
     """Replace the dense linear layers and embeddings of a model that has no weights yet; tied ones stay tied.
 
@@ -124,7 +169,7 @@ def put_in_int8(model: nn.Module, widens: bool = False) -> None:
     parts = {part for module in kept for part in module.modules()}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) in (nn.Linear, nn.Embedding) and child not in parts:
+            if type(child) in REPLACED and child not in parts:
                 module.register_module(name, _in_int8(child, weights, widens))
         if isinstance(module, MultiheadAttention):
             module.skip_embed_dim_check = True  # the one switch that it has for this
@@ -135,7 +180,7 @@ def _in_int8(
 ) -> Int8Linear | Int8Embedding:
     weight = module.weight
     if weight not in weights:
-        weights[weight] = Int8Weight(*weight.shape, device=weight.device)
+        weights[weight] = Int8Weight(*weight.shape, device=None if weight.is_meta else weight.device)
     if isinstance(module, nn.Embedding):
         return Int8Embedding(weights[weight], module.padding_idx)
     return Int8Linear(weights[weight], module.bias is not None, widens)

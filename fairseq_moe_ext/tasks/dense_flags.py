@@ -7,6 +7,7 @@ from typing import Any
 from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.tasks.flag import flags_of, is_given
 from fairseq_moe_ext.tasks.flags import MoEFlags
+from fairseq_moe_ext.tasks.weight_flags import check_weights_of_dense
 
 
 def check_flags_of_dense(flags: Any, takes_dtype: bool) -> None:
@@ -18,6 +19,7 @@ def check_flags_of_dense(flags: Any, takes_dtype: bool) -> None:
     if needing:
         name = min(needing, key=lambda item: item.name == "moe_gating").name  # last: some of the others ask for it
         raise ValueError(f"{as_option(name)} needs a model with experts, got {getattr(flags, name)} with a dense one")
+    check_weights_of_dense(flags)
     dtype = getattr(flags, "moe_dtype", None)
     own = "float16" if getattr(flags, "fp16", False) else "float32"
     if not takes_dtype and dtype is not None and str(dtype) != own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fairseq.models import FairseqLanguageModel
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.balancing.placement import load_placement
+from fairseq_moe_ext.byte_sizes import bytes_in_words
 from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.checkpoints.model_fits import (
     check_fits,
@@ -22,7 +24,8 @@ from fairseq_moe_ext.checkpoints.model_fits import (
 from fairseq_moe_ext.checkpoints.moe_config import has_moe_layers
 from fairseq_moe_ext.checkpoints.supported_fields import check_fields
 from fairseq_moe_ext.experts.formats import FLOAT
-from fairseq_moe_ext.models.int8_dense import put_in_int8
+from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.models.int8_dense import Model, built_in_int8, bytes_in_int8
 from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
@@ -86,7 +89,7 @@ class ModelBuilding:
                 args = self._with_flags(args)
             build = self._build_served if known is None else super().build_model
             check_fits(lambda: build(copy.deepcopy(args), True), state)
-            model = build(args, True)
+            model = self._built(lambda: build(args, True))
             if not isinstance(model, self.served_model_class):  # fairseq's own
                 load_in_one_sentence(model)
             if not self.observer.has_model:
@@ -96,15 +99,13 @@ class ModelBuilding:
         check_fields(args, has_encoder)
         args = self._with_flags(args)
         check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
-        model = self._build_served(args)
+        model = self._built(lambda: self._build_served(args))
         if not model.moe_layers():  # dense layers stand in their place
             check_flags_of_dense(flags, takes_dtype=True)
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         kernel = str(flags.moe_kernel)
         settings = buffer_settings(flags), capacity_settings(flags)
         distribute_experts(model, self.ranks, *settings, placement, kernel, weight_format(flags))
-        if quantizes_all(flags):
-            put_in_int8(model, widens=kernel == "loop")
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -113,6 +114,16 @@ class ModelBuilding:
         if not self.observer.has_model:  # the report of an ensemble speaks of its first MoE model
             self.observer.has_model = True
             model.observer = self.observer
+        return model
+
+    def _built(self, build: Callable[[], Model]) -> Model:
+        """`build`'s model, its dense layers in int8 where the flags say so."""
+        flags = self._flags()
+        if not quantizes_all(flags):
+            return build()
+        model = built_in_int8(build, widens=str(flags.moe_kernel) == "loop")
+        if not any(isinstance(module, MOELayer) for module in model.modules()):  # else a line on experts says it, too
+            logger.info("all dense layers lie in int8 (%s)", bytes_in_words(bytes_in_int8(model)))
         return model
 
     def _check_kind(self, has_encoder: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, QUANTIZED_KERNELS, SCOPES
+from fairseq_moe_ext.experts.formats import ALL, DENSE, EXPERTS, FLOAT, FORMATS, QUANTIZED_KERNELS, SCOPES
 from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
 
 
@@ -21,12 +21,15 @@ class WeightFlags(FairseqDataclass):
     """How weights lie in memory while a checkpoint is served."""
 
     moe_weights: ChoiceEnum(FORMATS) = flag(
-        FLOAT, "the experts' weights: floats of the model's dtype, or quantised to int8 or int4 while they are loaded"
+        FLOAT,
+        "the experts' weights: floats of the model's dtype, or quantised to int8 or int4 while they are loaded",
+        experts=False,
     )
     moe_weights_scope: ChoiceEnum(SCOPES) = flag(
         EXPERTS,
         "what --moe-weights quantises: the experts alone, or beside them all dense linear layers and embeddings, which "
         "are int8 then in any case",
+        experts=False,
     )
     moe_report_weight_error: Optional[str] = flag(
         None,
@@ -59,6 +62,19 @@ def check_weight_flags(flags: Any) -> None:
         raise ValueError(
             f"--moe-weights {name} with --expert-store disk needs --expert-store-dir, the folder for the quantised "
             "experts, which are written there once; got none"
+        )
+
+
+def check_weights_of_dense(flags: Any) -> None:
+    """ValueError where a model without experts cannot obey: its layers are quantised to int8, or not at all."""
+    name = weight_format(flags)
+    if name != FLOAT and not quantizes_all(flags):
+        raise ValueError(
+            f"--moe-weights {name} needs --moe-weights-scope {ALL} with a dense model, got {EXPERTS}"
+        )
+    if name not in (FLOAT, DENSE):
+        raise ValueError(
+            f"--moe-weights must be {DENSE} with a dense model, whose layers are quantised to no fewer bits, got {name}"
         )
 
 
