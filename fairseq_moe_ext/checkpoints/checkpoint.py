@@ -18,6 +18,8 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
 from fairseq_moe_ext.checkpoints.find_files import CheckpointFiles, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.fsdp_shards import read_rank_shard, read_shards
 from fairseq_moe_ext.checkpoints.loading import BAR_DELAY, Loading, ModelState
+from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
+from fairseq_moe_ext.checkpoints.quantized_state import is_quantized, read_quantized
 from fairseq_moe_ext.checkpoints.rank_files import check_of_one_model, experts_per_file, global_experts
 from fairseq_moe_ext.checkpoints.state_keys import expert_count, is_expert_key
 
@@ -36,7 +38,7 @@ def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
     loading = Loading(path)
     with loading.timed():
         try:
-            content = _merge(files, loading) if files.ranks else _read_whole(files, loading)
+            content, about = (_merge(files, loading), None) if files.ranks else _read_whole(files, loading)
         except CheckpointError:
             raise
         except Exception as error:  # a file may hold anything where this code expects something
@@ -47,13 +49,19 @@ def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
             for old, new in OLD_NAMES:
                 if key.endswith(old):
                     model[key.removesuffix(old) + new] = model.pop(key)
-        return {**content.state, "model": ModelState(model, loading, content.had_optimizer)}
+        return {**content.state, "model": ModelState(model, loading, content.had_optimizer, about)}
 
 
-def _read_whole(files: CheckpointFiles, loading: Loading) -> FileContent:
-    content = read_shards(files.shards, loading) if files.shards else read_file(files.whole, loading)
+def _read_whole(files: CheckpointFiles, loading: Loading) -> tuple[FileContent, QuantizedAbout | None]:
+    about = None
+    if files.shards:
+        content = read_shards(files.shards, loading)
+    elif is_quantized(files.whole):
+        content, about = read_quantized(files.whole, loading)
+    else:
+        content = read_file(files.whole, loading)
     _expert_count_in(files.whole, content)
-    return content
+    return content, about
 
 
 def _expert_count_in(file: Path, content: FileContent) -> int:

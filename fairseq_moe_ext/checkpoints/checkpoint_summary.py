@@ -13,13 +13,16 @@ from torch import Tensor
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import CheckpointFiles, find_checkpoint_files
+from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
 from fairseq_moe_ext.checkpoints.state_keys import expert_count, is_expert_key, layer_count, moe_layer_numbers
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
+from fairseq_moe_ext.experts.block_part import BlockPart
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """layers, moe_layers: by side. What a model lacks is 0. Bytes are counted as they lie in the files."""
+    """layers, moe_layers: by side. What a model lacks is 0. Bytes are counted as they lie in the files. about: what a
+    quantised checkpoint says of itself."""
 
     files: CheckpointFiles
     architecture: str
@@ -34,6 +37,7 @@ class CheckpointSummary:
     bytes: int
     expert_bytes: int
     has_optimizer: bool
+    about: QuantizedAbout | None = None
 
     def __str__(self) -> str:
         lines = [f"files         {_describe(self.files)}", f"architecture  {self.architecture}"]
@@ -50,7 +54,19 @@ class CheckpointSummary:
             f"bytes         {self.bytes:,}, of them {self.expert_bytes:,} in experts",
             f"optimizer     {'its state is in the files' if self.has_optimizer else 'no state'}",
         ]
+        if self.about is not None:
+            lines += _lines_of(self.about)
         return "\n".join(lines)
+
+
+def _lines_of(about: QuantizedAbout) -> list[str]:
+    source, calibrated = about.source, "" if about.calibrated is None else ", calibrated"
+    return [
+        f"quantised     experts in {about.experts}, dense layers in {about.dense}, groups of {about.group}{calibrated}",
+        f"source        {len(source.files)} files of {sum(size for _, size in source.files):,} bytes, fingerprint "
+        f"{source.fingerprint}",
+        f"licence       {source.licence or 'the source does not say'}",
+    ]
 
 
 def summarize(path: str) -> CheckpointSummary:
@@ -60,7 +76,7 @@ def summarize(path: str) -> CheckpointSummary:
     once = {place_of(tensor): (key, tensor) for key, tensor in reversed(model.items())}.values()
     dtypes: dict[str, int] = {}
     for _, tensor in once:
-        name = str(tensor.dtype).removeprefix("torch.")
+        name = tensor.format_name if isinstance(tensor, BlockPart) else str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.numel()
     sides = {side: layer_count(model, side) for side in ("encoder", "decoder")}
     hidden_dim, model_dim = _matrix(path, model, ".moe_layer.experts.0.fc1.weight")
@@ -79,6 +95,7 @@ def summarize(path: str) -> CheckpointSummary:
         bytes=sum(tensor.nbytes for _, tensor in once),
         expert_bytes=sum(tensor.nbytes for key, tensor in once if is_expert_key(key)),
         has_optimizer=model.had_optimizer,
+        about=model.about,
     )
 
 
@@ -93,7 +110,8 @@ def _matrix(path: str, model: dict[str, Tensor], ending: str) -> tuple[int, int]
 
 def place_of(tensor: Tensor) -> tuple:
     """Equal for two tensors that are the same values in the same place."""
-    return tensor.place if isinstance(tensor, StoredTensor) else (tensor.data_ptr(), tensor.shape, tensor.dtype)
+    is_stored = isinstance(tensor, StoredTensor | BlockPart)
+    return tensor.place if is_stored else (tensor.data_ptr(), tensor.shape, tensor.dtype)
 
 
 def model_field(state: dict[str, Any], name: str) -> Any:

@@ -78,6 +78,11 @@ class CheckpointTask:
         rows = frozenset(state["model"][key].size(0) for key in EMBEDDINGS if key in state["model"])
         return cls(path, fields, checksum, rows)
 
+    @property
+    def languages(self) -> list[str]:
+        """A multilingual task's, in the order of their tokens; none where the checkpoint does not say them."""
+        return _languages(self.fields) or []
+
     def check(self, task: Any, dictionaries: Sequence[Dictionary], languages: list[str] | None = None) -> None:
         """CheckpointError where the task's fields or dictionaries are not those that the checkpoint has.
 

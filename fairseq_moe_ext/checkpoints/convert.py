@@ -74,6 +74,11 @@ def _parts(
 
 def _read(source: str, drop_optimizer: bool) -> dict[str, Any]:
     state = read_checkpoint(source, rename=False)
+    if state["model"].about is not None:
+        raise CheckpointError(
+            f"{source}: a quantised checkpoint must stay one file, of which each rank reads its own experts: it is "
+            "neither merged nor split"
+        )
     if state["model"].had_optimizer and not drop_optimizer:
         raise CheckpointError(f"{source}: it holds an optimizer state, which is not converted: give --drop-optimizer")
     return state

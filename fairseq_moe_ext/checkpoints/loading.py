@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.open_files import OpenFiles
+from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
 BAR_DELAY = 3.0  # seconds before a bar appears
@@ -73,16 +74,20 @@ class Loading:
 class ModelState(OrderedDict):
     """A checkpoint's model state, key -> tensor, that knows what loading it takes.
 
-    had_optimizer: whether the files hold an optimizer state, which was left where it is. advise: (entries wanted,
-    entries given, symbols) -> what makes such a dictionary fit, "" where nothing is known to.
+    had_optimizer: whether the files hold an optimizer state, which was left where it is. about: what a quantised
+    checkpoint says of itself; None: it is none. advise: (entries wanted, entries given, symbols) -> what makes such a
+    dictionary fit, "" where nothing is known to.
     """
 
     advise: Callable[[int, int, Sequence[str]], str] | None = None
 
-    def __init__(self, tensors, loading: Loading, had_optimizer: bool = False):
+    def __init__(
+        self, tensors, loading: Loading, had_optimizer: bool = False, about: QuantizedAbout | None = None
+    ):
         super().__init__(tensors)
         self.loading = loading
         self.had_optimizer = had_optimizer
+        self.about = about
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.experts.block_part import block_of
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS, packed_shapes
 from fairseq_moe_ext.experts.quantize import VERSION, QuantizedPart
 from fairseq_moe_ext.kernels.block import GROUP, Block, QuantizedPool
@@ -157,13 +158,14 @@ class Quantized(Format):
         return torch.uint8
 
     def pack(self, parts: Sequence[Tensor], name: str) -> list[Tensor]:
-        """As `Format` has it; copying raises ValueError where a weight is a NaN or infinite."""
-        return [QuantizedPart(self.block, parts, name)]
+        """As `Format` has it; a block as it is. Copying raises ValueError where a weight is a NaN or infinite."""
+        found = block_of(parts, self.block)
+        return [QuantizedPart(self.block, parts, name) if found is None else found]
 
     def originals(self, packed: Sequence[Tensor]) -> Sequence[Tensor]:
         """As `Format` has it."""
         (part,) = packed
-        return part.originals
+        return part.originals if isinstance(part, QuantizedPart) else packed
 
     def unpack(self, packed: Sequence[Tensor]) -> Sequence[Tensor]:
         """As `Format` has it: never."""

@@ -57,11 +57,16 @@ def quantize_linear(
     columns: Tensor | None = None,
 ) -> None:
     """weight (M, K) and bias (M,), None: zero, into a layer of one slot on the CPU; errors as of `quantize_expert`."""
+    fill_bias(layer, bias, name + names[1])
+    _quantize_weight(layer, _values_of(weight), name + names[0], columns)
+
+
+def fill_bias(layer: QuantizedLinear, bias: Tensor | None, name: str) -> None:
+    """bias (M,), None: zero, into a layer of one slot that has zeros; ValueError naming it as of `quantize_expert`."""
     if bias is not None:
         values = _values_of(bias).float()
-        _check_finite(values, name + names[1])
+        _check_finite(values, name)
         layer.bias[0].copy_(values)
-    _quantize_weight(layer, _values_of(weight), name + names[0], columns)
 
 
 class QuantizedPart(Tensor):

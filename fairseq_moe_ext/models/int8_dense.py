@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fairseq_moe_ext.checkpoints.model_fits import WithoutNormalValues
+from fairseq_moe_ext.experts.block_part import block_of
 from fairseq_moe_ext.experts.gradients import without_gradients
-from fairseq_moe_ext.experts.quantize import quantize_linear
+from fairseq_moe_ext.experts.quantize import fill_bias, quantize_linear
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.cmr import CMRGate
 from fairseq_moe_ext.kernels.autocast import autocast_dtype, no_autocast
@@ -46,10 +47,15 @@ class Int8Weight(nn.Module):
         return QuantizedPool(self.block, self.bytes)
 
     def fill(self, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
-        """Quantise; ValueError naming the tensor where a value is a NaN or infinite."""
+        """Quantise, or take a block as it is; ValueError naming the tensor where a value is a NaN or infinite."""
         filled = self.bytes if self.bytes.device.type == "cpu" else torch.empty_like(self.bytes, device="cpu")
         (layer,) = self.block.layers(filled.zero_())
-        quantize_linear(layer, weight, bias, prefix)
+        stored = block_of([weight], self.block)
+        if stored is None:
+            quantize_linear(layer, weight, bias, prefix)
+        else:
+            filled[0].copy_(stored)
+            fill_bias(layer, bias, prefix + "bias")
         self.bytes.copy_(filled)
 
 

@@ -74,7 +74,7 @@ class Engine:
         generator = task.build_generator(parts.models, cfg.generation)
         self._vocab_size, self._longest = generator.vocab_size, generator.max_len
         self._positions = utils.resolve_max_positions(task.max_positions(), parts.models[0].max_positions())
-        self._pairs = LanguagePairs(task, cfg.generation, parts.codec_of)
+        self._pairs = LanguagePairs(task, cfg.generation, parts.codec_of, parts.unnamed)
         self._words = len(task.source_dictionary)
         self._decoder = RequestDecoder(generator, parts.observer)
         self._room = Room(cfg.dataset.batch_size, cfg.dataset.max_tokens)

@@ -51,7 +51,8 @@ TASKS = {
     ),
     "moe_translation_multi_simple_epoch": (
         *("source_lang", "target_lang", "max_source_positions", "max_target_positions", "langs", "lang_dict"),
-        *("lang_pairs", "source_dict", "target_dict", "lang_tok_style", "encoder_langtok", "decoder_langtok"),
+        *("lang_pairs", "fixed_dictionary", "source_dict", "target_dict", "lang_tok_style", "encoder_langtok"),
+        "decoder_langtok",
         *("lang_tok_replacing_bos_eos", "langtoks", "keep_inference_langtok", "add_data_source_prefix_tags"),
         *("add_ssl_task_tokens", "finetune_dict_specs", "print_alignment"),
     ),

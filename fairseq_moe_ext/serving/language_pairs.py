@@ -6,7 +6,7 @@ import copy
 import filecmp
 import threading
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,18 @@ class LanguagePair:
 class LanguagePairs:
     """Per pair of languages what a request needs, with the dictionaries of the task that is served.
 
-    codec: what makes words of a text and back, for a pair's task and its two languages.
+    codec: what makes words of a text and back, for a pair's task and its two languages. unnamed: `source_lang` and
+    `target_lang`, where `load` was not told them.
     """
 
-    def __init__(self, task: FairseqTask, generation: Any, codec: Callable[[FairseqTask, str, str], TextCodec]):
+    def __init__(
+        self,
+        task: FairseqTask,
+        generation: Any,
+        codec: Callable[[FairseqTask, str, str], TextCodec],
+        unnamed: Collection[str] = (),
+    ):
+        self._unnamed = unnamed
         self._task, self._generation, self._codec = task, generation, codec
         flags = task.args if hasattr(task, "args") else task.cfg
         self._served = flags.source_lang, flags.target_lang
@@ -44,6 +52,7 @@ class LanguagePairs:
 
     def pair(self, source: str | None = None, target: str | None = None) -> LanguagePair:
         """None: the language that the model was loaded for. OptionError for one that it cannot be asked for."""
+        check_named(self._unnamed, source_lang=source, target_lang=target)
         languages = source or self._served[0], target or self._served[1]
         with self._lock:
             if languages not in self._pairs:
@@ -85,6 +94,13 @@ class LanguagePairs:
             raise OptionError(f"{name} {language} must have a dictionary, and {theirs} is missing")
         if not filecmp.cmp(theirs, ours, shallow=False):
             raise OptionError(f"{name} {language} must have the dictionary of {served}, and {theirs} is another")
+
+
+def check_named(unnamed: Collection[str], **languages: str | None) -> None:
+    """OptionError where a call of a multilingual model leaves out a language that `load` was not told either."""
+    for name, language in languages.items():
+        if language is None and name in unnamed:
+            raise OptionError(f"{name} must be given to load() or to this call for a multilingual model, got none")
 
 
 class _Symbols(Namespace):

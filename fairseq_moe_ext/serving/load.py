@@ -31,10 +31,12 @@ def load(
 ) -> Served:
     """The model of the checkpoint at `path`, ready to serve.
 
-    path: as `--path` takes it: a merged file, or upstream's rank files by the name that they share; several make an
-    ensemble. data: the folder with the dictionaries; None: the checkpoint's own folder. options: the options of
-    fairseq's commands and of this plugin by name, `expert_buffer_size="20G"` for `--expert-buffer-size 20G`; what the
-    checkpoint says of its task (languages, language tokens) need not be said again.
+    path: as `--path` takes it: a merged file, upstream's rank files by the name that they share, or a quantised
+    checkpoint; several make an ensemble. data: the folder with the dictionaries; None: the checkpoint's own folder, of
+    a quantised one the dictionaries, languages and SentencePiece model in its file, by which texts are raw. options:
+    the options of fairseq's commands and of this plugin by name, `expert_buffer_size="20G"` for `--expert-buffer-size
+    20G`; what the checkpoint says of its task (languages, language tokens) need not be said again. Of a
+    multilingual model that has its dictionaries in its file, the languages may be left to the calls.
 
     Among several ranks, those of torchrun or of the program's own torch.distributed, all of them call this with the
     same arguments and then make the same calls; each holds its share of the experts. A process that is alone starts the
@@ -99,7 +101,8 @@ def _parts(
         _put_into_service(model, cfg)
     codec = _codec(loaded)
     task, keywords = loaded.task, loaded.keywords
-    return ServedParts(paths, loaded.models, task, task.observer, codec, keywords, loaded.data, loaded.options, ranks)
+    told = keywords, loaded.data, loaded.options, ranks, loaded.file_data, loaded.unnamed
+    return ServedParts(paths, loaded.models, task, task.observer, codec, *told)
 
 
 def _paths(path: Any) -> list[str]:

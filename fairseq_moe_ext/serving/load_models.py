@@ -16,10 +16,12 @@ from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
+from fairseq_moe_ext.checkpoints.quantized_state import is_quantized
 from fairseq_moe_ext.ranks.group import world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.device_flags import check_device_flags
+from fairseq_moe_ext.serving.file_data import TEXT_OPTIONS, FileData
 from fairseq_moe_ext.serving.keyword_options import (
     TASKS,
     KeywordOptions,
@@ -31,11 +33,14 @@ from fairseq_moe_ext.serving.keyword_options import (
 )
 from fairseq_moe_ext.serving.served_state import served_state
 
+LANGUAGES = ("source_lang", "target_lang")
+
 
 @dataclass(frozen=True)
 class LoadedModels:
     """models: of an ensemble several, with their weights, on the CPU. data, options: as they were parsed, with what
-    the checkpoint says of its task; args: what came of them."""
+    the checkpoint says of its task; args: what came of them. file_data: where a quantised checkpoint's file has what
+    stands for data. unnamed: of a multilingual model the options of languages that each call must name."""
 
     models: list[torch.nn.Module]
     task: Any
@@ -45,6 +50,8 @@ class LoadedModels:
     args: Namespace
     model_cfg: Namespace
     criterion: dict[str, Any]
+    file_data: FileData | None = None
+    unnamed: frozenset[str] = frozenset()
 
     def configuration(self) -> DictConfig:
         """As fairseq has it of a checkpoint; what a training left there is not in it."""
@@ -91,35 +98,62 @@ def load_models(
 ) -> LoadedModels:
     """The models of the checkpoints at `paths`, which make an ensemble, under `overrides` (`--model-overrides`).
 
-    data: where the dictionaries are; None: beside the first checkpoint. options: as KeywordOptions takes them, above
-    what the checkpoint says of its task. observer: of what is served; None: one that ends with the process.
-    of_parser: options may be any that fairseq's parser has, which its own callers look at, and others; the checkpoint
-    also says how it read its data, and of a multilingual one all language pairs may be read. ranks: among which this
-    one serves.
+    data: where the dictionaries are; None: in the first checkpoint where it is quantised, else beside it. options: as
+    KeywordOptions takes them, above what the checkpoint says of its task. observer: of what is served; None: one that
+    ends with the process. of_parser: options may be any that fairseq's parser has, which its own callers look at, and
+    others; the checkpoint also says how it read its data, and of a multilingual one all language pairs may be read.
+    ranks: among which this one serves.
     OptionError, CheckpointError, ValueError.
     """
     state = served_state(paths[0], overrides)
     keywords = KeywordOptions(_task_of(state))
     if of_parser:
         options = keywords.of_parser(options)
-    options = {**_of_checkpoint(state, with_data=of_parser), **options}
-    data = os.fspath(Path(paths[0]).parent if data is None else data)
+    options = {**options_of_checkpoint(state, with_data=of_parser), **options}
+    own = None
+    if data is None and is_quantized(paths[0]):
+        own = FileData(paths[0])
+        options = {**options_of_file(own, state, options), **options}
+    data = os.fspath(own.folder if own is not None else Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options, every=of_parser)
+    unnamed = frozenset() if of_parser else _name_languages(args, state, own)
     check_device_flags(args)
-    task = _set_up(args, not of_parser, ranks)
+    task = _set_up(args, ranks)
     if observer is not None:
         outputs = args.moe_report, args.moe_trace, ranks, int(args.moe_report_weight_error or 0)
         task.observer = observer(str(args.moe_gating), *outputs)
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
-    return LoadedModels(models, task, keywords, data, options, args, state["cfg"].model, state["criterion"])
+    found = data, options, args, state["cfg"].model, state["criterion"]
+    return LoadedModels(models, task, keywords, *found, own, unnamed)
 
 
-def _set_up(args: Namespace, one_pair: bool, ranks: ProgramRanks | None) -> Any:
-    multilingual = args.task == "moe_translation_multi_simple_epoch"
-    for name in ("source_lang", "target_lang") if multilingual and one_pair else ():
-        if getattr(args, name) is None:
+def options_of_file(own: FileData, state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a quantised checkpoint's own files are for; how a text is cut stands above them where it is `given`."""
+    served: CheckpointTask = state["task_state"][SERVED]
+    found = own.options(is_multilingual(served.fields), bool(given.get("langs") or given.get("lang_dict")))
+    return found if any(name in given for name in TEXT_OPTIONS) else found | own.text_options()
+
+
+def _name_languages(args: Namespace, state: Mapping[str, Any], own: FileData | None) -> frozenset[str]:
+    """Let a multilingual model be set up for some languages where the user has named none; gives what is unnamed.
+
+    OptionError where the dictionaries do not lie in the checkpoint, for they depend on the languages.
+    """
+    if args.task != "moe_translation_multi_simple_epoch":
+        return frozenset()
+    served: CheckpointTask = state["task_state"][SERVED]
+    unnamed = frozenset(name for name in LANGUAGES if getattr(args, name) is None)
+    for name in LANGUAGES:
+        if name in unnamed and (own is None or not served.languages):
             raise OptionError(f"{name} must be given for a multilingual model, got none")
+        setattr(args, name, getattr(args, name) or served.languages[0])
+    if args.lang_pairs is None and own is not None:
+        args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
+    return unnamed
+
+
+def _set_up(args: Namespace, ranks: ProgramRanks | None) -> Any:
     try:
         return fairseqs.setup_task(task_configuration(args), ranks=ranks)
     except FileNotFoundError as error:
@@ -136,7 +170,7 @@ def _task_of(state: Mapping[str, Any]) -> str:
     return "moe_translation_multi_simple_epoch" if is_multilingual(served.fields) else "moe_translation"
 
 
-def _of_checkpoint(state: Mapping[str, Any], with_data: bool) -> dict[str, Any]:
+def options_of_checkpoint(state: Mapping[str, Any], with_data: bool = False) -> dict[str, Any]:
     """What the checkpoint says of its task's options; paths in it stay where they are.
 
     with_data: how its data were read, too.

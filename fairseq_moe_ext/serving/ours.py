@@ -13,6 +13,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import find_checkpoint_files
+from fairseq_moe_ext.checkpoints.quantized_state import is_quantized
 from fairseq_moe_ext.checkpoints.record_file import MAGIC
 
 _PACKAGE = __package__.split(".")[0]
@@ -21,12 +22,14 @@ _OLD_PICKLES = 4  # of the old format: magic number, version, system, content
 
 
 def is_ours(path: str) -> bool:
-    """Whether a local checkpoint has experts, or names a task or an architecture of this plugin.
+    """Whether a local checkpoint has experts, or names a task or an architecture of this plugin; quantised ones do.
 
     False for whatever is no checkpoint of one file or of upstream's files: a path that fairseq fetches, a damaged file.
     """
     try:
         files = find_checkpoint_files(path)
+        if is_quantized(files.first):
+            return True
         names = ({*TASK_REGISTRY, *ARCH_MODEL_REGISTRY}) - set(_fairseqs())
         return any(_OF_EXPERTS in text or text in names for text in _texts(files.first))
     except (CheckpointError, OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):

@@ -38,19 +38,24 @@ class Served:
         self._parts: ServedParts | None = parts
         self._end = weakref.finalize(self, parts.end)
 
-    def translate(self, sentences: Sequence[str], **options: Any) -> list[str | None]:
+    def translate(
+        self, sentences: Sequence[str], source_lang: str | None = None, target_lang: str | None = None, **options: Any
+    ) -> list[str | None]:
         """The best translation of every sentence, of a language model its most likely continuation.
 
-        options: of the search and its batches (keyword_options.py, SEARCH and BATCHES) above those given to `load`;
-        for a translation model also `source_lang` and `target_lang`, of a multilingual one any that it has.
-        None stands for a sentence that `skip_invalid_size_inputs_valid_test` left out. OptionError, ClosedError,
-        NotFiniteError where a result is no number.
+        source_lang, target_lang: of a translation model; of a multilingual one any that it has. None: as `load` was
+        told. options: of the search and its batches (keyword_options.py, SEARCH and BATCHES) above those given to
+        `load`. None stands for a sentence that `skip_invalid_size_inputs_valid_test` left out. OptionError,
+        ClosedError, NotFiniteError where a result is no number.
         """
+        options |= _named(source_lang, target_lang)
         return [found[0].text if found else None for found in self._generate(sentences, options, best_alone=True)]
 
-    def generate(self, sentences: Sequence[str], **options: Any) -> list[list[Hypothesis]]:
+    def generate(
+        self, sentences: Sequence[str], source_lang: str | None = None, target_lang: str | None = None, **options: Any
+    ) -> list[list[Hypothesis]]:
         """The `nbest` hypotheses of every sentence, best first; otherwise as `translate`."""
-        return self._generate(sentences, options)
+        return self._generate(sentences, options | _named(source_lang, target_lang))
 
     def score(
         self, sentences: Sequence[str], targets: Sequence[str] | None = None, **options: Any
@@ -161,6 +166,12 @@ class Served:
                         found[number] = [parts.codec.hypothesis(each, generator) for each in of_sentence[:nbest]]
                 found = _shared(found, call, parts.observer)
             return [found.get(number, []) for number in range(len(sentences))]
+
+
+def _named(source_lang: Any, target_lang: Any) -> dict[str, Any]:
+    """Those that a call names, as its options."""
+    given = {"source_lang": source_lang, "target_lang": target_lang}
+    return {name: language for name, language in given.items() if language is not None}
 
 
 def _shared(found: Found, call: Call | OneCall, observer: ProgramObserver) -> Found:

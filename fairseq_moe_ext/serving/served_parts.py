@@ -20,8 +20,9 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.ranks.program import OneProcess, ProgramRanks
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
+from fairseq_moe_ext.serving.file_data import FileData
 from fairseq_moe_ext.serving.keyword_options import KeywordOptions, OptionError, configuration
-from fairseq_moe_ext.serving.language_pairs import LanguagePairs
+from fairseq_moe_ext.serving.language_pairs import LanguagePairs, check_named
 from fairseq_moe_ext.serving.text import TextCodec
 
 LANGUAGES = ("source_lang", "target_lang")  # of a call of a translation model
@@ -32,7 +33,8 @@ BATCH_SIZE = 32  # sentences, where neither `batch_size` nor `max_tokens` is giv
 class ServedParts:
     """What a served model consists of; emptied by its end.
 
-    options: as `load` was given them, together with the checkpoint's.
+    options: as `load` was given them, together with the checkpoint's. file_data: its file's own dictionaries, where
+    these are what is served with. unnamed: the options of languages that each call must name.
     """
 
     paths: list[str]
@@ -44,6 +46,8 @@ class ServedParts:
     data: str
     options: Mapping[str, Any]
     ranks: ProgramRanks | OneProcess
+    file_data: FileData | None = None
+    unnamed: frozenset[str] = frozenset()
     generators: dict[tuple, tuple[Any, DictConfig]] = field(default_factory=dict)
     engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)  # that are open, or were
     pairs: LanguagePairs | None = None
@@ -78,6 +82,7 @@ class ServedParts:
         """
         rest = {name: value for name, value in options.items() if name not in LANGUAGES}
         if len(rest) == len(options):
+            check_named(self.unnamed, source_lang=None, target_lang=None)
             return self, rest
         asked = options.get("source_lang"), options.get("target_lang")
         for name, value in zip(LANGUAGES, asked, strict=True):
@@ -85,7 +90,7 @@ class ServedParts:
                 raise OptionError(f"{name} must be a language's name, got {value!r}")
         if asked not in self.others:
             if self.pairs is None:
-                self.pairs = LanguagePairs(self.task, self.generator({})[1].generation, self.codec_of)
+                self.pairs = LanguagePairs(self.task, self.generator({})[1].generation, self.codec_of, self.unnamed)
             self.others[asked] = self._for_languages(*asked)
         return self.others[asked], rest
 
@@ -150,6 +155,8 @@ class ServedParts:
         self.generators.clear()
         self.others.clear()
         self.task = self.codec = self.pairs = None
+        if self.file_data is not None:
+            self.file_data.close()
         gc.collect()  # a model's parts refer to each other
         if on_gpu:
             torch.cuda.empty_cache()

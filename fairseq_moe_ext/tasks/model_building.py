@@ -35,7 +35,7 @@ from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_static_capacity
-from fairseq_moe_ext.tasks.weight_flags import quantizes_all, weight_error_rows, weight_format
+from fairseq_moe_ext.tasks.weight_flags import ServedWeights, served_weights, weight_error_rows
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -84,12 +84,13 @@ class ModelBuilding:
             check_fields(args, has_encoder, has_experts=False)
             check_flags_of_dense(flags, takes_dtype=False)
             logger.info("the checkpoint has no MoE layers: served as the dense model that it is")
+            weights = served_weights(flags, state)
             if known is None:
                 check_fields(args, has_encoder)  # built as a model with experts is
-                args = self._with_flags(args)
+                args = self._with_flags(args, weights)
             build = self._build_served if known is None else super().build_model
             check_fits(lambda: build(copy.deepcopy(args), True), state)
-            model = self._built(lambda: build(args, True))
+            model = self._built(lambda: build(args, True), weights)
             if not isinstance(model, self.served_model_class):  # fairseq's own
                 load_in_one_sentence(model)
             if not self.observer.has_model:
@@ -97,15 +98,16 @@ class ModelBuilding:
             return model
         self._check_kind(has_encoder)
         check_fields(args, has_encoder)
-        args = self._with_flags(args)
+        weights = served_weights(flags, state)
+        args = self._with_flags(args, weights)
         check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
-        model = self._built(lambda: self._build_served(args))
+        model = self._built(lambda: self._build_served(args), weights)
         if not model.moe_layers():  # dense layers stand in their place
             check_flags_of_dense(flags, takes_dtype=True)
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         kernel = str(flags.moe_kernel)
         settings = buffer_settings(flags), capacity_settings(flags)
-        distribute_experts(model, self.ranks, *settings, placement, kernel, weight_format(flags))
+        distribute_experts(model, self.ranks, *settings, placement, kernel, weights.experts)
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -116,12 +118,11 @@ class ModelBuilding:
             model.observer = self.observer
         return model
 
-    def _built(self, build: Callable[[], Model]) -> Model:
-        """`build`'s model, its dense layers in int8 where the flags say so."""
-        flags = self._flags()
-        if not quantizes_all(flags):
+    def _built(self, build: Callable[[], Model], weights: ServedWeights) -> Model:
+        """`build`'s model, its dense layers in int8 where they are to be."""
+        if not weights.int8_dense:
             return build()
-        model = built_in_int8(build, widens=str(flags.moe_kernel) == "loop")
+        model = built_in_int8(build, widens=str(self._flags().moe_kernel) == "loop")
         if not any(isinstance(module, MOELayer) for module in model.modules()):  # else a line on experts says it, too
             logger.info("all dense layers lie in int8 (%s)", bytes_in_words(bytes_in_int8(model)))
         return model
@@ -134,11 +135,11 @@ class ModelBuilding:
     def _build_served(self, args: Namespace, from_checkpoint: bool = True):
         return self.served_model_class.build_model(args, self)
 
-    def _with_flags(self, args: Any) -> Any:
+    def _with_flags(self, args: Any, weights: ServedWeights) -> Any:
         """The checkpoint's model arguments under this task's flags; a flag stands above the checkpoint."""
         flags = self._flags()
         values = {"moe_gating": str(flags.moe_gating), "initialize_experts": False}
-        given_later = buffer_settings(flags) is not None or weight_format(flags) != FLOAT
+        given_later = buffer_settings(flags) is not None or weights.experts != FLOAT
         values["allocate_experts"] = not given_later and self.ranks is None
         values["checkpoint_activations"] = values["offload_activations"] = False  # of training alone
         fraction = getattr(flags, "moe_eval_capacity_token_fraction", None)

@@ -8,10 +8,12 @@ from argparse import ArgumentTypeError
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+from fairseq.utils import FileContentsAction
 
 from fairseq_moe_ext.models.moe_transformer import MoETransformerModel
 from fairseq_moe_ext.nllb.tokens import SPECS_OPTION, TAGS_OPTION, TASKS_OPTION, extra_tokens_of
 from fairseq_moe_ext.option_names import as_option
+from fairseq_moe_ext.tasks.file_as_data import CheckpointOrContents
 from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.nllb_options import accept_nllb_options
 from fairseq_moe_ext.tasks.serving_parser import prepare_parser
@@ -66,6 +68,7 @@ class MoETranslationMultiSimpleEpochTask(ServingTask, TranslationMultiSimpleEpoc
     @staticmethod
     def add_args(parser):
         """fairseq's options, NLLB's and the plugin's flags."""
+        parser.register("action", FileContentsAction, CheckpointOrContents)
         TranslationMultiSimpleEpochTask.add_args(parser)
         parser.add_argument(
             TAGS_OPTION, action="store_true", help="add NLLB's tags of mined and back-translated data to the dictionary"

@@ -23,6 +23,7 @@ from fairseq_moe_ext.reporting.error_sentences import tell_in_a_sentence
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.tasks.command_check import check_command, check_ranks, with_suffix
 from fairseq_moe_ext.tasks.contradicting_options import EVAL_LMS_BPE, check_contradictions
+from fairseq_moe_ext.tasks.file_as_data import take_data_from_file
 from fairseq_moe_ext.tasks.refused_options import (
     EVAL_LM,
     GENERATE,
@@ -76,6 +77,7 @@ def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
         given = given_options(parser, found)
         check_refused(command, found.task, given, found)
         if command != TRAIN:
+            take_data_from_file(command, found, given)
             check_contradictions(command, found.task, given, found)
         if getattr(found, "sacrebleu", False) and "scoring" not in given:
             found.scoring = "sacrebleu"  # fairseq reads it no more, but NLLB's commands say so

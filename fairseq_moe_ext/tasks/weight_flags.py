@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.experts.formats import ALL, DENSE, EXPERTS, FLOAT, FORMATS, QUANTIZED_KERNELS, SCOPES
 from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
 
@@ -51,17 +52,22 @@ def check_weight_flags(flags: Any) -> None:
         if quantizes_all(flags):
             raise ValueError(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
         return
-    kernel = str(getattr(flags, "moe_kernel", "auto"))
-    if kernel not in QUANTIZED_KERNELS:
-        raise ValueError(
-            f"--moe-kernel must be {' or '.join(QUANTIZED_KERNELS)} with --moe-weights {name}, got {kernel}, which "
-            "reads no quantised experts"
-        )
+    _check_kernel(flags, f"--moe-weights {name}")
     on_disk = str(getattr(flags, "expert_store", None)) == "disk"
     if on_disk and getattr(flags, "expert_store_dir", None) is None:
         raise ValueError(
             f"--moe-weights {name} with --expert-store disk needs --expert-store-dir, the folder for the quantised "
-            "experts, which are written there once; got none"
+            "experts, which are written there once (a quantised checkpoint is that store itself, without "
+            "--moe-weights); got none"
+        )
+
+
+def _check_kernel(flags: Any, weights: str) -> None:
+    kernel = str(getattr(flags, "moe_kernel", "auto"))
+    if kernel not in QUANTIZED_KERNELS:
+        raise ValueError(
+            f"--moe-kernel must be {' or '.join(QUANTIZED_KERNELS)} with {weights}, got {kernel}, which reads no "
+            "quantised experts"
         )
 
 
@@ -91,3 +97,33 @@ def quantizes_all(flags: Any) -> bool:
 def weight_error_rows(flags: Any) -> int:
     """On how many of each layer's rows the report compares its experts with floats; 0: it does not."""
     return values_of(WeightFlags, flags)["moe_report_weight_error"] or 0
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """How a model's weights are to lie: experts in one of FORMATS; int8_dense: whether dense layers are int8."""
+
+    experts: str
+    int8_dense: bool
+
+
+def served_weights(flags: Any, state: ModelState | None) -> ServedWeights:
+    """As the flags say; a quantised checkpoint says itself what it is.
+
+    state: the checkpoint's. ValueError naming flag, rule and value where a flag says something else than the file.
+    """
+    given = ServedWeights(weight_format(flags), quantizes_all(flags))
+    if state is None or state.about is None:
+        return given
+    about = state.about
+    rule = f"or be left out: {state.loading.path} is a quantised checkpoint, which says itself what it is"
+    if given.experts not in (FLOAT, about.experts):
+        raise ValueError(f"--moe-weights must be {about.experts} {rule}, got {given.experts}")
+    if given.int8_dense and about.dense != DENSE:
+        raise ValueError(
+            f"--moe-weights-scope must be {EXPERTS} {rule}, with dense layers in {about.dense}, got {ALL}"
+        )
+    if rows := weight_error_rows(flags):
+        raise ValueError(f"--moe-report-weight-error needs floats, which {state.loading.path} does not have, got {rows}")
+    _check_kernel(flags, f"experts in {about.experts}")
+    return ServedWeights(about.experts, about.dense == DENSE)
