@@ -124,6 +124,7 @@ def served_weights(flags: Any, state: ModelState | None) -> ServedWeights:
             f"--moe-weights-scope must be {EXPERTS} {rule}, with dense layers in {about.dense}, got {ALL}"
         )
     if rows := weight_error_rows(flags):
-        raise ValueError(f"--moe-report-weight-error needs floats, which {state.loading.path} does not have, got {rows}")
+        path = state.loading.path
+        raise ValueError(f"--moe-report-weight-error needs the originals, which {path} does not have, got {rows}")
     _check_kernel(flags, f"experts in {about.experts}")
     return ServedWeights(about.experts, about.dense == DENSE)

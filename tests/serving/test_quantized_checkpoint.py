@@ -85,6 +85,10 @@ def test_a_store_in_another_folder_has_the_same_blocks(loader, quantized, tmp_pa
 
 @pytest.mark.parametrize("flags, words", [
     (("--moe-weights", "int8"), r"--moe-weights must be int4 or be left out: .*X\.safetensors is a quantised check"),
+    (
+        (*INT4[:2], "--moe-report", "/dev/null", "--moe-report-weight-error", "5"),
+        r"--moe-report-weight-error needs the originals, which .*X\.safetensors does not have, got 5",
+    ),
     (("--moe-kernel", "grouped-mm"), "--moe-kernel must be auto or loop with experts in int4, got grouped-mm"),
 ])
 @pytest.mark.grouped_mm
