@@ -7,22 +7,19 @@ Legend: L = MoE layers of a phase, E = experts. The file is a compressed .npz; p
 from __future__ import annotations
 
 import io
-import math
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fairseq_moe_ext.atomic_file import write_bytes
 from fairseq_moe_ext.bounded_json import read_regular
+from fairseq_moe_ext.npz_reading import read_arrays, reason_of
 
 # one step is: an encoder pass; a teacher-forced decoder pass (`prefill`); a decode step
 PHASES = ("encoder", "prefill", "decode")
 _ROOM = 50_000_000  # bytes that the arrays of any file may take; besides, a hundred times its own
-_LIST = 100_000  # bytes of the archive's list of arrays
 _MOST, _LONGEST_NAME = 10_000, 500  # layers or experts; letters
 
 
@@ -122,22 +119,11 @@ def pack_trace(phases: dict[str, PhaseTrace]) -> bytes:
 
 def unpack_trace(content: bytes) -> dict[str, PhaseTrace]:
     """The phases of `pack_trace`, which may be none; ValueError where an array is not what it must be."""
-    reader: Any = zipfile  # its own names, which the types do not know
-    end = reader._EndRecData(io.BytesIO(content))  # as zipfile itself finds it, before it reads the list
-    if end is not None and end[reader._ECD_SIZE] > _LIST:
-        raise ValueError(f"its list of arrays must take at most {_LIST} bytes, got {end[reader._ECD_SIZE]}")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {entry.filename: entry for entry in archive.infolist()}
-        if len(members) < len(archive.infolist()):
-            raise ValueError("each of its arrays must stand there once")
-        wanted = [f"{phase}_{part}.npy" for phase in PHASES for part in ("names", "load", "batch")]
-        size, room = sum(members[name].file_size for name in wanted if name in members), max(_ROOM, 100 * len(content))
-        if size > room:
-            raise ValueError(f"its arrays must take at most {room:,} bytes, got {size:,}")
-        arrays = {name: _array(archive, members[name]) for name in wanted if name in members}
+    wanted = [f"{phase}_{part}" for phase in PHASES for part in ("names", "load", "batch")]
+    arrays = read_arrays(content, lambda _: wanted, max(_ROOM, 100 * len(content)), kinds="iuU")
     phases = {}
     for phase in PHASES:
-        names, load, batch = (arrays.get(f"{phase}_{part}.npy") for part in ("names", "load", "batch"))
+        names, load, batch = (arrays.get(f"{phase}_{part}") for part in ("names", "load", "batch"))
         if load is None:
             continue
         if names is None or batch is None or names.ndim != 1 or names.dtype.kind != "U":
@@ -159,21 +145,6 @@ def _check_numbers(phase: str, names: np.ndarray, load: np.ndarray, batch: np.nd
         raise ValueError(f"{phase}_names must have at most {_LONGEST_NAME} printable letters each")
 
 
-def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    """One array, whose header must describe as many bytes as the archive says that there are."""
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{entry.filename} must be of numpy's format 1.0 or 2.0, got {version}")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        said = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or dtype.kind not in "iuU" or said != entry.file_size - file.tell():
-            raise ValueError(f"{entry.filename} must hold {dtype} {shape} and nothing else, of numbers or names")
-    with archive.open(entry) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
 def save_trace(path: str | os.PathLike, phases: dict[str, PhaseTrace], flag: str = "") -> None:
     """Write `phases` to `path`, which the option `flag` named."""
     write_bytes(path, pack_trace(phases), flag)
@@ -184,8 +155,7 @@ def load_trace(path: str | os.PathLike) -> dict[str, PhaseTrace]:
     try:
         phases = unpack_trace(read_regular(path))
     except Exception as error:  # zipfile and numpy raise a dozen types at damaged files
-        reason = str(getattr(error, "strerror", None) or error)[:200].splitlines()
-        said = reason[0] if reason else type(error).__name__
+        said = reason_of(error)
         raise ValueError(f"{path}: not a routing trace (.npz as --moe-trace writes it): {said}") from error
     if not phases:
         raise ValueError(f"{path}: not a routing trace: none of the phases {', '.join(PHASES)} is in it")

@@ -28,7 +28,7 @@ from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import Float, Format
 from fairseq_moe_ext.experts.gradients import without_gradients
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.experts.schedule import Step, run_steps
+from fairseq_moe_ext.experts.schedule import Step
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
 from fairseq_moe_ext.kernels.offsets import Offsets
@@ -176,9 +176,8 @@ class BufferedExperts(CalledByCounts):
             raise ValueError(f"offsets must be of the counts that were prefetched, {prefetched}, got {counts}")
         self._waited, self._read = 0.0, []
         try:
-            kernel = self.kernel_for(rows.device, rows.dtype)
             pool = self.format.pool([slots.detach() for slots in self.parameters()])
-            outputs = run_steps(self.steps(counts), kernel, rows, offsets, pool, self.activation, row_ids)
+            outputs = self._run_steps(self.steps(counts), rows, offsets, pool, row_ids)
         except BaseException:
             self._empty()  # some slots are half filled
             raise

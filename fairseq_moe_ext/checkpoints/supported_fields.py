@@ -53,6 +53,7 @@ WITHOUT_EFFECT = frozenset(
         "cmr_log_lang_gates",
         "moe_report",
         "moe_trace",
+        "moe_record",
         "moe_dtype",
         "moe_kernel",
         "moe_weights",

@@ -9,6 +9,7 @@ Legend: N = sentences in the decoder (slots), B = beam size, C = candidates (2 *
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from fairseq.sequence_generator import SequenceGenerator
@@ -23,13 +24,17 @@ class BeamSteps:
 
     A sentence is done when it has B hypotheses or came to its longest output; without any where its scores are no
     numbers. Whoever sets `done` takes the sentence out at the next `admit`.
+
+    tell: at every step called with the rows, slot * B + beam, whose hypotheses end there.
     """
 
-    def __init__(self, generator: SequenceGenerator, beam_size: int):
+    def __init__(
+        self, generator: SequenceGenerator, beam_size: int, tell: Callable[[list[int]], None] = lambda rows: None
+    ):
         check_beam(beam_size, generator.vocab_size)
         self.beam_size = beam_size
         self.live: list[Sentence] = []  # by slot
-        self._generator = generator
+        self._generator, self._tell = generator, tell
         self._vocab_size = generator.vocab_size
         self.clear()
 
@@ -181,6 +186,7 @@ class BeamSteps:
             beams = parents[slots, places]
             tokens, history = self._tokens[slots, beams].cpu(), self._scores[slots, beams].cpu()
             end_scores = scores[slots, places].cpu()
+            rows, kept = (slots * self.beam_size + beams).tolist(), []
         for row, slot in enumerate(ended):
             sentence = self.live[slot]
             if sentence.done or len(sentence.hypotheses) == self.beam_size:
@@ -201,6 +207,9 @@ class BeamSteps:
                     "positional_scores": cumulative,
                 }
             )
+            kept.append(rows[row])
+        if ended:
+            self._tell(kept)
         for sentence in self.live:
             sentence.done |= len(sentence.hypotheses) == self.beam_size or sentence.step == sentence.max_len
 

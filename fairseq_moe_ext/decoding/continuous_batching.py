@@ -32,7 +32,7 @@ class ContinuousGenerator(SequenceGenerator):
         self.look_ahead: Callable[[], Request | None] = lambda: None
         self._encoded: dict[Hashable, deque[list[Sentence]]] = {}  # batches not asked for yet, by what they are
         self._waiting: deque[Sentence] = deque()
-        self._steps = BeamSteps(self, self.beam_size)
+        self._steps = BeamSteps(self, self.beam_size, lambda rows: self._hypotheses_end(rows))
 
     @torch.no_grad()
     def generate(self, models, sample, prefix_tokens=None, constraints=None, bos_token=None):
@@ -51,6 +51,9 @@ class ContinuousGenerator(SequenceGenerator):
         if not all(sentence.hypotheses for sentence in batch):
             raise RuntimeError("a sentence came to its longest output without a hypothesis: its scores are no numbers")
         return [best_first(sentence.hypotheses) for sentence in batch]
+
+    def _hypotheses_end(self, rows: list[int]) -> None:
+        """As BeamSteps tells it; for those who count them."""
 
     def _encode(self, request: Request) -> None:
         """Encode a batch; its sentences wait."""

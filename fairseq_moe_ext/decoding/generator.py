@@ -67,6 +67,32 @@ class _CountedGeneration:
         return hypotheses
 
 
+    def finalize_hypos(self, step, bbsz_idx, eos_scores, tokens, scores, finalized, finished, beam_size, *args):
+        """fairseq's; the observer hears of the rows whose hypotheses are kept, of those that end at this step."""
+        self._hypotheses_end(_kept_ends(bbsz_idx.tolist(), finalized, finished, beam_size))
+        return super().finalize_hypos(
+            step, bbsz_idx, eos_scores, tokens, scores, finalized, finished, beam_size, *args
+        )
+
+    def _hypotheses_end(self, rows: list[int]) -> None:
+        if self.observer is not None:
+            self.observer.hypotheses_end(rows)
+
+
+def _kept_ends(rows: list[int], finalized: list[list], finished: list[bool], beam_size: int) -> list[int]:
+    """Of the rows that end at a step, by sentences that go on, those that fairseq takes down: a sentence has room for
+    `beam_size` hypotheses."""
+    going_on = [number for number, done in enumerate(finished) if not done]
+    room = {number: beam_size - len(finalized[number]) for number in going_on}
+    kept = []
+    for row in rows:
+        number = going_on[row // beam_size]
+        if room[number] > 0:
+            room[number] -= 1
+            kept.append(row)
+    return kept
+
+
 class RepeatBlock(torch.nn.Module):
     """fairseq's `--no-repeat-ngram-size`, of the tokens so far.
 
@@ -294,6 +320,7 @@ class ServedBatches:
     def _watched(self, batch: dict) -> dict:
         if batch:  # fairseq fills up its shards with empty ones, and knows them by that
             batch[OBSERVER] = self._observer
+            self._observer.begin_targets(batch.get("target"))
             self._yielded += 1
         return batch
 

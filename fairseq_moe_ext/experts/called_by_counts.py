@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,22 @@ from torch import Tensor, nn
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.formats import Format
 from fairseq_moe_ext.experts.parts import ExpertKeys, packed_shapes
+from fairseq_moe_ext.experts.schedule import Step, run_steps
 from fairseq_moe_ext.kernels.activations import Activation
+from fairseq_moe_ext.kernels.grouped_mlp import Pool
 from fairseq_moe_ext.kernels.offsets import Offsets
 
 # what `run` was given, and its outputs
 ExpertsObserver = Callable[[Tensor, Offsets, "Tensor | None", Tensor], None]
+
+
+class Watcher(Protocol):
+    """Sees what experts compute (watched_inputs.py), and changes nothing."""
+
+    def steps(
+        self, steps: Iterable[Step], rows: Tensor, offsets: Offsets, pool: Pool, row_ids: Tensor | None
+    ) -> Iterator[Step]:
+        """The same steps, of a call of run_steps with these arguments."""
 
 
 class CalledByCounts(nn.Module, ABC):
@@ -42,6 +54,7 @@ class CalledByCounts(nn.Module, ABC):
         self.activation = activation
         self.kernel = kernel
         self.totals = BufferCall()  # of all calls
+        self._watcher: Watcher | None = None
         shapes = packed_shapes(len(self.local), form.model_dim, form.hidden_dim)
         self._keys = ExpertKeys(num_experts, self.local, shapes)
         self._observer: ExpertsObserver | None = None
@@ -85,6 +98,23 @@ class CalledByCounts(nn.Module, ABC):
     def observe(self, observer: ExpertsObserver) -> None:
         """Tell `observer` of every call from here on."""
         self._observer = observer
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Show `watcher` every call from here on; None: nobody."""
+        self._watcher = watcher
+
+    def _watched(
+        self, steps: Iterable[Step], rows: Tensor, offsets: Offsets, pool: Pool, row_ids: Tensor | None
+    ) -> Iterable[Step]:
+        return steps if self._watcher is None else self._watcher.steps(steps, rows, offsets, pool, row_ids)
+
+    def _run_steps(
+        self, steps: Iterable[Step], rows: Tensor, offsets: Offsets, pool: Pool, row_ids: Tensor | None
+    ) -> Tensor:
+        """As `run_steps`, by this module's kernel and activation."""
+        kernel = self.kernel_for(rows.device, rows.dtype)
+        watched = self._watched(steps, rows, offsets, pool, row_ids)
+        return run_steps(watched, kernel, rows, offsets, pool, self.activation, row_ids)
 
     def forward(self, rows: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """rows (N, D) in expert order, H counts that sum to N -> outputs (N, D)."""

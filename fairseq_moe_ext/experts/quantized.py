@@ -14,7 +14,7 @@ from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import Format, format_named
 from fairseq_moe_ext.experts.gradients import without_gradients
 from fairseq_moe_ext.experts.resident import ResidentExperts
-from fairseq_moe_ext.experts.schedule import AllResident, run_steps
+from fairseq_moe_ext.experts.schedule import AllResident
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
 from fairseq_moe_ext.kernels.numa import touch_new
@@ -83,9 +83,8 @@ class QuantizedExperts(CalledByCounts):
     def _run(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
         if self.training:
             raise RuntimeError("quantised experts cannot be trained: call eval() first")
-        kernel, pool = self.kernel_for(rows.device, rows.dtype), self.format.pool([self.blocks])
         steps = self._schedule.steps(DeviceCounts(offsets))
-        return run_steps(steps, kernel, rows, offsets, pool, self.activation, row_ids)
+        return self._run_steps(steps, rows, offsets, self.format.pool([self.blocks]), row_ids)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.format.unpack([self.blocks])

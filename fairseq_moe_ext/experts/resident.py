@@ -5,6 +5,7 @@ F = hidden dim.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import Float
 from fairseq_moe_ext.experts.gradients import wants_gradients
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.experts.schedule import AllResident, Schedule, run_steps
+from fairseq_moe_ext.experts.schedule import AllResident, Schedule
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
 from fairseq_moe_ext.kernels.numa import converted_near, touch_new
@@ -112,14 +113,14 @@ class ResidentExperts(CalledByCounts):
         if rows.dtype != pool[0].dtype:  # autocast's
             pool = [parameter.to(rows.dtype) for parameter in pool]
         dropout = self.activation_dropout if self.training or self.retains_dropout else 0.0
+        steps = self._schedule.steps(DeviceCounts(offsets))
         if dropout > 0 or wants_gradients(rows, *pool):
+            deque(self._watched(steps, rows, offsets, pool, row_ids), maxlen=0)
             rows = rows if row_ids is None else rows.index_select(0, row_ids)
             return self._run_with_gradients(rows, offsets.on_host.tolist(), pool, dropout)
         if torch.is_grad_enabled():
             pool = [parameter.detach() for parameter in pool]
-        steps = self._schedule.steps(DeviceCounts(offsets))
-        kernel = self.kernel_for(rows.device, rows.dtype)
-        return run_steps(steps, kernel, rows, offsets, pool, self.activation, row_ids)
+        return self._run_steps(steps, rows, offsets, pool, row_ids)
 
     def _run_with_gradients(self, rows: Tensor, offsets: list[int], pool: list[Tensor], dropout: float) -> Tensor:
         outputs = []

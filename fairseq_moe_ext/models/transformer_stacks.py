@@ -60,7 +60,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
     def _observed(self, src_tokens):
         if self.observer is None:
             return nullcontext()
-        return self.observer.encoder_pass(src_tokens.ne(self.padding_idx))
+        return self.observer.encoder_pass(src_tokens, src_tokens.ne(self.padding_idx))
 
 
 class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
@@ -91,7 +91,7 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
         if self.observer is None:
             return nullcontext()
         entering = prev_output_tokens[:, -1:] if incremental else prev_output_tokens
-        return self.observer.decoder_pass(entering.ne(self.padding_idx), incremental)
+        return self.observer.decoder_pass(prev_output_tokens, entering.ne(self.padding_idx), incremental)
 
 
 def _number_before(given: str | None, number: int) -> int:

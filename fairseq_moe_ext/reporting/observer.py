@@ -1,4 +1,5 @@
-"""The one who watches a served model: times its passes, feeds the report and the trace, writes both at the end."""
+"""The one who watches a served model: times its passes, feeds the report, the trace and the record, and writes them at
+the end."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.kernels.offsets import fetch
 from fairseq_moe_ext.models.batch_seeds import BatchSeeds
 from fairseq_moe_ext.ranks.group import Ranks
+from fairseq_moe_ext.recording import pack_record, unpack_record
 from fairseq_moe_ext.reporting.exit_code import ExitCode
 from fairseq_moe_ext.reporting.finite import NonFinite, PassOutputs, Results
 from fairseq_moe_ext.reporting.interrupts import on_interrupt
 from fairseq_moe_ext.reporting.outputs import Outputs
+from fairseq_moe_ext.reporting.recorder import Recorder
 from fairseq_moe_ext.reporting.report import Report
 from fairseq_moe_ext.reporting.start import kernel_in_words, warm_up
 from fairseq_moe_ext.reporting.totals import PassTotals
@@ -35,7 +38,9 @@ logger = logging.getLogger("fairseq_moe_ext")
 class Observer:
     """Belongs to one served model. Batches are begun by the batch iterator, passes by the model's stacks.
 
-    Under several ranks each has its own, and rank 0 writes one report and one trace of what all of them saw.
+    Under several ranks each has its own, and rank 0 writes one report, one trace and one record of what
+    all of them saw.
+    record: None: none is asked for.
     """
 
     def __init__(
@@ -46,7 +51,9 @@ class Observer:
         ranks: Ranks | None = None,
         exit_code: ExitCode | None = None,
         weight_error_rows: int = 0,
+        record: Recorder | None = None,
     ):
+        self.record = record
         self.report = Report(gating)
         self._ranks, self._weight_error_rows = ranks, weight_error_rows
         self._recorder = TraceRecorder() if trace_path else None
@@ -60,7 +67,8 @@ class Observer:
         self._nothing_left: str | None = None
         # before `finish_at_exit`, hence after it when the process ends
         self._exit_code = ExitCode() if exit_code is None else exit_code
-        self._written = Outputs(report_path, trace_path, ranks, self._exit_code)
+        record_path = None if record is None else record.path
+        self._written = Outputs(report_path, trace_path, record_path, ranks, self._exit_code)
         self.seeds = BatchSeeds()
         self._at_exit = False
         self._hears_interrupts = self._finished = False
@@ -77,6 +85,8 @@ class Observer:
         self._model = weakref.ref(model)
         first = self._described is None
         self._describe(model)
+        if self.record is not None:
+            self.record.attach(model.moe_layers())
         warm_up()
         if first and self.report.layers and (self._ranks is None or self._ranks.rank == 0):
             logger.info(kernel_in_words(model.moe_layers(), self.report.dense_bytes_int8))
@@ -115,13 +125,24 @@ class Observer:
         self.hear_interrupts()
         self.seeds.begin(self._batch)
 
-    def encoder_pass(self, real: Tensor):
-        """Context of one encoder pass; real (B, L) bool: False on padding."""
-        return self._pass("encoder", self.report.encoder, real)
+    def begin_targets(self, targets: Tensor | None) -> None:
+        """What the next passes are to say, (B, L), where that is known."""
+        if self.record is not None:
+            self.record.begin_batch(targets)
 
-    def decoder_pass(self, real: Tensor, incremental: bool):
-        """Context of one decoder pass: a decode step, or a teacher-forced pass; real (B, L) bool: False on padding."""
-        return self._pass("decode" if incremental else "prefill", self.report.decoder, real)
+    def encoder_pass(self, tokens: Tensor, real: Tensor):
+        """Context of one encoder pass over tokens (B, L); real (B, L) bool: False on padding."""
+        return self._pass("encoder", self.report.encoder, tokens, real)
+
+    def decoder_pass(self, tokens: Tensor, real: Tensor, incremental: bool):
+        """Context of one decoder pass: a decode step, or a teacher-forced pass; tokens (B, L') so far, of which those
+        of real (B, L) bool enter: False on padding."""
+        return self._pass("decode" if incremental else "prefill", self.report.decoder, tokens, real)
+
+    def hypotheses_end(self, rows: Sequence[int] | Tensor) -> None:
+        """After these rows of the decoder's last pass a search chose the end of sentence."""
+        if self.record is not None:
+            self.record.hypotheses_end(rows)
 
     def layer_output(self, name: str, output: Tensor) -> None:
         """The transformer layer called `name` gives output (L, B, D) in the pass under way."""
@@ -251,6 +272,8 @@ class Observer:
             self._ranks.send(json.dumps(self.report.figures()).encode())
             if self._recorder is not None:
                 self._ranks.send(pack_trace(self._recorder.trace()))
+            if self.record is not None:
+                self._ranks.send(pack_record(self.record.record()))
             return
         every = self._written.other_ranks
         reports = self._written.receive(every if others is None else others, "report")
@@ -261,13 +284,19 @@ class Observer:
         if self._recorder is not None:
             traces = self._written.receive(reports, "trace")
             self._written.write_trace([self._recorder.trace(), *map(unpack_trace, traces.values())], traces)
+        if self.record is not None:
+            records = self._written.receive(reports, "record")
+            self._written.write_record([self.record.record(), *map(unpack_record, records.values())], records)
         logger.info(self.report.summary())
 
     @contextmanager
-    def _pass(self, phase: str, totals: PassTotals, real: Tensor) -> Iterator[None]:
+    def _pass(self, phase: str, totals: PassTotals, entering: Tensor, real: Tensor) -> Iterator[None]:
         """Nothing is counted of a pass that raises: whoever meets the error may try again."""
         tokens, on_gpu = int(real.sum()), self._is_on_gpu()
         fetched = self.report.buffer_totals()
+        if self.record is not None:
+            stack = "encoder" if phase == "encoder" else "decoder"
+            self.record.begin_pass(stack, max(self._batch, 0), entering, real, phase == "decode")
         try:
             # a pass ends when the device has finished it, not when the host has queued it
             _synchronize(on_gpu)
@@ -281,11 +310,15 @@ class Observer:
             self._calls.clear()
             self._outputs = PassOutputs()
             self.report.set_buffer_totals(fetched)
+            if self.record is not None:
+                self.record.drop_pass()
             raise
         totals.seconds += seconds
         totals.tokens += tokens
         totals.steps += 1
         self._take_in_calls(phase)
+        if self.record is not None:
+            self.record.end_pass()
         self.report.take_in_buffers()
         if not_finite is not None:
             self.report.non_finite.add(NonFinite(passes=1, first_layer=not_finite))

@@ -1,4 +1,4 @@
-"""Where the report and the trace go: one file each, which rank 0 writes of what all ranks saw."""
+"""Where the report, the trace and the record go: one file each, which rank 0 writes of what all ranks saw."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fairseq_moe_ext.atomic_file import write_json
 from fairseq_moe_ext.ranks.faults import ExchangeError
 from fairseq_moe_ext.ranks.group import Ranks
+from fairseq_moe_ext.recording import Record, merge_records, save_record
 from fairseq_moe_ext.reporting.exit_code import ExitCode
 from fairseq_moe_ext.trace import PhaseTrace, merge_traces, save_trace
 
@@ -19,8 +20,15 @@ logger = logging.getLogger("fairseq_moe_ext")
 class Outputs:
     """A path that is None is not asked for. interrupted: whether what the ranks saw so far is enough."""
 
-    def __init__(self, report_path: str | None, trace_path: str | None, ranks: Ranks | None, exit_code: ExitCode):
-        self._report_path, self._trace_path = report_path, trace_path
+    def __init__(
+        self,
+        report_path: str | None,
+        trace_path: str | None,
+        record_path: str | None,
+        ranks: Ranks | None,
+        exit_code: ExitCode,
+    ):
+        self._report_path, self._trace_path, self._record_path = report_path, trace_path, record_path
         self._ranks = ranks
         self._exit_code = exit_code
         self.interrupted = False
@@ -58,6 +66,12 @@ class Outputs:
                 save_trace(self._trace_path, phases, "--moe-trace")
             else:
                 logger.warning("--moe-trace %s is not written: nothing was routed by a dense model", self._trace_path)
+
+    def write_record(self, records: Sequence[Record], ranks: Iterable[int]) -> None:
+        """records: rank 0's, and those of the other `ranks`."""
+        if self._is_enough(ranks, "record"):
+            with self._going_on():
+                save_record(self._record_path, merge_records(records), "--moe-record")
 
     def _is_enough(self, ranks: Iterable[int], what: str) -> bool:
         """Whether `what` is written of these other ranks: of all of them, or after an interruption."""

@@ -17,6 +17,7 @@ from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.exit_code import ExitCode
 from fairseq_moe_ext.reporting.finite import NonFinite, Results
 from fairseq_moe_ext.reporting.observer import Observer
+from fairseq_moe_ext.reporting.recorder import Recorder
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -24,7 +25,7 @@ _DRAWING = threading.Lock()  # PyTorch's own random numbers are one stream for t
 
 
 class ProgramObserver(Observer):
-    """Writes report and trace when it is told to, and checks the results of every call by themselves.
+    """Writes report, trace and record when it is told to, and checks the results of every call by themselves.
 
     Under several ranks each watches its own batches, and hears at the end of a call of the others'.
     """
@@ -36,21 +37,27 @@ class ProgramObserver(Observer):
         trace_path: str | None = None,
         ranks: ProgramRanks | None = None,
         weight_error_rows: int = 0,
+        record: Recorder | None = None,
     ):
-        super().__init__(gating, report_path, trace_path, ranks, _LoggedFailures(), weight_error_rows)
+        super().__init__(gating, report_path, trace_path, ranks, _LoggedFailures(), weight_error_rows, record)
         self.seeds = CallSeeds()
-        self.writes = report_path is not None or trace_path is not None
+        self.writes = any(each is not None for each in (report_path, trace_path, record))
         self._at_exit = True  # the end of a call's batches is not the end of what is served
         self._before = self._begun = 0  # batches of earlier calls, of all ranks; of this call
         self._of_all = NonFinite()  # what all ranks had met by the end of the last call
 
     @contextmanager
-    def call(self, draws: bool, seed: int | None, device: torch.device) -> Iterator[None]:
+    def call(
+        self, draws: bool, seed: int | None, device: torch.device, languages: tuple[str, str] = ("", "")
+    ) -> Iterator[None]:
         """Around one call's batches, which draw as the first ones of a command do.
 
         draws: whether they draw PyTorch's own random numbers, whose stream is the program's again afterwards. Calls of
-        other models that draw, too, wait. NotFiniteError where a result is no number.
+        other models that draw, too, wait. languages: of the call's sources and targets. NotFiniteError where a result
+        is no number.
         """
+        if self.record is not None:
+            self.record.speak(*languages)
         self._results = Results()
         self._before, self._begun = self._before + self._begun, 0
         self.seeds.restart(draws)
@@ -98,7 +105,7 @@ class ProgramObserver(Observer):
         return self._ranks.gather(report.as_dict() if self._ranks.rank == 0 else None)[0]
 
     def write(self) -> None:
-        """Report and trace to the files that were asked for; under several ranks all do it at once."""
+        """Report, trace and record to the files that were asked for; under several ranks all do it at once."""
         self._finish()
 
     @property

@@ -31,6 +31,7 @@ from fairseq_moe_ext.serving.keyword_options import (
     task_configuration,
     text_configuration,
 )
+from fairseq_moe_ext.serving.recorded_languages import recorder_of
 from fairseq_moe_ext.serving.served_state import served_state
 
 LANGUAGES = ("source_lang", "target_lang")
@@ -121,7 +122,7 @@ def load_models(
     task = _set_up(args, ranks)
     if observer is not None:
         outputs = args.moe_report, args.moe_trace, ranks, int(args.moe_report_weight_error or 0)
-        task.observer = observer(str(args.moe_gating), *outputs)
+        task.observer = observer(str(args.moe_gating), *outputs, recorder_of(args, task))
     models = [_model(task, state)]
     models += [_model(task, served_state(path, overrides)) for path in paths[1:]]
     found = data, options, args, state["cfg"].model, state["criterion"]

@@ -19,6 +19,7 @@ from fairseq_moe_ext.ranks.calls import Call, OneCall
 from fairseq_moe_ext.reporting.program_observer import ProgramObserver
 from fairseq_moe_ext.serving.engine import Engine
 from fairseq_moe_ext.serving.keyword_options import BATCHES, SEARCH, OptionError
+from fairseq_moe_ext.serving.recorded_languages import languages_of
 from fairseq_moe_ext.serving.scored_data import blocks, pairs
 from fairseq_moe_ext.serving.served_parts import ServedParts
 from fairseq_moe_ext.serving.text import Hypothesis
@@ -74,7 +75,7 @@ class Served:
                 scorer = parts.scorer(cfg)
                 batches = parts.batches(_scored(parts, sentences, targets), cfg) if sentences else ()
             found: Found = {}
-            with parts.observer.call(False, None, parts.device):
+            with parts.observer.call(False, None, parts.device, languages_of(parts.task)):
                 for batch in batches:
                     for number, (hypothesis, *_) in zip(
                         batch["id"].tolist(), scorer.generate(parts.models, batch), strict=True
@@ -100,6 +101,11 @@ class Served:
         _check_call((), options, (*(name for name in SEARCH if name != "seed"), "batch_size", "max_tokens"))
         with self._open() as parts:
             parts.ranks.check_alone("engine()")
+            if parts.observer.record is not None:
+                raise ValueError(
+                    "engine() must be asked for without moe_record: requests of several languages share its passes, "
+                    f"got {parts.observer.record.path}"
+                )
             _, cfg = parts.generator(options)
             engine = Engine(parts, cfg, self._lock, max_waiting, max_beam, keep=self)
             parts.engines.add(engine)
@@ -158,7 +164,7 @@ class Served:
             draws = generation.sampling or generation.retain_dropout
             seed = None if generation.no_seed_provided else cfg.common.seed
             found: Found = {}
-            with parts.observer.call(draws, seed, parts.device):
+            with parts.observer.call(draws, seed, parts.device, languages_of(parts.task)):
                 for numbers, batch in batches:
                     constraints = batch.pop("constraints", None)
                     hypotheses = parts.task.inference_step(generator, parts.models, batch, constraints=constraints)

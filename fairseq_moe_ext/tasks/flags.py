@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,6 +26,7 @@ from fairseq_moe_ext.tasks.flag import check_values, flag
 from fairseq_moe_ext.tasks.weight_flags import WeightFlags, check_weight_flags
 from fairseq_moe_ext.torch_versions import has_grouped_mm
 
+OUTPUTS = ("moe_report", "moe_trace", "moe_record")  # files that serving writes
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -63,6 +65,10 @@ class MoEFlags(CapacityFlags, BufferFlags, WeightFlags):
     )
     moe_report: Optional[str] = flag(None, "write what was served to this file, as JSON", experts=False)
     moe_trace: Optional[str] = flag(None, "record the routing to this file (.npz)", experts=False)
+    moe_record: Optional[str] = flag(
+        None,
+        "record the experts' inputs, the first choices by language and a sample of gate inputs to this file (.npz)",
+    )
     expert_placement: Optional[str] = flag(
         None, "several ranks: which ranks hold which expert (.json); default: experts in rising number"
     )
@@ -107,6 +113,7 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
     if placement is not None:
         _check_placement(placement, getattr(flags, "moe_virtual_ranks", None) or rank.world_size)
     _check_outputs(flags, writes=rank.rank == 0)  # rank 0 writes for all
+    _check_record(flags)
     check_buffer_flags(flags)
     check_weight_flags(flags)
     check_capacity_flags(flags, rank.world_size)
@@ -147,11 +154,21 @@ def _check_placement(path: str, ranks: int) -> None:
         raise ValueError(f"--expert-placement {path} must be for the ranks that serve, {ranks}, got {found}")
 
 
+def _check_record(flags: Any) -> None:
+    path = getattr(flags, "moe_record", None)
+    if path is not None and str(getattr(flags, "moe_gating", "dynamic")) == "static":
+        raise ValueError(
+            f"--moe-record must go with --moe-gating dynamic, got {path} with static gating, whose empty slots would "
+            "count as the experts' inputs"
+        )
+
+
 def _check_outputs(flags: Any, writes: bool) -> None:
-    files = {name: path for name in ("moe_report", "moe_trace") if (path := getattr(flags, name, None)) is not None}
-    report = files.get("moe_report", "")
-    if len(set(map(os.path.realpath, files.values()))) < len(files) and not Path(report).is_char_device():
-        raise ValueError(f"--moe-report and --moe-trace must name two files, got {report} twice")
+    files = {name: path for name in OUTPUTS if (path := getattr(flags, name, None)) is not None}
+    for first, second in combinations(files, 2):
+        path = files[first]
+        if os.path.realpath(path) == os.path.realpath(files[second]) and not Path(path).is_char_device():
+            raise ValueError(f"{as_option(first)} and {as_option(second)} must name two files, got {path} twice")
     for name, path in files.items():
         if writes:
             _check_writable(as_option(name), Path(path))

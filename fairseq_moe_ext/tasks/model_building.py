@@ -30,6 +30,7 @@ from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving.expert_share import distribute_experts
+from fairseq_moe_ext.serving.recorded_languages import recorder_of
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.command_check import check_rank_count
@@ -66,7 +67,8 @@ class ModelBuilding:
                 check_rank_count(world_size(), int(getattr(args, "moe_expert_count", None) or 0))
             self.ranks = served_ranks()
             outputs = flags.moe_report, flags.moe_trace, self.ranks
-            self.observer = Observer(str(flags.moe_gating), *outputs, weight_error_rows=weight_error_rows(flags))
+            more = {"weight_error_rows": weight_error_rows(flags), "record": recorder_of(flags, self)}
+            self.observer = Observer(str(flags.moe_gating), *outputs, **more)
         self.observer.models += 1
         self._served_words = len(self.source_dictionary)
         state = vars(args).pop("served_state", None) if isinstance(args, Namespace) else None

@@ -1,0 +1,30 @@
+"""What `--moe-record` is told of a task: its languages, and its end of sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairseq_moe_ext.reporting.recorder import Recorder
+
+
+def languages_of(task: Any) -> tuple[str, str]:
+    """Source and target that a task serves now; "" and "" of a language model, or of several pairs at once."""
+    flags = task.args if hasattr(task, "args") else task.cfg
+    found = [getattr(flags, name, None) or "" for name in ("source_lang", "target_lang")]
+    pairs = getattr(flags, "lang_pairs", None)
+    if not all(found) and pairs:
+        pairs = pairs.split(",") if isinstance(pairs, str) else list(pairs)
+        found = list(pairs[0].partition("-")[::2]) if len(pairs) == 1 else ["", ""]
+    return found[0], found[1]
+
+
+def recorder_of(flags: Any, task: Any) -> Recorder | None:
+    """What a task's `flags` ask for; None: no record. ValueError where its passes are not of one pair of languages."""
+    if flags.moe_record is None:
+        return None
+    languages = languages_of(task)
+    if not all(languages) and not hasattr(task, "eval_lm_dataloader"):
+        raise ValueError(
+            f"--moe-record {flags.moe_record} needs one pair of languages, got those of --lang-pairs: name one"
+        )
+    return Recorder(flags.moe_record, task.target_dictionary.eos(), languages)
