@@ -189,6 +189,7 @@ ELSEWHERE = {
     "--moe-kernel": "tests/serving/test_kernels.py",
     "--moe-report": "tests/test_commands.py",
     "--moe-trace": "tests/reporting/test_report.py",
+    "--moe-record": "tests/reporting/test_recorder.py",
     "--expert-placement": "tests/ranks/test_ranks_commands.py",
     "--continuous-batching": "tests/decoding/test_continuous_batching.py",
 }

@@ -16,7 +16,7 @@ ORDER = (
     *("checkpoints", "buffering", "balancing", "experts", "gating", "kernels"),
 )
 # single files that all may know
-HELPERS = {"trace", "atomic_file", "bounded_json", "byte_sizes", "option_names"}
+HELPERS = {"trace", "recording", "npz_reading", "atomic_file", "bounded_json", "byte_sizes", "option_names"}
 HELPERS |= {"safetensors_header", "torch_versions"}
 PURE_ROOMS = {"experts", "gating", "kernels", "buffering", "balancing"}
 FAIRSEQ_ROOMS = {*ORDER} - PURE_ROOMS

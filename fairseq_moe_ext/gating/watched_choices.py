@@ -96,8 +96,11 @@ class WatchedChoices:
     def result(self, languages: int) -> tuple[Choices, Sample]:
         """So far."""
         self._take_in()
-        of_all = [self._of(language) for language in range(languages)]
-        return Choices(*map(np.stack, zip(*of_all, strict=True))), self._sample
+        dtypes = (np.int64, np.float64, np.int64)
+        first, confidence, ends = (np.zeros((languages, self._num_experts), dtype) for dtype in dtypes)
+        for language, counts in self._counts.items():
+            first[language], confidence[language], ends[language] = counts
+        return Choices(first, confidence, ends), self._sample
 
     @torch.no_grad()
     def _take(self, _gate: torch.nn.Module, inputs: tuple, routing: Routing) -> None:
