@@ -13,6 +13,7 @@ dense ones as --moe-weights-scope. Counted: weights, the batch's activations and
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
@@ -48,11 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = read_sizes(args.source)
         if not sizes.experts:
             check_weights_of_dense(args)
+        _check_weights(args, sizes.quantized)
     except (CheckpointError, OSError, ValueError) as error:
         return failed(error)
     work = Workload(args.batch_size, args.beam, args.length, 4 if args.fp32 else 2)
     experts = f"{sizes.moe_layers} MoE layers of {sizes.experts} experts" if sizes.experts else "no experts"
-    print(f"{sizes.parameters:,} parameters, {experts}, vocabulary {sizes.vocabulary:,}\n")
+    print(f"{sizes.parameters:,} parameters, {experts}, vocabulary {sizes.vocabulary:,}")
+    if sizes.quantized is not None:
+        form, int8_dense = sizes.quantized
+        dense = ", dense layers in int8" if int8_dense else ""
+        print(f"a quantised checkpoint of {sizes.file_bytes:,} bytes: experts in {form}{dense}")
+    print()
     if args.device_memory is None:
         print(table_of_formats(sizes, work))
         print(f"\nWith {args.batch_size} sentences of {args.length} tokens at a time, beam {args.beam}:\n")
@@ -61,3 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = args.device_memory, args.host_memory
     print(table(plan(sizes, *memory, work, args.moe_weights, args.moe_weights_scope == ALL)))
     return 0
+
+
+def _check_weights(args: Namespace, quantized: tuple[str, bool] | None) -> None:
+    """ValueError where the user names another format than that of a quantised checkpoint."""
+    if quantized is None:
+        return
+    form, int8_dense = quantized
+    rule = f"or be left out: {args.source} is a quantised checkpoint, which says itself what it is"
+    if args.moe_weights not in (FLOAT, form):
+        raise ValueError(f"--moe-weights must be {form} {rule}, got {args.moe_weights}")
+    if args.moe_weights_scope == ALL and not int8_dense:
+        raise ValueError(f"--moe-weights-scope must be {EXPERTS} {rule}, got {ALL}")

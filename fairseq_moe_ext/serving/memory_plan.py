@@ -12,7 +12,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.checkpoint_summary import model_field, place_of
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
-from fairseq_moe_ext.experts.formats import FLOAT, format_named
+from fairseq_moe_ext.experts.formats import DENSE, FLOAT, format_named
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.nllb.config import NllbConfig
 from fairseq_moe_ext.nllb.convert import match_tensors
@@ -45,7 +45,8 @@ class ModelSizes:
 
     vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
     expert_dims: model dim and hidden dim of such an expert, which quantised ones need. weights: what `dense` counts.
-    encoder, decoder: what a pass and a step read. choices: of a token.
+    encoder, decoder: what a pass and a step read. choices: of a token. quantized: of a quantised checkpoint, its
+    experts' format and whether its dense part lies in int8.
     """
 
     dense: int
@@ -61,6 +62,7 @@ class ModelSizes:
     encoder: Reads | None = field(default=None, compare=False)
     decoder: Reads | None = field(default=None, compare=False)
     choices: int = field(default=2, compare=False)
+    quantized: tuple[str, bool] | None = None
 
     @classmethod
     def of_shapes(
@@ -185,7 +187,9 @@ def read_sizes(source: str) -> ModelSizes:
         once.setdefault(tied or place_of(tensor), (key, tensor))
     shapes = {key: tuple(tensor.shape) for key, tensor in once.values()}
     stored = sum(tensor.nbytes for _, tensor in once.values())
-    return ModelSizes.of_shapes(shapes, stored, choices=1 if model_field(state, "moe_top1_expert") is True else 2)
+    sizes = ModelSizes.of_shapes(shapes, stored, choices=1 if model_field(state, "moe_top1_expert") is True else 2)
+    about = state["model"].about
+    return sizes if about is None else replace(sizes, quantized=(about.experts, about.dense == DENSE))
 
 
 class _Vocabulary:
@@ -229,9 +233,11 @@ def plan(
 ) -> list[Setting]:
     """The ways to serve on GPUs of `device` bytes each and `host` bytes of main memory (None: whatever it takes).
 
-    weights: how the experts lie, one of FORMATS. int8_dense: whether the dense part lies in int8 beside them.
+    weights: how the experts lie, one of FORMATS. int8_dense: whether the dense part lies in int8 beside them. A
+    quantised checkpoint says both itself.
     """
     work = work or Workload()
+    weights, int8_dense = sizes.quantized or (weights, int8_dense)
     element, batch = work.element, work.bytes(sizes) + PROCESS
     dense, a_place = sizes.dense_bytes(element, int8_dense), sizes.expert_bytes(weights, element) * sizes.moe_layers
     experts = a_place * sizes.experts
@@ -240,7 +246,7 @@ def plan(
     room = int(USABLE * device) - dense - batch
     dtype, on_disk = "--moe-dtype float16" if element == 2 else "", "--expert-store disk"
     stored, of_cpu = 0, ""  # bytes of a store beside the checkpoint
-    if weights != FLOAT:
+    if weights != FLOAT and sizes.quantized is None:
         of_cpu, stored = f"--moe-weights {weights}" + " --moe-weights-scope all" * int8_dense, experts
         dtype, on_disk = f"{dtype} {of_cpu}".strip(), f"{on_disk} --expert-store-dir DIR"
 

@@ -50,6 +50,8 @@ def table_of_formats(sizes: ModelSizes, work: Workload) -> str:
     for stored in STORED:
         if stored.experts != FLOAT and not sizes.experts:
             continue
+        if sizes.quantized not in (None, (stored.experts, stored.int8_dense)):
+            continue
         expert = sizes.expert_bytes(stored.experts, stored.element)
         experts = expert * sizes.experts * sizes.moe_layers
         dense = sizes.dense_bytes(stored.element, stored.int8_dense)
@@ -86,6 +88,8 @@ def choose(sizes: ModelSizes, memory: int, on_gpu: bool, work: Workload) -> Choi
         return [each for each in found if each.name.startswith("one GPU" if on_gpu else "CPU")]
 
     preferred = _PREFERRED if sizes.experts else _PREFERRED[:1]
+    if sizes.quantized is not None:
+        preferred = ((sizes.quantized[0], *sizes.quantized),)
     for name, weights, int8_dense in preferred:
         whole = settings(weights, int8_dense)[0]
         if whole.fits:
