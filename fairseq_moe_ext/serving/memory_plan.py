@@ -210,16 +210,21 @@ class _Dictionary:
         return 1
 
 
-def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dict[str, tuple[int, ...]]:
-    """Of a state of the registered architecture `name`, no weight made, tied tensors under their first name.
+def state_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dict[str, Tensor]:
+    """The state of the registered architecture `name` on the meta device, no weight made; tied tensors are the same.
 
     fields: set above the architecture's own.
     """
     args = Namespace(allocate_experts=False, initialize_experts=False, **fields)
     ARCH_CONFIG_REGISTRY[name](args)
     with torch.device("meta"):
-        model = ARCH_MODEL_REGISTRY[name].build_model(args, _Vocabulary(vocabulary))
-    once = {id(tensor): (key, tensor) for key, tensor in reversed(model.state_dict(keep_vars=True).items())}
+        return ARCH_MODEL_REGISTRY[name].build_model(args, _Vocabulary(vocabulary)).state_dict(keep_vars=True)
+
+
+def shapes_of_architecture(name: str, vocabulary: int = 256206, **fields) -> dict[str, tuple[int, ...]]:
+    """As `state_of_architecture`, tied tensors under their first name."""
+    state = state_of_architecture(name, vocabulary, **fields)
+    once = {id(tensor): (key, tensor) for key, tensor in reversed(state.items())}
     return {key: tuple(tensor.shape) for key, tensor in reversed(once.values())}
 
 

@@ -22,6 +22,11 @@ _INT8_KEY = re.compile(r"^(?!.*\.experts\.).*(_proj|fc1|fc2|embed_tokens|output_
 _NOT_IN_A_PASS = re.compile(r"embed_tokens|embed_positions|output_projection|\.encoder_attn\.[kv]_proj\.|\.version$")
 
 
+def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether `--moe-weights-scope all` puts the tensor of that key in int8."""
+    return len(shape) == 2 and _INT8_KEY.search(name) is not None
+
+
 @dataclass(frozen=True)
 class DenseWeights:
     """elements: of all. quantizable: of them, what `--moe-weights-scope all` puts in int8 (and its biases); int8: bytes
@@ -34,7 +39,7 @@ class DenseWeights:
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> DenseWeights:
         """shapes: without experts."""
-        linear = {name: shape for name, shape in shapes.items() if _INT8_KEY.search(name) and len(shape) == 2}
+        linear = {name: shape for name, shape in shapes.items() if is_quantizable(name, shape)}
         biases = (shapes.get(f"{name.removesuffix('weight')}bias", (0,)) for name in linear)
         return cls(
             elements=sum(map(math.prod, shapes.values())),

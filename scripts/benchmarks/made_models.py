@@ -15,7 +15,7 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_moe_ext.atomic_file import new_file
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401
@@ -57,12 +57,19 @@ def dictionary(vocabulary: int) -> Dictionary:
     return words
 
 
-def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int], seed: int = 1) -> Path:
+def write_data(
+    folder: Path,
+    shape: Shape,
+    vocabulary: int,
+    rows: dict[str, int],
+    seed: int = 1,
+    source_lengths: tuple[int, int] = SOURCE_LENGTHS,
+) -> Path:
     """Splits of so many sentences (a language model's are blocks) of random words, in fairseq's binary format."""
     folder.mkdir(parents=True)
     words = dictionary(vocabulary)
     generator = torch.Generator().manual_seed(seed)
-    low, high = SOURCE_LENGTHS if shape.translates else (BLOCK, BLOCK)
+    low, high = source_lengths if shape.translates else (BLOCK, BLOCK)
     for split, number in rows.items():
         lengths = torch.randint(low, high + 1, (number,), generator=generator).tolist()
         for language in ("en", "de") if shape.translates else (None,):
@@ -78,24 +85,29 @@ def write_data(folder: Path, shape: Shape, vocabulary: int, rows: dict[str, int]
     return folder
 
 
+def configuration(data: Path, shape: Shape, *flags: str) -> DictConfig:
+    """Of a checkpoint of the shape, as fairseq's trainer has it; flags: of the trainer."""
+    arguments = [str(data), "--cpu", "--arch", shape.arch, "--dropout", "0", *flags]
+    if shape.translates:
+        arguments += ["--task", "moe_translation", "-s", "en", "-t", "de"]
+    else:
+        arguments += ["--task", "moe_language_modeling", "--tokens-per-sample", str(BLOCK)]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
+
+
 def write_checkpoint(
     file: Path, data: Path, shape: Shape, model_dim: int, layers: int, dtype: str, dense: bool = False, seed: int = 1
 ) -> Path:
     """The shape at this width and depth; `dense`: a feed-forward of hidden dim K * F stands in place of the experts."""
     hidden_dim, heads = 4 * model_dim, max(model_dim // 64, 1)
-    arguments = [str(data), "--cpu", "--arch", shape.arch, "--dropout", "0"]
+    scaled = []
     for side in ("encoder", "decoder") if shape.translates else ("decoder",):
-        arguments += [f"--{side}-layers", str(layers), f"--{side}-attention-heads", str(heads)]
-        arguments += [f"--{side}-embed-dim", str(model_dim), f"--{side}-ffn-embed-dim", str(hidden_dim)]
+        scaled += [f"--{side}-layers", str(layers), f"--{side}-attention-heads", str(heads)]
+        scaled += [f"--{side}-embed-dim", str(model_dim), f"--{side}-ffn-embed-dim", str(hidden_dim)]
         if dense:
             name = "alternate" if side == "encoder" else "alternate-decoder"
-            arguments += [f"--{name}-ffn-embed-dim", str(K * hidden_dim)]
-    if shape.translates:
-        arguments += ["--task", "moe_translation", "-s", "en", "-t", "de"]
-    else:
-        arguments += ["--task", "moe_language_modeling", "--tokens-per-sample", str(BLOCK)]
-    args = options.parse_args_and_arch(options.get_training_parser(), arguments)
-    cfg = convert_namespace_to_omegaconf(args)
+            scaled += [f"--{name}-ffn-embed-dim", str(K * hidden_dim)]
+    cfg = configuration(data, shape, *scaled)
     torch.manual_seed(seed)
     model = tasks.setup_task(cfg.task).build_model(cfg.model).to(getattr(torch, dtype))
     state = {
