@@ -47,7 +47,11 @@ from reproduction.report import cpu_name  # noqa: E402
 ROWS = (1, 4, 16, 48)
 SECONDS = 40.0
 OURS = "our_experts.py"
-PEERS = {"ggml_experts.py": LLAMA_CPP, "kt_experts.py": KT_KERNEL, "ctranslate2_layers.py": CTRANSLATE2}
+PEERS = {
+    "ggml": ("ggml_experts.py", LLAMA_CPP),
+    "kt-kernel": ("kt_experts.py", KT_KERNEL),
+    "ctranslate2": ("ctranslate2_layers.py", CTRANSLATE2),
+}
 NARROW_DIM = 64  # as peers/ctranslate2_layers.py has it
 WHOLE, NARROW, DENSE = "CTranslate2, whole", "CTranslate2, narrow", "CTranslate2 int8 dense"
 
@@ -58,11 +62,12 @@ def main() -> None:
     log = args.output / "quantized_peers.log"
     log.unlink(missing_ok=True)
     environments, left_out = {OURS: main_environment(args.threads)}, {}
-    for script, requirements in {} if args.quick else PEERS.items():
+    for name in [] if args.quick else args.peers:
+        script, requirements = PEERS[name]
         try:
             environments[script] = virtual_environment(requirements, args.environments, args.threads)
         except EnvironmentMissing as error:
-            left_out[requirements[0]] = str(error)
+            left_out[name] = str(error)
     dims = (2, 64, 128) if args.quick else (args.experts, args.model_dim, args.hidden_dim)
     case = dict(zip(("experts", "model_dim", "hidden_dim"), dims, strict=True), seed=args.seed, rows=list(args.rows))
     tables = []
@@ -138,6 +143,7 @@ def markdown(content: dict, figures: list[dict]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, help="the folder of the peers' virtual environments, kept")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="beside ours and PyTorch's")
     parser.add_argument("--experts", type=positive, default=4, help="E; their int4 weights should not fit the cache")
     parser.add_argument("--model-dim", type=positive, default=2048, help="D, a multiple of 256")
     parser.add_argument("--hidden-dim", type=positive, default=8192, help="F, a multiple of 256")
