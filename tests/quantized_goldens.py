@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hf_makers
 import torch
 from quantized_files import write_quantized
 from torch import Tensor
@@ -15,7 +16,9 @@ from fairseq_moe_ext.experts.formats import QUANTIZED
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.experts.quantize import quantize_expert, quantize_linear
 from fairseq_moe_ext.kernels.block import Block, LinearBlock
+from fairseq_moe_ext.nllb.convert import convert_nllb
 
+SPM = "sentencepiece.bpe.model"
 _DENSE = ("_proj.weight", "fc1.weight", "fc2.weight", "embed_tokens.weight", "output_projection.weight")
 
 
@@ -54,6 +57,15 @@ def write_golden(path: Path, source: Path, experts: str, dense: str, files: dict
     told = {**config, "extra_state": {}, "optimizer_history": [], "task_state": {}}
     write_quantized(path, tensors, files, experts=experts, dense=dense, aliases=aliases, dims=dims, state=told)
     return path
+
+
+def write_nllb(folder: Path) -> None:
+    """A tiny NLLB in Hugging Face's layout, hf; its floats, model.pt; and X.safetensors with all that it needs."""
+    hf_makers.write_model(folder / "hf")
+    convert_nllb(str(folder / "hf"), str(folder / "model.pt"))
+    files = {f"{kind}.txt": (folder / f"model.{kind}.txt").read_bytes() for kind in ("dict", "langs")}
+    files[SPM] = (folder / "hf" / SPM).read_bytes()
+    write_golden(folder / "X.safetensors", folder / "model.pt", "int4", "int8", files)
 
 
 def _json(value):

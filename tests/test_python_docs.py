@@ -8,6 +8,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import quantized_goldens
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 FILES = {  # name in the examples -> recorded model and file
@@ -30,6 +31,8 @@ RANKS = "\n## Several ranks\n"
 def folder(shared_goldens, tmp_path):
     for name, place in FILES.items():
         (tmp_path / name).symlink_to(shared_goldens.joinpath(*place))
+    quantized_goldens.write_nllb(tmp_path / "made")
+    (tmp_path / "made" / "X.safetensors").rename(tmp_path / "nllb.safetensors")
     return tmp_path
 
 
@@ -48,18 +51,19 @@ def examples_of(text: str, language: str) -> list[str]:
 def test_the_examples_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     examples = examples_of(page()[0], "python")
-    assert len(examples) == 6
+    assert len(examples) == 7
     names: dict = {}
     printed = []
     for example in examples:
         exec(compile(example, str(PAGE), "exec"), names)
         printed.append(capsys.readouterr().out.splitlines())
-    translated, refused, several, multilingual, language_model, hub = printed
+    translated, refused, several, multilingual, one_file, language_model, hub = printed
     assert translated[0].startswith("['") and "▁" not in translated[0]
     assert "did you mean expert_buffer_size" in refused[0]
     assert "buffer_size must not be given" in refused[1]
     assert "tokens_per_sample must go with a model of moe_language_modeling" in refused[2]
     assert len(several) == 3 and float(several[2].split()[0]) < 0
+    assert len(one_file) == 1 and one_file[0].startswith("['") and "▁" not in one_file[0]
     assert len(multilingual) == 2 and len(language_model) == 2 and float(language_model[0].split()[0]) > 1
     assert len(hub) == 1
 

@@ -7,28 +7,22 @@ from pathlib import Path
 import commands
 import hf_makers
 import pytest
-from quantized_goldens import write_golden
+from quantized_goldens import SPM, write_golden, write_nllb
 
 import fairseq_moe_ext as moe
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line import plan
-from fairseq_moe_ext.nllb.convert import convert_nllb
 from fairseq_moe_ext.serving.keyword_options import OptionError
 
 LINES = ["the quick brown fox", "we sell four swiss francs"]
 SEARCH = {"beam": 2, "max_len_b": 12}
-SPM = "sentencepiece.bpe.model"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with the floats, model.pt and its data, and X.safetensors."""
     folder = tmp_path_factory.mktemp("nllb")
-    hf_makers.write_model(folder / "hf")
-    convert_nllb(str(folder / "hf"), str(folder / "model.pt"))
-    files = {f"{kind}.txt": (folder / f"model.{kind}.txt").read_bytes() for kind in ("dict", "langs")}
-    files[SPM] = (folder / "hf" / SPM).read_bytes()
-    write_golden(folder / "X.safetensors", folder / "model.pt", "int4", "int8", files)
+    write_nllb(folder)
     write_golden(folder / "empty.safetensors", folder / "model.pt", "int4", "int8", {})
     return folder
 
