@@ -19,6 +19,7 @@ COMMANDS = {
     "nllb": "NLLB-200 from Hugging Face's layout to one checkpoint for fairseq, or the way back",
     "plan": "what serving a model takes on the device, in main memory and on disk, and the flags to use",
     "balance": "say which rank shall hold which expert, fitted on a trace",
+    "compare": "what a setting costs in quality and gains in bytes and time, beside another of the same model",
     "simulate": "how often an expert buffer of every size would miss, from a trace",
 }
 

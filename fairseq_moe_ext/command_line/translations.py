@@ -26,9 +26,10 @@ class Translations:
         metric = sacrebleu.BLEU(tokenize=tokenizer, lowercase=lowercase, force=True)
         return metric.corpus_score(self.hypotheses, [self.references]).score
 
-    def chrf(self, word_order: int = 0) -> float:
+    def chrf(self, word_order: int = 0, lowercase: bool = False) -> float:
         """Of the corpus, 0 to 100; word_order 2 is chrF++."""
-        return sacrebleu.corpus_chrf(self.hypotheses, [self.references], word_order=word_order).score
+        metric = sacrebleu.CHRF(word_order=word_order, lowercase=lowercase)
+        return metric.corpus_score(self.hypotheses, [self.references]).score
 
 
 def read_translations(lines: str, kind: str = "D") -> Translations:

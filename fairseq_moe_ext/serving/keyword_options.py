@@ -107,6 +107,11 @@ class KeywordOptions:
                 raise OptionError(f"{missing[0]} must be given with {name}={getattr(args, name)!r}, got none")
         return args
 
+    def words(self, options: Mapping[str, Any]) -> list[str]:
+        """These options as a command line has them; OptionError as of `parse`."""
+        actions = {action.dest: action for action in self._parser(None, None)[0]._actions}
+        return [word for name, value in options.items() for word in _arguments(actions[name], name, value)]
+
     def of_parser(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `options` that fairseq's parser has, also where `parse` refuses them."""
         parser, _ = self._parser(options.get("tokenizer"), options.get("bpe"))

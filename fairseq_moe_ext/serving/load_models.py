@@ -107,7 +107,7 @@ def load_models(
     OptionError, CheckpointError, ValueError.
     """
     state = served_state(paths[0], overrides)
-    keywords = KeywordOptions(_task_of(state))
+    keywords = KeywordOptions(task_of_state(state))
     if of_parser:
         options = keywords.of_parser(options)
     options = {**options_of_checkpoint(state, with_data=of_parser), **options}
@@ -164,7 +164,8 @@ def _set_up(args: Namespace, ranks: ProgramRanks | None) -> Any:
         ) from error
 
 
-def _task_of(state: Mapping[str, Any]) -> str:
+def task_of_state(state: Mapping[str, Any]) -> str:
+    """The task that serves a checkpoint, of its state as `served_state` gives it."""
     if not any(key.startswith("encoder.") for key in state["model"]):
         return "moe_language_modeling"
     served: CheckpointTask = state["task_state"][SERVED]
@@ -178,7 +179,7 @@ def options_of_checkpoint(state: Mapping[str, Any], with_data: bool = False) -> 
     """
     served: CheckpointTask = state["task_state"][SERVED]
     truths = {"True": True, "False": False}  # of the multilingual task
-    known = set(TASKS[_task_of(state)]) - {"lang_dict"} - set(DATA_FIELDS)
+    known = set(TASKS[task_of_state(state)]) - {"lang_dict"} - set(DATA_FIELDS)
     if with_data:
         known |= set(DATA_FIELDS)
     if is_multilingual(served.fields):

@@ -18,6 +18,7 @@ CALLERS = {
     "plan": "scripts/plan_memory.py",
     "balance": "scripts/balance_experts.py",
     "simulate": "scripts/simulate_buffer.py",
+    "compare": "scripts/compare_settings.py",
 }
 
 
@@ -62,6 +63,7 @@ def test_the_version(capsys):
     (("--", "plan"), "COMMAND"),
     (("plan",), "error: the following arguments are required: SOURCE, --device-memory"),
     (("plan", "x", "--device-memory", "1G", "--beam", "0"), "--beam: must be a whole number of at least 1, got '0'"),
+    (("compare", "x", "y"), "error: the following arguments are required: DATA"),
     (("nllb", "x", "--output", "y", "--tokenizer", "z"), "--tokenizer goes with --to-hf, --force without it"),
 ])
 def test_a_wrong_call_ends_with_2_and_one_sentence(arguments, words, capsys):
