@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 from fairseq.sequence_scorer import SequenceScorer
 from forked_programs import write_programs
+from quantized_goldens import write_golden
 
 from fairseq_moe_ext.command_line.compare import main
 
@@ -151,6 +152,18 @@ def test_a_language_model_under_a_capacity(model, capfd, tmp_path):
     assert losses["A"] != losses["B"] and "BLEU" not in out and "\n\ntest: " in out
     (layer,) = part["routing"]
     assert layer["tokens"] == part["A"]["scored_tokens"] and 0 < layer["same_experts"] < layer["same_first_choice"] < 1
+
+
+def test_a_quantised_checkpoint_is_its_source_quantised_while_loading(model, capfd, tmp_path):
+    golden, file = model("tiny_mt"), tmp_path / "prices.json"
+    quantized = write_golden(tmp_path / "X.safetensors", golden.folder / "checkpoint_last.pt", "int4", "int8", {})
+    code, _, err = compare(capfd, golden.setting(*INT4), quantized, golden.data, *MT, "--json", file)
+    assert code == 0, err
+    (part,) = json.loads(file.read_text())["parts"]
+    for field in ("bleu", "chrf++", "perplexity", "length_ratio", "expert_bytes", "dense_bytes", "expert_format"):
+        assert part["A"][field] == part["B"][field]
+    shares = [share for each in part["routing"] for share in (each["same_experts"], each["same_first_choice"])]
+    assert part["changed_hypotheses"] == 0 and shares == [1.0] * 4
 
 
 @pytest.mark.parametrize(("a", "b", "more", "words"), [
