@@ -148,8 +148,7 @@ def _without_memory() -> Iterator[set[nn.Parameter]]:
     here = threading.get_ident()
 
     def take_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        is_new = name not in module._parameters  # else it is tied, and another module's
-        if threading.get_ident() != here or type(module) not in REPLACED or not is_new or parameter.is_meta:
+        if threading.get_ident() != here or type(module) not in REPLACED or parameter.is_meta:  # the last: tied
             return None
         without.add(found := nn.Parameter(torch.empty_like(parameter, device="meta")))
         return found  # the other one was never written to, so that no page of it is resident

@@ -6,13 +6,23 @@ import sacrebleu
 import torch
 from buffer_makers import buffered
 from fairseq.modules import MultiheadAttention
+from measured import measured
 from model_makers import language_model, sentences
 from served_models import EVERY_MODEL, Loader, logits
 from torch import nn
 
 from fairseq_moe_ext.kernels.block import LinearBlock
-from fairseq_moe_ext.models.int8_dense import Int8Embedding, Int8Linear, Int8Weight, bytes_in_int8, put_in_int8
+from fairseq_moe_ext.models.int8_dense import (
+    Int8Embedding,
+    Int8Linear,
+    Int8Weight,
+    built_in_int8,
+    bytes_in_int8,
+    put_in_int8,
+)
 from fairseq_moe_ext.tasks.flags import check_flags
+
+LARGE = {"decoder_layers": 4, "decoder_embed_dim": 1024, "decoder_ffn_embed_dim": 2048, "allocate_experts": False}
 
 ALL = ("--moe-weights", "int8", "--moe-weights-scope", "all")
 
@@ -155,3 +165,21 @@ def test_models_of_other_kinds(fields):
     assert left and all(name.endswith(".gate.wg") for name in left)
     assert len(left) == (4 if "moe_cmr" in fields else 2)
     assert 0 < (found - exact).norm() < 0.03 * exact.norm()
+
+
+def test_what_is_replaced_never_has_memory_as_floats():
+    """Building and quantising take the blocks and one tensor's floats, several times; not those of all."""
+
+    def build():
+        model = built_in_int8(lambda: language_model(**LARGE, initialize_experts=False))
+        for weight in [module for module in model.modules() if isinstance(module, Int8Weight)]:
+            block = weight.block
+            weight.fill(torch.ones(block.outputs, block.inputs), None, "")
+
+    with torch.device("meta"):
+        model = language_model(**LARGE, initialize_experts=False)
+        tensors = {module.weight for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)}
+    floats = sum(weight.nbytes for weight in tensors)
+    assert floats > 80e6
+    taken = measured(build)
+    assert taken.error is None and taken.memory < floats / 4 + 50e6 < 0.8 * floats, (taken, floats)
