@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class Blocks(ABC):
         """C."""
         return GROUP * self.bits // 8
 
-    @property
+    @cached_property
     def planes(self) -> tuple[Planes, ...]:
         """Of every layer."""
         found, end = [], 0
@@ -108,7 +109,7 @@ class Blocks(ABC):
             found.append(Planes(outputs, inputs, groups, *begins))
         return tuple(found)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of one block, a multiple of 64."""
         last = self.planes[-1]
@@ -172,6 +173,11 @@ class QuantizedPool:
 
     block: Blocks
     blocks: Tensor
+
+    @cached_property
+    def layers(self) -> tuple[QuantizedLinear, ...]:
+        """Views on the blocks."""
+        return self.block.layers(self.blocks)
 
 
 def _aligned(size: int) -> int:

@@ -60,6 +60,14 @@ class Groups:
         self.numbers = numbers = np.empty((4, len(counts)), np.int32)
         numbers[0], numbers[1], numbers[2], numbers[3] = sources, targets, counts, slots
 
+    @classmethod
+    def of_one(cls, count: int) -> Groups:
+        """The first `count` rows, of the expert in slot 0."""
+        groups = cls.__new__(cls)
+        groups.row_ids, groups.numbers = None, np.zeros((4, 1), np.int32)
+        groups.numbers[2, 0] = count
+        return groups
+
     @property
     def counts(self) -> np.ndarray:
         """(X,) rows per expert."""

@@ -19,20 +19,20 @@ def multiply(x: Tensor, pool: QuantizedPool) -> Tensor:
     outputs = rows.new_empty(rows.size(0), pool.block.planes[0].outputs)
     kernel = kernel_for(rows, outputs, pool)
     if kernel is None:
-        (layer,) = pool.block.layers(pool.blocks)
+        (layer,) = pool.layers
         outputs.copy_(apply_layer(layer, rows.float()))
     else:
-        kernel.run(rows, pool, Groups([0], [0], [rows.size(0)], [0]), outputs, None, [0])
+        kernel.run(rows, pool, Groups.of_one(rows.size(0)), outputs, None, [0])
     return outputs.view(*x.shape[:-1], outputs.size(1))
 
 
 def multiply_widened(x: Tensor, pool: QuantizedPool) -> Tensor:
     """As `multiply`, with the weight in the dtype of x, and x as it is: the reference."""
-    (layer,) = pool.block.layers(pool.blocks)
+    (layer,) = pool.layers
     return F.linear(x, layer.weight()[0].to(x.dtype), layer.bias[0].to(x.dtype))
 
 
 def look_up(ids: Tensor, pool: QuantizedPool) -> Tensor:
     """ids (...) int64 below V -> their rows (..., K) of the layer's weight (V, K), float32."""
-    (layer,) = pool.block.layers(pool.blocks)
+    (layer,) = pool.layers
     return layer.of_outputs(ids.reshape(-1)).weight()[0].view(*ids.shape, layer.inputs)

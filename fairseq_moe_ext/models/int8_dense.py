@@ -39,12 +39,16 @@ class Int8Weight(nn.Module):
     def __init__(self, outputs: int, inputs: int, device: torch.device | None = None):
         super().__init__()
         self.block = LinearBlock(BITS, outputs, inputs)
+        self._pool: QuantizedPool | None = None
         self.register_buffer("bytes", torch.empty(1, self.block.nbytes, dtype=torch.uint8, device=device), False)
 
     @property
     def pool(self) -> QuantizedPool:
         """As the kernels take it."""
-        return QuantizedPool(self.block, self.bytes)
+        now = self.bytes
+        if self._pool is None or self._pool.blocks is not now:  # the model went to another device
+            self._pool = QuantizedPool(self.block, now)
+        return self._pool
 
     def fill(self, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
         """Quantise, or take a block as it is; ValueError naming the tensor where a value is a NaN or infinite."""
@@ -106,7 +110,10 @@ class Int8Linear(_Int8):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., M) in its dtype, or autocast's; RuntimeError where gradients are asked for."""
-        x = x.to(autocast_dtype(x) or x.dtype)
+        dtype = autocast_dtype(x)
+        if dtype is None and not torch.is_grad_enabled():  # as served: what follows takes as long as a small product
+            return self._multiply(x, self.int8.pool)
+        x = x.to(dtype or x.dtype)
         with torch.no_grad(), no_autocast(x):
             outputs = self._multiply(x, self.int8.pool)
         return without_gradients("linear layers in int8", outputs, x)
