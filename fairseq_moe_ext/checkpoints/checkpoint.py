@@ -46,10 +46,17 @@ def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
             raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
         model = content.state["model"]
         for key in list(model) if rename else ():
-            for old, new in OLD_NAMES:
-                if key.endswith(old):
-                    model[key.removesuffix(old) + new] = model.pop(key)
+            if (name := renamed(key)) != key:
+                model[name] = model.pop(key)
         return {**content.state, "model": ModelState(model, loading, content.had_optimizer, about)}
+
+
+def renamed(key: str) -> str:
+    """The release's name of what only upstream's branches have."""
+    for old, new in OLD_NAMES:
+        if key.endswith(old):
+            return key.removesuffix(old) + new
+    return key
 
 
 def _read_whole(files: CheckpointFiles, loading: Loading) -> tuple[FileContent, QuantizedAbout | None]:

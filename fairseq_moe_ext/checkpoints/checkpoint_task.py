@@ -81,7 +81,7 @@ class CheckpointTask:
     @property
     def languages(self) -> list[str]:
         """A multilingual task's, in the order of their tokens; none where the checkpoint does not say them."""
-        return _languages(self.fields) or []
+        return languages_of(self.fields) or []
 
     def check(self, task: Any, dictionaries: Sequence[Dictionary], languages: list[str] | None = None) -> None:
         """CheckpointError where the task's fields or dictionaries are not those that the checkpoint has.
@@ -146,7 +146,7 @@ def _value(fields: dict[str, Any], name: str) -> Any:
     """As it can be compared; None: it says nothing, or lies in a file."""
     value = fields.get(name)
     if name == "langs":
-        return _languages(fields)
+        return languages_of(fields)
     if name == "langtoks":
         return {key: list(value[key]) for key in sorted(value)} if isinstance(value, dict) else None
     if name == "encoder_langtok" and name in fields:
@@ -158,7 +158,7 @@ def _value(fields: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _languages(fields: dict[str, Any]) -> list[str] | None:
+def languages_of(fields: dict[str, Any]) -> list[str] | None:
     """In the order that gives their tokens their numbers: the list, or else the pairs' sorted, as fairseq does."""
     langs, pairs = fields.get("langs"), fields.get("lang_pairs")
     if langs:

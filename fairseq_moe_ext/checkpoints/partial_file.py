@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from fairseq_moe_ext.atomic_file import WriteError, give_name, write_json
+from fairseq_moe_ext.buffering.file_reading import read_at
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
+
+
+def partial_files(target: Path) -> tuple[Path, Path]:
+    """What is written of `target`, and the journal beside it."""
+    real = Path(os.path.realpath(target))
+    return real.with_name(f"{real.name}.partial"), real.with_name(f"{real.name}.partial.json")
 
 
 class PartialFile(ABC):
@@ -32,12 +39,11 @@ class PartialFile(ABC):
 
     def __init__(self, target: Path, fingerprint: str):
         self.target = target
-        real = Path(os.path.realpath(target))
-        self._partial = real.with_name(f"{real.name}.partial")
-        self._journal = real.with_name(f"{real.name}.partial.json")
+        self._partial, self._journal = partial_files(target)
         self._fingerprint = fingerprint
         self._done: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
+        self._begun: dict[str, list[str]] = {}  # tensor -> what of it is written already
 
     def open(self) -> None:
         """Go on with what is there, or begin."""
@@ -72,16 +78,35 @@ class PartialFile(ABC):
         """Whether all of `part` has been written."""
         return part in self._done
 
-    def note_of(self, part: str) -> Any:
-        """What was noted of a part that is done."""
-        return self._done[part]
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was noted of the parts that are done."""
+        return dict(self._done)
+
+    def begun(self, name: str) -> list[str]:
+        """Which pieces of a tensor, that comes from several parts, `write_begun` has written."""
+        return list(self._begun.get(name, ()))
+
+    def write_begun(self, name: str, values: Tensor, pieces: list[str]) -> None:
+        """Keep a tensor of which only `pieces` are there yet."""
+        offset, _ = self._places[name]
+        try:
+            _write_all(self._file.fileno(), _bytes_of(values), offset)
+        except OSError as error:
+            raise self._no_space(error) from error
+        self._begun[name] = pieces
+
+    def read_begun(self, name: str, target: Tensor) -> None:
+        """What `write_begun` has kept, into `target`."""
+        offset, _ = self._places[name]
+        read_at(self._file.fileno(), _bytes_of(target), offset, None)
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
         """Fill the tensor called `name`; if it has values already they must be these."""
         offset, size = self._places[name]
         known, checksum, position = self._checksums.get(name), 0, 0
         for piece in pieces:
-            view = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            view = _bytes_of(piece.detach().contiguous())
             checksum = zlib.crc32(view, checksum)
             try:
                 if known is None:
@@ -94,6 +119,7 @@ class PartialFile(ABC):
         if known not in (None, checksum):
             raise CheckpointError(f"{self.target}: {name} must be one tensor, found two with different values")
         self._checksums[name] = checksum
+        self._begun.pop(name, None)
 
     def finish(self, part: str, note: Any = None) -> None:
         """Everything of `part` is written: put it on the disk, with `note`, which JSON can say."""
@@ -103,6 +129,12 @@ class PartialFile(ABC):
             self._write_journal()
         except OSError as error:
             raise self._no_space(error) from error
+
+    def discard(self) -> None:
+        """Nothing of it is kept."""
+        self._file.close()
+        self._journal.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
     def complete(self) -> None:
         """Give the file its checksums and its name; CheckpointError where a tensor was never written."""
@@ -138,14 +170,20 @@ class PartialFile(ABC):
             journal = json.loads(self._journal.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if not self._partial.is_file() or journal.get("fingerprint") != self._fingerprint:
+        if not self._partial.is_file():
             return False
-        self._done, self._checksums = journal["done"], journal["checksums"]
+        if journal.get("fingerprint") != self._fingerprint:
+            self._refuse_other()
+            return False
+        self._done, self._checksums, self._begun = (journal[name] for name in ("done", "checksums", "begun"))
         return True
+
+    def _refuse_other(self) -> None:  # noqa: B027  most begin anew
+        """What an earlier run has left is of another fingerprint: CheckpointError where it must not be lost."""
 
     def _write_journal(self) -> None:
         content = {"fingerprint": self._fingerprint, "done": self._done, "checksums": self._checksums}
-        write_json(self._journal, content, indent=None)
+        write_json(self._journal, {**content, "begun": self._begun}, indent=None)
 
     def _no_space(self, error: Exception) -> CheckpointError:
         # torch's own writer has a RuntimeError for a full disk
@@ -153,6 +191,10 @@ class PartialFile(ABC):
             return CheckpointError(f"{self.target}: it cannot be written: {error.reason}")
         reason = getattr(error, "strerror", None) or f"is the disk full? {one_line(error)}"
         return CheckpointError(f"{self.target}: it cannot be written: {reason}")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _write_all(file: int, view: memoryview, offset: int) -> None:

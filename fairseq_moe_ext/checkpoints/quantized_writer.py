@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
-from fairseq_moe_ext.checkpoints.partial_file import PartialFile
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.partial_file import PartialFile, partial_files
+from fairseq_moe_ext.checkpoints.quantization_source import SourceModel
 from fairseq_moe_ext.checkpoints.quantized_about import FILE_PREFIX, METADATA_KEY, QuantizedAbout, QuantizedSource
+from fairseq_moe_ext.checkpoints.quantized_layout import original_key, original_shapes
 from fairseq_moe_ext.checkpoints.safetensors_file import read_safetensors
 from fairseq_moe_ext.safetensors_header import DTYPES, TensorShape, header_bytes, layout
 
@@ -25,7 +28,7 @@ class QuantizedWriter(PartialFile):
     """Writes `tensors` and `files` into `target`, X.safetensors; as PartialFile.
 
     about: its source's fingerprint and the files' bytes are known at the end only, their names now. files: text files'
-    names and content.
+    names and content. force: what an earlier run has left of another fingerprint is lost; else CheckpointError.
     """
 
     def __init__(
@@ -35,9 +38,10 @@ class QuantizedWriter(PartialFile):
         files: Mapping[str, bytes],
         about: QuantizedAbout,
         fingerprint: str,
+        force: bool = False,
     ):
         super().__init__(target, fingerprint)
-        self._about = about
+        self._about, self._force = about, force
         self._tensors = sorted(tensors, key=_order)
         self._tensors += [(FILE_PREFIX + name, torch.uint8, (len(content),)) for name, content in files.items()]
         names = tuple((name, _LARGEST) for name, _ in about.source.files)
@@ -60,6 +64,10 @@ class QuantizedWriter(PartialFile):
         size = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self._tensors)
         self._reserve(self._header(self._about, room=self._room), size)
 
+    def _refuse_other(self) -> None:
+        if not self._force:
+            raise _of_another(self.target)
+
     def _find_places(self) -> dict[str, tuple[int, int]]:
         found = read_safetensors(self._partial, DTYPES).tensors
         return {name: (each.offset, each.nbytes) for name, each in found.items()}
@@ -74,3 +82,37 @@ def _order(tensor: TensorShape) -> tuple[int, int]:
     _, dtype, shape = tensor
     is_block = dtype == torch.uint8 and len(shape) == 1
     return (0 if is_block else 1), -dtype.itemsize
+
+
+def begun_model(target: Path, experts: str, dense: str) -> SourceModel | None:
+    """What an earlier run's unfinished file says of its source, None where there is no such file.
+
+    CheckpointError where it was begun with other options.
+    """
+    partial, journal = partial_files(target)
+    if not partial.is_file() or not journal.is_file():
+        return None
+    found = read_safetensors(partial, DTYPES)
+    try:
+        about = QuantizedAbout.from_metadata(found.metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{partial}: {error}") from error
+    if (about.experts, about.dense) != (experts, dense):
+        raise _of_another(target)
+    shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, bytes] = {}
+    for name, tensor in found.tensors.items():
+        if name.startswith(FILE_PREFIX):
+            files[name.removeprefix(FILE_PREFIX)] = tensor.read().numpy().tobytes()
+        else:
+            shapes |= original_shapes(name, tensor.shape, about.dims)
+    aliases = {original_key(alias): original_key(name) for alias, name in about.aliases.items()}
+    names = tuple(name for name, _ in about.source.files)
+    return SourceModel(shapes, aliases, about.state, files, about.source.licence, names)
+
+
+def _of_another(target: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{target}: what an earlier run has begun is of another source or of other options: "
+        f"{partial_files(target)[0].name} must be gone, or --force begins anew"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from torch import Tensor
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY, GATE_KEY, is_expert_key
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a file says of the checkpoint that it belongs to; None: nothing."""
+
+    file: Path
+    updates: int | None
+    rank: int | None
 
 
 def experts_per_file(model: dict[str, Tensor], file: Path) -> int:
@@ -50,7 +60,7 @@ def check_of_one_model(shared: dict, shared_file: Path, states: Sequence[dict], 
     """
     _check_same_tensors(states, files)
     _check_layers(shared["model"], shared_file, states[0]["model"], files[0])
-    _check_updates([shared, *states], [shared_file, *files])
+    check_updates(_told([shared, *states], [shared_file, *files]))
     _check_order(states, files)
 
 
@@ -74,14 +84,18 @@ def _check_same_tensors(states: Sequence[dict], files: Sequence[Path]) -> None:
                 )
 
 
-def _check_updates(states: Sequence[dict], files: Sequence[Path]) -> None:
-    told = [(updates(state), file) for state, file in zip(states, files, strict=True)]
-    known = [(number, file) for number, file in told if number is not None]
-    for number, file in known[1:]:
-        if number != known[0][0]:
+def _told(states: Sequence[dict], files: Sequence[Path]) -> list[Told]:
+    return [Told(file, updates(state), rank_told(state)) for state, file in zip(states, files, strict=True)]
+
+
+def check_updates(told: Sequence[Told]) -> None:
+    """CheckpointError where two files say that they were saved after different numbers of updates."""
+    known = [each for each in told if each.updates is not None]
+    for each in known[1:]:
+        if each.updates != known[0].updates:
             raise CheckpointError(
-                f"{file}: all files must be of one checkpoint: {known[0][1].name} was saved after {known[0][0]} "
-                f"updates, this one after {number}"
+                f"{each.file}: all files must be of one checkpoint: {known[0].file.name} was saved after "
+                f"{known[0].updates} updates, this one after {each.updates}"
             )
 
 
@@ -101,17 +115,23 @@ def _check_layers(shared: dict[str, Tensor], shared_file: Path, experts: dict[st
 
 
 def _check_order(states: Sequence[dict], files: Sequence[Path]) -> None:
-    told = [rank_told(state) for state in states]
-    if None in told or set(told) == {0}:  # a tool gave all files the first one's configuration
+    if not check_ranks(_told(states, files)):
         _check_not_twice(states, files)
-        return
+
+
+def check_ranks(told: Sequence[Told]) -> bool:
+    """Whether the files, in their order, say which ranks wrote them; CheckpointError where those do not rise."""
+    ranks = [each.rank for each in told]
+    if None in ranks or set(ranks) == {0}:  # a tool gave all files the first one's configuration
+        return False
     # ascending, not equal to the file's number: people merge and renumber files
-    for (before, rank), file in zip(pairwise(told), files[1:], strict=True):
-        if rank <= before:
+    for before, each in pairwise(told):
+        if each.rank <= before.rank:
             raise CheckpointError(
-                f"{file}: rank files must stand in the order of the ranks that wrote them: this one was written by "
-                f"rank {rank}, the one before by rank {before}"
+                f"{each.file}: rank files must stand in the order of the ranks that wrote them: this one was written "
+                f"by rank {each.rank}, the one before by rank {before.rank}"
             )
+    return True
 
 
 def _check_not_twice(states: Sequence[dict], files: Sequence[Path]) -> None:

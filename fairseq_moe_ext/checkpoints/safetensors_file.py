@@ -39,13 +39,20 @@ class FileTensor:
 
     def read(self) -> Tensor:
         """The values; CheckpointError where the file ends before them."""
+        return self._read(None)[0]
+
+    def read_with_checksum(self) -> tuple[Tensor, int | None]:
+        """The values and the CRC-32 of their bytes; errors as of `read`."""
+        return self._read(0)
+
+    def _read(self, crc: int | None) -> tuple[Tensor, int | None]:
         values = torch.empty(self.shape, dtype=self.dtype)
         try:
             with open(self.file, "rb") as file:
-                read_at(file.fileno(), memoryview(values.view(-1).view(torch.uint8).numpy()), self.offset, None)
+                view = memoryview(values.view(-1).view(torch.uint8).numpy())
+                return values, read_at(file.fileno(), view, self.offset, crc)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"{self.file}: truncated or damaged: {one_line(error)}") from error
-        return values
 
 
 @dataclass(frozen=True)

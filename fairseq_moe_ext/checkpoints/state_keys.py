@@ -6,7 +6,7 @@ Legend: E = experts of the model (upstream's `moe_expert_count`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,6 +14,15 @@ from fairseq_moe_ext.checkpoints.errors import CheckpointError
 
 GATE_KEY = re.compile(r"^(.*\.moe_layer)\.gate\.wg\.weight$")
 EXPERT_KEY = re.compile(r"^(.*\.moe_layer\.experts\.)(\d+)(\..+)$")
+
+_DENSE_KEY = re.compile(
+    r"^(?!.*\.experts\.).*(_proj|fc1|fc2|embed_tokens|output_projection|project_(in|out)_dim)\.weight$"
+)
+
+
+def is_dense_matrix(key: str, shape: Sequence[int]) -> bool:
+    """Whether it is the weight of a linear layer or embedding beside the experts: no gate, no positions."""
+    return len(shape) == 2 and _DENSE_KEY.match(key) is not None
 
 
 def is_expert_key(key: str) -> bool:

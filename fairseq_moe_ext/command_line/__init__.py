@@ -17,6 +17,7 @@ from fairseq_moe_ext import __version__
 COMMANDS = {
     "convert": "merge a checkpoint's files into one, split it into rank files, or print what it is",
     "nllb": "NLLB-200 from Hugging Face's layout to one checkpoint for fairseq, or the way back",
+    "quantize": "a checkpoint in one file of int8 or int4 experts, from any layout",
     "plan": "what serving a model takes on the device, in main memory and on disk, and the flags to use",
     "balance": "say which rank shall hold which expert, fitted on a trace",
     "compare": "what a setting costs in quality and gains in bytes and time, beside another of the same model",

@@ -26,12 +26,13 @@ from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
 from fairseq_moe_ext.checkpoints.dictionary_checksum import DICTIONARY_CHECKSUM, dictionary_checksum
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
 from fairseq_moe_ext.checkpoints.plain_config import ConfigError, namespace
+from fairseq_moe_ext.checkpoints.rounding import in_dtype
 from fairseq_moe_ext.checkpoints.served_config import model_fields, task_fields
 from fairseq_moe_ext.checkpoints.state_keys import GATE_KEY, expert_count, moe_layer_numbers
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.nllb.config import SIDES, NllbConfig
-from fairseq_moe_ext.nllb.convert import HF_FIELDS, in_dtype
 from fairseq_moe_ext.nllb.fields import dropped_fields
+from fairseq_moe_ext.nllb.hf_model import HF_FIELDS
 from fairseq_moe_ext.nllb.hf_tokenizer import SPECIAL, TOKENIZER_FILES
 from fairseq_moe_ext.nllb.hf_vocabulary import (
     HfVocabulary,
@@ -248,7 +249,9 @@ def _write_shards(
                 values = model[tensor.fairseq[0]]
                 values = values.read() if isinstance(values, StoredTensor) else values.clone()
                 values = values[order] if tensor.rows and order is not None else values
-                tensors[tensor.hf[0]] = in_dtype(values, dtype or values.dtype, tensor.fairseq[0]).contiguous()
+                tensors[tensor.hf[0]] = in_dtype(
+                    values, dtype or values.dtype, tensor.fairseq[0], "--dtype"
+                ).contiguous()
                 bar.update(sizes[tensor])
             with new_file(folder / name) as file:
                 save_file(tensors, file.name, metadata={"format": "pt"})

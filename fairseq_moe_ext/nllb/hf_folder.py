@@ -27,17 +27,19 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class HfFolder:
-    """config: config.json's content. shards: the weights' files, in the order of their names.
+    """config: config.json's content. shards: the weights' files, in the order of their names. index: which tensor lies
+    in which; empty without one.
 
-    CheckpointError where a file is missing, cut off, or no such file.
+    complete: whether all shards must be there. CheckpointError where a file is missing, cut off, or no such file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, complete: bool = True):
         self.path = path
+        self._complete = complete
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder in Hugging Face's layout")
         self.config = read_json(path / "config.json", _MOST_FIELDS)
-        self.shards, self._index = self._find()
+        self.shards, self.index = self._find()
 
     def _find(self) -> tuple[list[Path], dict[str, str]]:
         for name in WEIGHTS:
@@ -51,7 +53,7 @@ class HfFolder:
                 if wrong:
                     raise CheckpointError(f"{index}: its files must lie beside it, got {wrong[0]!r:.80}")
                 missing = [file for file in files if not (self.path / file).is_file()]
-                if missing:
+                if missing and self._complete:
                     shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
                     raise CheckpointError(
                         f"{self.path}: incomplete download: {index.name} names {len(files)} files, "
@@ -70,26 +72,25 @@ class HfFolder:
     def _without_index(self, shards: list[Path], index: str) -> list[Path]:
         """All parts of one model, by their names: what each holds is read off them."""
         stem, number = shards[0].stem.partition("-")[0], shards[0].stem.rpartition("-of-")[2]
-        names = [f"{stem}-{part:05d}-of-{number}{shards[0].suffix}" for part in range(1, len(shards) + 1)]
-        if number != f"{len(shards):05d}" or [shard.name for shard in shards] != names:
+        parts = int(number) if number.isdecimal() else 0
+        names = [f"{stem}-{part:05d}-of-{number}{shards[0].suffix}" for part in range(1, parts + 1)]
+        there = [shard.name for shard in shards]
+        if not set(there) <= set(names) or self._complete and there != names:
             raise CheckpointError(
                 f"{self.path}: incomplete download: {index} is not there, and the {len(shards)} parts beside it, from "
                 f"{shards[0].name} to {shards[-1].name}, are not all of one model"
             )
-        return shards
+        return [self.path / name for name in names]
 
     def shapes(self) -> dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]:
         """Tensor -> (its shard, dtype, shape); reads no weights, but every file's head and length."""
         found: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
         for shard in self.shards:
             for key, tensor in self.read(shard).items():
-                if self._index and self._index.get(key) != shard.name:
-                    known = self._index.get(key)
-                    raise CheckpointError(f"{shard}: the index must know its tensor {key[:200]}, got {known}")
                 found[key] = (shard, tensor.dtype, tuple(tensor.shape))
-        absent = sorted(set(self._index) - set(found))
+        absent = sorted(set(self.index) - set(found))
         if absent:
-            file = self.path / self._index[absent[0]]
+            file = self.path / self.index[absent[0]]
             raise CheckpointError(f"{file}: the index says that it holds {absent[0][:200]}")
         return found
 
@@ -103,7 +104,12 @@ class HfFolder:
             raise CheckpointError(f"{shard}: {error.strerror}") from error
         if head == _LFS_POINTER:
             raise CheckpointError(f"{shard}: incomplete download: a Git LFS pointer in place of the weights")
-        return read_safetensors(shard).tensors if shard.suffix == ".safetensors" else _read_bin(shard)
+        found = read_safetensors(shard).tensors if shard.suffix == ".safetensors" else _read_bin(shard)
+        for key in found if self.index else ():
+            if self.index.get(key) != shard.name:
+                known = self.index.get(key)
+                raise CheckpointError(f"{shard}: the index must know its tensor {key[:200]}, got {known}")
+        return found
 
 
 def values(tensor: Tensor | FileTensor) -> Tensor:

@@ -52,6 +52,16 @@ class FairseqVocabulary:
     fillers: int = 0
     tags_guessed: bool = False
 
+    @property
+    def task_flags(self) -> str:
+        """The options of fairseq's task that this vocabulary is served with."""
+        return f"--encoder-langtok src --decoder-langtok {self.options}".strip()
+
+    def texts(self) -> dict[str, str]:
+        """The files that fairseq's commands read it from: dict.txt and langs.txt."""
+        words = "".join(f"{word} 1\n" for word in self.words)
+        return {"dict.txt": words, "langs.txt": "".join(f"{code}\n" for code in self.languages)}
+
 
 def language_token(code: str) -> str:
     """How fairseq's dictionary names a language: `__deu_Latn__`."""

@@ -28,8 +28,8 @@ from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
 from fairseq_moe_ext.experts.formats import DENSE, FLOAT, format_named
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.nllb.config import NllbConfig
-from fairseq_moe_ext.nllb.convert import match_tensors
 from fairseq_moe_ext.nllb.hf_folder import HfFolder
+from fairseq_moe_ext.nllb.hf_model import match_tensors
 from fairseq_moe_ext.nllb.names import named_tensors
 from fairseq_moe_ext.serving.weight_reads import DenseWeights, Reads, reads_of
 

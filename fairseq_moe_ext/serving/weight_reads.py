@@ -13,18 +13,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
+from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY, is_dense_matrix
 from fairseq_moe_ext.kernels.block import LinearBlock
 
-# linear layers and embeddings beside experts: no gate, no positions
-_INT8_KEY = re.compile(r"^(?!.*\.experts\.).*(_proj|fc1|fc2|embed_tokens|output_projection)\.weight$")
 # a few rows are looked up; keys and values of the encoder's output are computed once per sentence
 _NOT_IN_A_PASS = re.compile(r"embed_tokens|embed_positions|output_projection|\.encoder_attn\.[kv]_proj\.|\.version$")
-
-
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether `--moe-weights-scope all` puts the tensor of that key in int8."""
-    return len(shape) == 2 and _INT8_KEY.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class DenseWeights:
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> DenseWeights:
         """shapes: without experts."""
-        linear = {name: shape for name, shape in shapes.items() if is_quantizable(name, shape)}
+        linear = {name: shape for name, shape in shapes.items() if is_dense_matrix(name, shape)}
         biases = (shapes.get(f"{name.removesuffix('weight')}bias", (0,)) for name in linear)
         return cls(
             elements=sum(map(math.prod, shapes.values())),

@@ -38,13 +38,12 @@ from tqdm import tqdm  # noqa: E402
 from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
 from fairseq_moe_ext.checkpoints.quantized_about import INT8_SUFFIX, QuantizedAbout, QuantizedSource  # noqa: E402
 from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter  # noqa: E402
-from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY  # noqa: E402
+from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY, is_dense_matrix  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.experts import quantize  # noqa: E402
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS  # noqa: E402
 from fairseq_moe_ext.kernels.block import GROUP, Block, LinearBlock, QuantizedLinear  # noqa: E402
 from fairseq_moe_ext.serving.memory_plan import state_of_architecture  # noqa: E402
-from fairseq_moe_ext.serving.weight_reads import is_quantizable  # noqa: E402
 
 NAMES = {"nllb-54b": "mt", "lm-52b": "lm"}
 BATCHES = {1: 3, 8: 2}  # how many of so many sentences; of others one
@@ -111,7 +110,7 @@ def write_checkpoint(file: Path, data: Path, shape: Shape, args: argparse.Namesp
     first: dict[int, str] = {}
     for name, tensor in state_of_architecture(shape.arch, args.vocabulary, **fields).items():
         size, match = tuple(tensor.shape), EXPERT_KEY.match(name)
-        suffix = INT8_SUFFIX if match is None and is_quantizable(name, size) else ""
+        suffix = INT8_SUFFIX if match is None and is_dense_matrix(name, size) else ""
         if first.setdefault(id(tensor), name) != name:
             aliases[name + suffix] = first[id(tensor)] + suffix
         elif suffix:

@@ -15,6 +15,7 @@ from fairseq_moe_ext.command_line import COMMANDS, main
 CALLERS = {
     "convert": "scripts/convert_checkpoint.py",
     "nllb": "scripts/convert_nllb_moe.py",
+    "quantize": "scripts/quantize_checkpoint.py",
     "plan": "scripts/plan_memory.py",
     "balance": "scripts/balance_experts.py",
     "simulate": "scripts/simulate_buffer.py",

@@ -1,0 +1,253 @@
+"""A model in any layout -> one quantised file, one part of the source at a time.
+
+A part that is written may be deleted, one that is missing is waited for: what can be done is done, and a later run goes
+on. Beyond the imports an expert lies in memory, or the largest dense tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.quantization_source import Source, SourceModel, SourcePart, SourceTensor, digest
+from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout, QuantizedSource
+from fairseq_moe_ext.checkpoints.quantized_file import SUFFIX
+from fairseq_moe_ext.checkpoints.quantized_layout import QuantizedLayout, QuantizedTensor, quantized_layout
+from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter, begun_model
+from fairseq_moe_ext.checkpoints.relative_error import error_of_layer, error_of_rounding
+from fairseq_moe_ext.checkpoints.rounding import rows_in_dtype
+from fairseq_moe_ext.checkpoints.state_keys import is_dense_matrix
+from fairseq_moe_ext.experts.parts import EXPERT_KEYS
+from fairseq_moe_ext.experts.quantize import VERSION, quantize_expert, quantize_linear
+from fairseq_moe_ext.kernels.block import GROUP
+
+
+@dataclass(frozen=True)
+class Done:
+    """errors: of each quantised matrix by its key, ||W - W~|| / ||W||. missing: the files that are waited for; empty
+    where the file is complete."""
+
+    errors: dict[str, float]
+    missing: list[Path]
+
+
+def quantize_checkpoint(source: Source, target: str, experts: str, dense: str, force: bool = False) -> Done:
+    """Write what can be written of `source` into `target`, X.safetensors.
+
+    experts: one of QUANTIZED; dense: one of DENSE. force: overwrite `target`, and begin anew where what an earlier run
+    has left is of another source or other options. CheckpointError where a file is wrong, where one that is done has
+    changed, without space, or where there is nothing to begin with.
+    """
+    file = _target(target)
+    with only_writer(file):
+        if file.exists() and not force:
+            raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
+        model = source.model() or begun_model(file, experts, dense)
+        if model is None:
+            raise CheckpointError(f"{source.path}: it waits for {source.waits_for()}, without which nothing can begin")
+        return _Quantization(source, model, file, experts, dense, force).run()
+
+
+def _target(target: str) -> Path:
+    file = Path(target)
+    if file.suffix != SUFFIX or not file.stem or not file.parent.is_dir():
+        raise CheckpointError(f"--output must be X{SUFFIX} in an existing folder, got {target}")
+    return file
+
+
+class _Quantization:
+    def __init__(self, source: Source, model: SourceModel, file: Path, experts: str, dense: str, force: bool):
+        self._source, self._dense = source, dense
+        try:
+            self._layout = quantized_layout(model.shapes, model.aliases, experts, dense)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.path}: {error}") from error
+        self._by_key, self._shapes = self._layout.by_key(), model.shapes
+        self._parts = source.parts(model.names)
+        self._licence = model.licence
+        about = _about(model, self._layout, experts, dense)
+        tensors = [(each.name, each.dtype, each.shape) for each in self._layout.tensors.values()]
+        fingerprint = _fingerprint(about, tensors, model.files)
+        self._writer = QuantizedWriter(file, tensors, model.files, about, fingerprint, force)
+        if force and self._changed():
+            self._writer.discard()
+            self._writer = QuantizedWriter(file, tensors, model.files, about, fingerprint, force)
+        for key, values in model.constants.items():
+            self._writer.write(self._by_key[key].name, [values])
+
+    def run(self) -> Done:
+        if (changed := self._changed()) is not None:
+            raise CheckpointError(
+                f"{changed}: it has changed since it was quantised into {self._writer.target}: the same file must be "
+                "there, or none, or --force begins anew"
+            )
+        parts = [part for part in self._parts if not self._writer.is_done(part.name)]
+        here = [part for part in parts if not part.missing]
+        total = sum(size for part in here for _, size, _ in part.stamps())
+        with tqdm(total=total, desc=f"quantising {self._source.path}", unit="B", unit_scale=True) as self._bar:
+            for part in here:
+                self._do(part)
+        errors = {key: error for note in self._writer.notes.values() for key, error in note["errors"].items()}
+        missing = [file for part in parts for file in part.missing]
+        if not missing:
+            self._complete()
+        return Done(errors, missing)
+
+    def _changed(self) -> Path | None:
+        """The first file that is there and not what it was when its part was written."""
+        for part in self._parts:
+            if self._writer.is_done(part.name) and not part.missing:
+                note = self._writer.notes[part.name]
+                if part.stamps() == note["files"]:
+                    continue
+                words = [tensor.read()[1] for tensor in self._source.content(part).tensors]
+                if digest(words) != note["fingerprint"]:
+                    return part.files[0]
+        return None
+
+    def _do(self, part: SourcePart) -> None:
+        stamps = part.stamps()
+        content = self._source.content(part)
+        told = {name: note["told"] for name, note in self._writer.notes.items()} | {part.name: content.told}
+        self._source.check_told({each.name: told[each.name] for each in self._parts if each.name in told})
+        groups: dict[str, list[SourceTensor]] = {}
+        for tensor in content.tensors:
+            groups.setdefault(self._checked(part, tensor).name, []).append(tensor)
+        words: list[str] = []
+        errors: dict[str, float] = {}
+        for name, tensors in groups.items():
+            self._fill(part, self._layout.tensors[name], tensors, words, errors)
+        if part.missing or part.stamps() != stamps:
+            raise CheckpointError(f"{part.files[0]}: the file was changed while it was in use")
+        note = {"files": stamps, "fingerprint": digest(words), "errors": errors, "told": content.told}
+        self._writer.finish(part.name, note)
+        self._bar.update(sum(size for _, size, _ in stamps) - sum(t.tensor.nbytes for t in content.tensors))
+
+    def _checked(self, part: SourcePart, tensor: SourceTensor) -> QuantizedTensor:
+        """What the tensor becomes a part of."""
+        if tensor.key not in self._by_key:
+            raise CheckpointError(f"{part.files[0]}: {tensor.name} is no tensor of the model")
+        if tuple(tensor.tensor.shape) != tuple(self._shapes[tensor.key]):
+            raise CheckpointError(
+                f"{part.files[0]}: {tensor.name} must be {tuple(self._shapes[tensor.key])} as in the rest of the "
+                f"model, got {tuple(tensor.tensor.shape)}"
+            )
+        if not tensor.tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{part.files[0]}: {tensor.name} must be of floats, got {tensor.tensor.dtype}")
+        return self._by_key[tensor.key]
+
+    def _fill(
+        self,
+        part: SourcePart,
+        target: QuantizedTensor,
+        tensors: Sequence[SourceTensor],
+        words: list[str],
+        errors: dict[str, float],
+    ) -> None:
+        """All of `target` that is in this part."""
+
+        def values_of(tensor: SourceTensor) -> Tensor:
+            values, word = tensor.read()
+            words.append(word)
+            self._bar.update(values.nbytes)
+            return values
+
+        try:
+            if target.is_expert:
+                self._fill_expert(target, {tensor.key: values_of(tensor) for tensor in tensors}, errors)
+                return
+            for tensor in tensors:  # tied ones may be there under several names
+                self._fill_dense(target, tensor, values_of(tensor), errors)
+        except ValueError as error:
+            raise CheckpointError(f"{part.files[0]}: {error}") from error
+
+    def _fill_expert(self, target: QuantizedTensor, found: Mapping[str, Tensor], errors: dict[str, float]) -> None:
+        block = torch.zeros(target.shape, dtype=torch.uint8)
+        prefix = target.keys[0].removesuffix(EXPERT_KEYS["fc1_weight"])
+        layers = target.block.layers(block[None])
+        there = self._writer.begun(target.name)
+        if not there and len(found) == len(target.keys):
+            quantize_expert(target.block, [found[key] for key in target.keys], block, prefix)
+        else:  # its tensors lie in two files
+            if there:
+                self._writer.read_begun(target.name, block)
+            for number, key in enumerate(target.keys):
+                if key in found:
+                    _quantize_part(layers[number // 2], found[key], key)
+        for number, key in enumerate(target.keys):
+            if key in found and found[key].dim() == 2:
+                errors[key] = error_of_layer(layers[number // 2], found[key])
+        there = [key for key in target.keys if key in there or key in found]
+        if len(there) < len(target.keys):
+            self._writer.write_begun(target.name, block, there)
+        else:
+            self._writer.write(target.name, [block])
+
+    def _fill_dense(
+        self, target: QuantizedTensor, tensor: SourceTensor, values: Tensor, errors: dict[str, float]
+    ) -> None:
+        if target.block is None:
+            if not values.isfinite().all():
+                raise ValueError(f"{tensor.name}: weights must be finite numbers, got a NaN or an infinity")
+            pieces = rows_in_dtype(values, target.dtype, tensor.order, tensor.name, "--dense")
+            self._writer.write(target.name, pieces)
+            if is_dense_matrix(target.keys[0], target.shape) and values.dtype != target.dtype:
+                errors[tensor.key] = error_of_rounding(values, target.dtype)
+            return
+        block = torch.zeros(target.shape, dtype=torch.uint8)
+        (layer,) = target.block.layers(block[None])
+        quantize_linear(layer, values, None, "", (tensor.name, ""))
+        errors[tensor.key] = error_of_layer(layer, values)
+        if tensor.order is not None:
+            for plane in (layer.codes, layer.scales, layer.units):
+                plane.copy_(plane[:, tensor.order])
+        self._writer.write(target.name, [block])
+
+    def _complete(self) -> None:
+        notes = self._writer.notes
+        files = {name: size for note in notes.values() for name, size, _ in note["files"]}
+        names = [file.name for part in self._parts for file in part.files]
+        fingerprint = digest([note["fingerprint"] for note in notes.values()])
+        self._writer.set_source(QuantizedSource(fingerprint, tuple((n, files[n]) for n in names), self._licence))
+        self._writer.complete()
+
+
+def _quantize_part(layer: Any, values: Tensor, key: str) -> None:
+    """One tensor of an expert into its layer, whose other one comes from another file."""
+    if values.dim() == 2:
+        quantize_linear(layer, values, None, "", (key, ""))
+    elif not values.isfinite().all():
+        raise ValueError(f"{key}: weights must be finite numbers to be quantised, got a NaN or an infinity")
+    else:
+        layer.bias[0].copy_(values)
+
+
+def _about(model: SourceModel, layout: QuantizedLayout, experts: str, dense: str) -> QuantizedAbout:
+    source = QuantizedSource("", tuple((name, 0) for name in model.names), model.licence)
+    return QuantizedAbout(
+        experts=experts,
+        dense=dense,
+        group=GROUP,
+        quantizer=VERSION,
+        source=source,
+        calibrated=None,
+        aliases=layout.aliases,
+        dims=layout.dims,
+        state=model.state,
+    )
+
+
+def _fingerprint(about: QuantizedAbout, tensors: Sequence[tuple], files: Mapping[str, bytes]) -> str:
+    """Of all but the weights."""
+    shapes = sorted(f"{name} {dtype} {tuple(shape)}" for name, dtype, shape in tensors)
+    contents = [f"{name} {digest([content.hex()])}" for name, content in files.items()]
+    return digest([json.dumps(json.loads(about.as_json()), sort_keys=True), *shapes, *contents])
