@@ -39,7 +39,7 @@ class InputSums:
         """rows (N, X) in any dtype; experts: their numbers, each once; counts: how many rows of each follow one
         another."""
         values = rows.float()
-        owners = torch.repeat_interleave(torch.arange(len(experts)), torch.from_numpy(counts)).to(rows.device)
+        owners = torch.from_numpy(np.repeat(np.arange(len(experts)), counts)).to(rows.device)
         sums = [
             values.new_zeros(len(experts), values.size(1)).index_add_(0, owners, each).cpu().numpy()
             for each in (values, values * values)
@@ -67,6 +67,7 @@ class WatchedInputs:
         self._local, self._activation = np.array(local, np.int64), activation
         self._hidden_rows = np.zeros(len(local), np.int64)
         self._hidden_calls = np.zeros(len(local), np.int64)
+        self._has_room = np.ones(len(local), bool)  # for more rows of hidden features
         self._waiting: list[tuple[Tensor, Offsets, Tensor | None]] = []
         self._num_waiting = 0
 
@@ -77,7 +78,7 @@ class WatchedInputs:
         for step in steps:
             yield step
             # the step is computed, and its experts lie in their slots until the next one is asked for
-            if len(self._local) and self._has_room():
+            if self._has_room.any():
                 self._take_hidden(step, rows, offsets, pool, row_ids)
         self._waiting.append((rows.detach(), offsets, row_ids))
         self._num_waiting += rows.size(0) if row_ids is None else row_ids.size(0)
@@ -110,24 +111,23 @@ class WatchedInputs:
             joined = joined.index_select(0, torch.from_numpy(np.argsort(owners, kind="stable")).to(joined.device))
         self._fc1.add(joined, self._local[active], every.sum(0)[active])
 
-    def _has_room(self) -> bool:
-        return bool(((self._hidden_rows < MOST_HIDDEN) & (self._hidden_calls < MOST_CALLS)).any())
-
     @torch.no_grad()
     def _take_hidden(self, step: Step, rows: Tensor, offsets: Offsets, pool: Pool, row_ids: Tensor | None) -> None:
-        bounds = offsets.on_host.numpy()
-        for place in range(step.first, step.end):
+        bounds, part = offsets.on_host.numpy(), slice(step.first, step.end)
+        wanted = self._has_room[part] & (np.diff(bounds)[part] > 0)
+        for place in (step.first + np.flatnonzero(wanted)).tolist():
             slot = place if step.slots is None else step.slots[place - step.first]
-            room = MOST_HIDDEN - int(self._hidden_rows[place])
-            first, end = int(bounds[place]), int(bounds[place + 1])
-            end = min(end, first + room)
-            if slot < 0 or end <= first or self._hidden_calls[place] == MOST_CALLS:
+            if slot < 0:
                 continue
+            first, end = int(bounds[place]), int(bounds[place + 1])
+            end = min(end, first + MOST_HIDDEN - int(self._hidden_rows[place]))
             its = rows[first:end] if row_ids is None else rows.index_select(0, row_ids[first:end])
             hidden = _hidden_features(pool, slot, its, self._activation)
             self._fc2.add(hidden, self._local[place : place + 1], np.array([end - first]))
             self._hidden_rows[place] += end - first
             self._hidden_calls[place] += 1
+            is_full = self._hidden_rows[place] == MOST_HIDDEN or self._hidden_calls[place] == MOST_CALLS
+            self._has_room[place] = not is_full
 
 
 def _hidden_features(pool: Pool, slot: int, rows: Tensor, activation: Activation) -> Tensor:

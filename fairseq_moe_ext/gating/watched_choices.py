@@ -68,6 +68,7 @@ class WatchedChoices:
         )
         self._pass: StackPass | None = None
         self._waiting: list[tuple[StackPass, Tensor, Routing]] = []
+        self._num_waiting = 0  # tokens, of passes that are done
         self._last: tuple[int, Tensor] | None = None  # language and first choices (T,) of the last call
         gate.register_forward_hook(self._take)
 
@@ -82,8 +83,9 @@ class WatchedChoices:
 
     def end(self) -> None:
         """The pass under way is done."""
+        self._num_waiting += 0 if self._pass is None else self._pass.tokens
         self._pass = None
-        if sum(stack_pass.tokens for stack_pass, *_ in self._waiting) >= TOKENS_AT_ONCE:
+        if self._num_waiting >= TOKENS_AT_ONCE:
             self._take_in()
 
     def hypotheses_end(self, tokens: Sequence[int] | Tensor) -> None:
@@ -118,7 +120,7 @@ class WatchedChoices:
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._num_waiting = self._waiting, [], 0
         for language in dict.fromkeys(stack_pass.language for stack_pass, *_ in waiting):
             self._count(language, [each for each in waiting if each[0].language == language])
 
