@@ -7,12 +7,16 @@ negative side, which has one value more.
 
 What is quantised is always the original: a quantised expert is never quantised again.
 
+The C kernel (kernels/cpu/quantizing.h) does this; where it cannot, PyTorch does here, with the same bytes: each
+product, quotient and sum is rounded by itself, and sums have one order.
+
 Legend: M = outputs, K = inputs, G = groups, n = rows of a weight at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
 from fairseq_moe_ext.kernels.block import GROUP, LARGEST, SMALLEST, Block, QuantizedLinear
+from fairseq_moe_ext.kernels.quantizing_kernel import quantizer_for
 
 # To how many steps a group's largest magnitude would come: above 8, the most that there are, it is cut off for the
 # others' sake.
@@ -27,8 +32,9 @@ CANDIDATES = tuple(6.0 + 0.4 * number for number in range(20))
 VALUES_AT_ONCE = 1 << 18  # stay in a processor's cache
 LEAST_EXPONENT = -126  # of a unit: smaller powers of two are no normal float32
 TINY, HUGE = 1e-30, 1e30
+SUM_LANES = 8  # of a sum over a group, as of the C kernel
 
-VERSION = 1  # of what is chosen for the same weights: a store that another version has written is built anew
+VERSION = 2  # of what is chosen for the same weights: a store that another version has written is built anew
 
 Columns = Sequence[Tensor | None]  # s_k of fc1 (D,) and of fc2 (F,), at least 0; None: 1
 
@@ -114,14 +120,36 @@ def _values_of(part: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor, name: str) -> None:
     if not values.isfinite().all():
-        raise ValueError(f"{name}: weights must be finite numbers to be quantised, got a NaN or an infinity")
+        _refuse(name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name}: weights must be finite numbers to be quantised, got a NaN or an infinity")
 
 
 def _quantize_weight(layer: QuantizedLinear, weight: Tensor, name: str, columns: Tensor | None) -> None:
+    """weight (M, K) into a layer of one slot."""
+    costs = None if columns is None else _costs_of(columns)
+    kernel = quantizer_for(layer, weight)
+    if kernel is None:
+        _quantize_by_pytorch(layer, weight, name, costs)
+    elif not kernel.run(layer, weight, CANDIDATES, costs):
+        _refuse(name)
+
+
+def _costs_of(columns: Tensor) -> Tensor:
+    """columns (K,) -> (G, 64) float32, the largest from 0.5 to 1, so that sums neither overflow nor vanish."""
+    columns = columns.detach().float()
+    if not (columns.isfinite() & (columns >= 0)).all():
+        raise ValueError("columns must be finite numbers of at least 0")
+    near_one = _near_one(columns[None], torch.frexp(columns.amax(0, keepdim=True)).exponent)
+    return F.pad(near_one[0], (0, -columns.size(0) % GROUP)).view(-1, GROUP)
+
+
+def _quantize_by_pytorch(layer: QuantizedLinear, weight: Tensor, name: str, costs: Tensor | None) -> None:
     """weight (M, K), a few rows at a time, into a layer of one slot."""
     bits = 8 if layer.codes.dtype == torch.int8 else 4
     padding = (0, -weight.size(1) % GROUP)
-    importance = None if columns is None else F.pad(columns.float(), padding).view(-1, GROUP)
     rows = max(1, VALUES_AT_ONCE // weight.size(1))
     for start in range(0, weight.size(0), rows):
         part = slice(start, start + rows)
@@ -130,7 +158,7 @@ def _quantize_weight(layer: QuantizedLinear, weight: Tensor, name: str, columns:
         _check_finite(largest, name)
         exponents = torch.frexp(largest).exponent
         groups = F.pad(_near_one(values, exponents), padding).unflatten(1, (-1, GROUP))
-        wanted = groups.abs().amax(2) / LARGEST[8] if bits == 8 else _searched_scales(groups, importance)
+        wanted = _absmax_scales(groups) if bits == 8 else _searched_scales(groups, costs)
         units, scales = _units_and_scales(wanted, exponents)
         steps = (scales.float() * _power(units - exponents)[:, None])[..., None]
         codes = torch.where(steps == 0, 0.0, groups / steps).round_().clamp_(SMALLEST[bits], LARGEST[bits])
@@ -146,24 +174,41 @@ def _near_one(values: Tensor, exponents: Tensor) -> Tensor:
     return values * _power(-half)[:, None] * _power(half - exponents)[:, None]
 
 
-def _searched_scales(groups: Tensor, importance: Tensor | None) -> Tensor:
-    """groups (n, G, 64), importance (G, 64) or None for 1 -> scales (n, G)."""
+def _absmax_scales(groups: Tensor) -> Tensor:
+    """groups (n, G, 64) -> scales (n, G) of int8."""
+    largest = groups.abs().amax(2)
+    return largest / torch.full_like(largest, LARGEST[8])  # by a number PyTorch would multiply by its reciprocal
+
+
+def _searched_scales(groups: Tensor, costs: Tensor | None) -> Tensor:
+    """groups (n, G, 64), costs (G, 64) or None for 1 -> scales (n, G) of int4."""
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     steps = torch.where(largest == 0, 0.0, -1.0 / largest).clamp_(-HUGE, HUGE)
-    weighted = groups if importance is None else groups * importance
+    weighted = groups if costs is None else groups * costs
     codes, products = torch.empty_like(groups), torch.empty_like(groups)
     scales = -largest[..., 0] / -SMALLEST[4]  # of columns that cost nothing
     best = torch.zeros_like(scales)
     for candidate in CANDIDATES:
         torch.mul(groups, steps * candidate, out=codes).round_().clamp_(SMALLEST[4], LARGEST[4])
-        with_weights = torch.mul(codes, weighted, out=products).sum(2)
-        squares = codes.square_() if importance is None else codes.square_().mul_(importance)
-        with_codes = squares.sum(2).clamp_(min=TINY)
+        with_weights = _sums(torch.mul(codes, weighted, out=products))
+        squares = codes.square_()  # whole numbers, exact in any order
+        with_codes = (squares.sum(2) if costs is None else _sums(squares.mul_(costs))).clamp_(min=TINY)
         fitting = with_weights / with_codes
         gain = fitting * with_weights  # by so much the error is less than that of zeros
-        scales = torch.where(gain > best, fitting, scales)
-        best = torch.maximum(gain, best)
+        is_better = gain > best
+        scales, best = torch.where(is_better, fitting, scales), torch.where(is_better, gain, best)
     return scales
+
+
+def _sums(products: Tensor) -> Tensor:
+    """products (n, G, 64) -> (n, G): lane l adds up those at l, l + 8, l + 16, ..., then neighbours are added."""
+    first, *others = products.split(SUM_LANES, 2)
+    total = first.clone()
+    for lanes in others:
+        total += lanes
+    while total.size(2) > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    return total[..., 0]
 
 
 def _units_and_scales(wanted: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:

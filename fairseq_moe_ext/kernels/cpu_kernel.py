@@ -36,7 +36,7 @@ NEEDS = {"avx2": "AVX2, FMA and F16C", "avx512": "AVX-512 (F, DQ, BW, VL)"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by the C kernel's numbers
 # what the C kernel computes by itself, by its numbers
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, F.relu: 1, torch.relu: 1, F.gelu: 2}
-VERSION = 9  # of what is passed to the C kernel
+VERSION = 10  # of what is passed to the C kernel
 ANY_ROWS = 2**62
 LONGEST = 256  # rows of an expert at a time: what the kernel keeps for each of its threads grows with them
 
@@ -162,13 +162,11 @@ class Kernel:
     def call(self, run: Callable[..., int], groups: Groups, most: int, sizes: tuple[int, int, int], *its: int) -> None:
         """A function of C's on `its` numbers, for the groups' rows, as sharing.h and kernel.c want it; sizes: how many
         rows, outputs and slots there are. ValueError where the groups do not lie within these."""
-        threads = torch.get_num_threads()
         if sizes[1] > LONGEST:
             groups = groups.split(most)
         numbers, row_ids = groups.numbers, groups.row_ids
         ids = (0, 0) if row_ids is None else (address_of(row_ids, "row ids", torch.int64), row_ids.shape[0])
-        team = threads, *(_team() if threads > 1 else (0, 0))
-        call = array("q", (numbers.shape[1], most, _data(numbers), *ids, *sizes, *team, self.number, *its))
+        call = array("q", (numbers.shape[1], most, _data(numbers), *ids, *sizes, *team(), self.number, *its))
         error = run(call.buffer_info()[0])
         if error == -1:
             raise MemoryError("no memory for the experts' hidden features")
@@ -253,6 +251,12 @@ def _library() -> ctypes.CDLL | None:
         return library if library.cpu_kernel_version() == VERSION else None
     except (OSError, AttributeError):
         return None
+
+
+def team() -> tuple[int, int, int]:
+    """struct team of cpu/sharing.h: PyTorch's number of threads, and how to have them."""
+    threads = torch.get_num_threads()
+    return threads, *(_team() if threads > 1 else (0, 0))
 
 
 def _team() -> tuple[int, int]:

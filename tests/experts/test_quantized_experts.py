@@ -180,7 +180,7 @@ def test_a_stores_file_has_a_block_and_a_checksum_per_expert_and_is_of_its_forma
     file = tmp_path / "x.safetensors"
     first = file.stat().st_ino
     header = file.read_bytes()[8:4096].decode("latin-1")
-    assert all(f'"{expert}.{name}"' in header for expert in range(4)) and '"group 64, version 1"' in header
+    assert all(f'"{expert}.{name}"' in header for expert in range(4)) and '"group 64, version 2"' in header
     in_buffer(name, "file", tmp_path)
     assert file.stat().st_ino == first
     in_buffer({"int8": "int4", "int4": "int8"}[name], "file", tmp_path)

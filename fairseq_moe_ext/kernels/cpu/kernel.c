@@ -24,7 +24,7 @@
 #include <sched.h>
 #endif
 
-#define VERSION 9    /* of what cpu_kernel.py passes; another one is not called */
+#define VERSION 10   /* of what cpu_kernel.py passes; another one is not called */
 #define FEATURES 4   /* weight rows at a time */
 #define AHEAD 8      /* weight rows between the ones in use and the ones that are fetched */
 #define PART 1024    /* inputs at a time, of which FEATURES weight rows stay in the first cache for many rows */
@@ -124,6 +124,8 @@ static void compute(const struct work *work, const struct expert *expert, int st
 }
 
 #include "quantized.h"
+
+#include "quantizing.h"
 
 #include "touching.h"
 
