@@ -57,6 +57,14 @@ def test_the_c_kernel_and_pytorch_write_the_same_bytes(choice, bits, dtype, inpu
         assert torch.equal(written(choice, weight, bits, columns), written("off", weight, bits, columns))
 
 
+@pytest.mark.parametrize("choice", KERNELS)
+@WEIGHTED
+def test_sums_have_one_order(choice, weighted):
+    """So many groups that another order, or a fused product, rounds some scale otherwise."""
+    weight, columns = weight_of(500, 2048), costs_of(2048) if weighted else None
+    assert torch.equal(written(choice, weight, 4, columns), written("off", weight, 4, columns))
+
+
 @pytest.mark.parametrize("choice", WAYS)
 @BITS
 @WEIGHTED
