@@ -1,5 +1,7 @@
 """A served model whose dense layers are in int8: which are, that none is bypassed, and what they compute."""
 
+import copy
+
 import commands
 import pytest
 import sacrebleu
@@ -183,3 +185,18 @@ def test_what_is_replaced_never_has_memory_as_floats():
     assert floats > 80e6
     taken = measured(build)
     assert taken.error is None and taken.memory < floats / 4 + 50e6 < 0.8 * floats, (taken, floats)
+
+
+def test_a_layer_that_was_copied_or_moved_reads_its_own_bytes():
+    """Where its planes lie is worked out once, not for every call."""
+    weights = [torch.randn(5, 70, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    layer, x = Int8Linear(Int8Weight(5, 70), has_bias=False), torch.randn(3, 70)
+    layer.int8.fill(weights[0], None, "")
+    with torch.no_grad():
+        first = layer(x)
+        copied = copy.deepcopy(layer)
+        copied.int8.fill(weights[1], None, "")
+        assert torch.equal(layer(x), first) and not torch.equal(copied(x), first)
+        other = copied(x)
+        layer._apply(lambda tensor: copied.int8.bytes.clone() if tensor.dtype == torch.uint8 else tensor)
+        assert torch.equal(layer(x), other)
