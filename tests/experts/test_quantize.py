@@ -148,6 +148,24 @@ def test_searched_int4_scales_have_less_output_error_than_absmax_under_heavy_tai
     assert output_error(inputs, weight, found) <= most * plain
 
 
+def test_no_scale_of_either_sign_does_better_under_heavy_tails():
+    """Of 800 scales per sign, each with the least squares' own: what the format can give at all, against inputs whose
+    features are independent and of one size."""
+    weight, _ = heavy_tails("neither")
+    weight = weight[:32, :512]
+    found = read(4, [torch.tensor(weight), torch.zeros(32), torch.zeros(512, 32), torch.zeros(512)],
+                 quantized(4, [torch.tensor(weight), torch.zeros(32), torch.zeros(512, 32), torch.zeros(512)]))[0]
+    groups, gains = groups_of(weight), np.zeros((32, 8))
+    largest = np.abs(groups).max(-1, keepdims=True)
+    for candidate in np.geomspace(4, 40, 800):
+        for sign in (1, -1):
+            codes = np.clip(np.rint(groups * (sign * candidate / largest)), -8, 7)
+            gains = np.maximum(gains, (codes * groups).sum(-1) ** 2 / (codes**2).sum(-1))
+    least = np.sqrt((groups**2).sum() - gains.sum()) / np.linalg.norm(weight)
+    assert least <= error(weight, found) * (1 + 1e-9) and error(weight, found) <= 1.01 * least
+    assert least > 0.8 * error(weight, plain_absmax(weight))
+
+
 @BITS
 def test_errors_are_those_of_the_bits(bits):
     parts = parts_of(256, 128)
