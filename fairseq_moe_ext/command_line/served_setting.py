@@ -24,6 +24,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_scorer import SequenceScorer
 from omegaconf import DictConfig
 
+import fairseq_moe_ext
 from fairseq_moe_ext.atomic_file import write_bytes, write_json
 from fairseq_moe_ext.checkpoints.checkpoint_task import SERVED
 from fairseq_moe_ext.checkpoints.dictionary_checksum import dictionary_checksum
@@ -40,7 +41,7 @@ from fairseq_moe_ext.tasks.refused_options import EVAL_LM, GENERATE, LM, MULTI
 from fairseq_moe_ext.tasks.serving_task import ServingTask
 
 REPORT, FIGURES, ROUTING = "report.json", "figures.json", "routing.npz"
-_USER_DIR = Path(__file__).resolve().parents[1]
+_USER_DIR = fairseq_moe_ext.__path__[0]  # as fairseq asks for it, links in it as they are
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Check:
         command = EVAL_LM if task == LM else GENERATE
         # fairseq-eval-lm would start as many processes as there are GPUs
         words += ["--distributed-world-size", "1"] if command == EVAL_LM else []
-        words = ["--user-dir", str(_USER_DIR), "--task", task, "--path", self.path, *words, *self.flags]
+        words = ["--user-dir", _USER_DIR, "--task", task, "--path", self.path, *words, *self.flags]
         found: list[dict[str, Any]] = []
         for pair in self.pairs or [[]]:
             arguments = [self.data, *words, *_languages(pair)]
