@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_moe_ext.checkpoints.calibration_record import CalibrationRecord, read_calibration
 from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.quantization_source import Source, SourceModel, SourcePart, SourceTensor, digest
@@ -26,8 +27,9 @@ from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter, begun_
 from fairseq_moe_ext.checkpoints.relative_error import error_of_layer, error_of_rounding
 from fairseq_moe_ext.checkpoints.rounding import rows_in_dtype
 from fairseq_moe_ext.checkpoints.state_keys import is_dense_matrix
+from fairseq_moe_ext.experts.calibration import Calibration, ColumnFigures, correct_bias, quantize_calibrated
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.experts.quantize import VERSION, quantize_expert, quantize_linear
+from fairseq_moe_ext.experts.quantize import VERSION, quantize_linear
 from fairseq_moe_ext.kernels.block import GROUP
 
 
@@ -40,21 +42,30 @@ class Done:
     missing: list[Path]
 
 
-def quantize_checkpoint(source: Source, target: str, experts: str, dense: str, force: bool = False) -> Done:
+def quantize_checkpoint(
+    source: Source,
+    target: str,
+    experts: str,
+    dense: str,
+    force: bool = False,
+    calibrate: str | None = None,
+) -> Done:
     """Write what can be written of `source` into `target`, X.safetensors.
 
     experts: one of QUANTIZED; dense: one of DENSE. force: overwrite `target`, and begin anew where what an earlier run
-    has left is of another source or other options. CheckpointError where a file is wrong, where one that is done has
+    has left is of another source or other options. calibrate: a record's file, by which experts are quantised
+    (experts/calibration.py). CheckpointError where a file is wrong, where one that is done has
     changed, without space, or where there is nothing to begin with.
     """
     file = _target(target)
+    record = None if calibrate is None else read_calibration(calibrate)
     with only_writer(file):
         if file.exists() and not force:
             raise CheckpointError(f"{file}: it exists already: give --force to overwrite it")
         model = source.model() or begun_model(file, experts, dense)
         if model is None:
             raise CheckpointError(f"{source.path}: it waits for {source.waits_for()}, without which nothing can begin")
-        return _Quantization(source, model, file, experts, dense, force).run()
+        return _Quantization(source, model, file, experts, dense, force, record).run()
 
 
 def _target(target: str) -> Path:
@@ -65,16 +76,28 @@ def _target(target: str) -> Path:
 
 
 class _Quantization:
-    def __init__(self, source: Source, model: SourceModel, file: Path, experts: str, dense: str, force: bool):
+    def __init__(
+        self,
+        source: Source,
+        model: SourceModel,
+        file: Path,
+        experts: str,
+        dense: str,
+        force: bool,
+        record: CalibrationRecord | None,
+    ):
         self._source, self._dense = source, dense
         try:
             self._layout = quantized_layout(model.shapes, model.aliases, experts, dense)
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
         self._by_key, self._shapes = self._layout.by_key(), model.shapes
+        self._record = record
+        if record is not None:
+            record.check(self._layout)
         self._parts = source.parts(model.names)
         self._licence = model.licence
-        about = _about(model, self._layout, experts, dense)
+        about = _about(model, self._layout, experts, dense, None if record is None else record.fingerprint)
         tensors = [(each.name, each.dtype, each.shape) for each in self._layout.tensors.values()]
         fingerprint = _fingerprint(about, tensors, model.files)
         self._writer = QuantizedWriter(file, tensors, model.files, about, fingerprint, force)
@@ -175,14 +198,16 @@ class _Quantization:
         prefix = target.keys[0].removesuffix(EXPERT_KEYS["fc1_weight"])
         layers = target.block.layers(block[None])
         there = self._writer.begun(target.name)
+        calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target)
         if not there and len(found) == len(target.keys):
-            quantize_expert(target.block, [found[key] for key in target.keys], block, prefix)
+            quantize_calibrated(target.block, [found[key] for key in target.keys], block, calibration, prefix)
         else:  # its tensors lie in two files
             if there:
                 self._writer.read_begun(target.name, block)
             for number, key in enumerate(target.keys):
                 if key in found:
-                    _quantize_part(layers[number // 2], found[key], key)
+                    figures = (calibration.fc1, calibration.fc2)[number // 2]
+                    _quantize_part(layers[number // 2], found[key], key, figures)
         for number, key in enumerate(target.keys):
             if key in found and found[key].dim() == 2:
                 errors[key] = error_of_layer(layers[number // 2], found[key])
@@ -221,17 +246,21 @@ class _Quantization:
         self._writer.complete()
 
 
-def _quantize_part(layer: Any, values: Tensor, key: str) -> None:
+def _quantize_part(layer: Any, values: Tensor, key: str, figures: ColumnFigures | None) -> None:
     """One tensor of an expert into its layer, whose other one comes from another file."""
     if values.dim() == 2:
-        quantize_linear(layer, values, None, "", (key, ""))
+        quantize_linear(layer, values, None, "", (key, ""), None if figures is None else figures.square)
+        if figures is not None:
+            correct_bias(layer, values, figures.mean)
     elif not values.isfinite().all():
         raise ValueError(f"{key}: weights must be finite numbers to be quantised, got a NaN or an infinity")
     else:
-        layer.bias[0].copy_(values)
+        layer.bias[0] += values  # a correction may lie there
 
 
-def _about(model: SourceModel, layout: QuantizedLayout, experts: str, dense: str) -> QuantizedAbout:
+def _about(
+    model: SourceModel, layout: QuantizedLayout, experts: str, dense: str, calibrated: str | None
+) -> QuantizedAbout:
     source = QuantizedSource("", tuple((name, 0) for name in model.names), model.licence)
     return QuantizedAbout(
         experts=experts,
@@ -239,7 +268,7 @@ def _about(model: SourceModel, layout: QuantizedLayout, experts: str, dense: str
         group=GROUP,
         quantizer=VERSION,
         source=source,
-        calibrated=None,
+        calibrated=calibrated,
         aliases=layout.aliases,
         dims=layout.dims,
         state=model.state,

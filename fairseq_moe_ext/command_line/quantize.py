@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sentencepiece", metavar="FILE", help="the SentencePiece model; Hugging Face's layout: default: the folder's"
     )
     parser.add_argument(
+        "--calibrate", metavar="RECORD", help="of --moe-record: experts are quantised by what their inputs were"
+    )
+    parser.add_argument(
         "--force", action="store_true", help="overwrite TARGET; begin anew where another source was begun"
     )
     args = parser.parse_args(arguments)
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             source = HfSource(args.source, args.dictionary, pieces)
         else:
             source = FairseqSource(args.source, _files(args.data, args.dictionary, pieces))
-        done = quantize_checkpoint(source, args.output, args.experts, args.dense, args.force)
+        done = quantize_checkpoint(source, args.output, args.experts, args.dense, args.force, args.calibrate)
     except (CheckpointError, OSError) as error:
         return failed(error)
     if done.missing:
