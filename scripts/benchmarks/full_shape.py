@@ -49,24 +49,28 @@ NAMES = {"nllb-54b": "mt", "lm-52b": "lm"}
 BATCHES = {1: 3, 8: 2}  # how many of so many sentences; of others one
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANDOM_BYTES = 1 << 28  # drawn once; every block's codes begin somewhere else in them
+VERSION = 3.0  # of encoder and decoder: fairseq leaves out the last norm of older ones
 STEPS_OF_CODES = {8: 74.0, 4: 4.6}  # standard deviation of codes that are uniform
 
 
 class RandomBlocks:
-    """Blocks of random codes whose weights have the standard deviation 1 / sqrt(K)."""
+    """Blocks of random codes whose weights have the standard deviation 1 / sqrt(K); of what is added to a residual,
+    smaller by sqrt(2 * layers), as in deep models: else all tokens grow alike, and choose the same experts."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, layers: int):
+        self._of_residual = 1 / math.sqrt(2 * layers)
         self._generator = torch.Generator().manual_seed(seed)
         self._bytes = torch.randint(0, 256, (RANDOM_BYTES,), dtype=torch.uint8, generator=self._generator)
 
-    def of(self, block: Block | LinearBlock) -> Tensor:
+    def of(self, name: str, block: Block | LinearBlock) -> Tensor:
         """(nbytes,) uint8."""
         target = torch.zeros(1, block.nbytes, dtype=torch.uint8)
-        for layer in block.layers(target):
-            self._fill(layer, block.bits)
+        for number, layer in enumerate(block.layers(target)):
+            adds = number == 1 or name.endswith((f"out_proj.weight{INT8_SUFFIX}", f"fc2.weight{INT8_SUFFIX}"))
+            self._fill(layer, block.bits, self._of_residual if adds else 1.0)
         return target[0]
 
-    def _fill(self, layer: QuantizedLinear, bits: int) -> None:
+    def _fill(self, layer: QuantizedLinear, bits: int, gain: float) -> None:
         codes = layer.codes.flatten().view(torch.uint8)
         start = int(torch.randint(0, RANDOM_BYTES // 2, (), generator=self._generator))
         for first in range(0, len(codes), RANDOM_BYTES // 2):
@@ -74,15 +78,17 @@ class RandomBlocks:
             part.copy_(self._bytes[start : start + len(part)])
         if bits == 8:
             layer.codes.clamp_(min=-127)
-        wanted = 1 / (math.sqrt(layer.inputs) * STEPS_OF_CODES[bits])
+        wanted = gain / (math.sqrt(layer.inputs) * STEPS_OF_CODES[bits])
         unit = 2.0 ** math.floor(math.log2(wanted))
         layer.units.fill_(unit)
         layer.scales.fill_(wanted / unit)
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor that is not quantised: biases 0, norms 1, the rest normal / sqrt(K)."""
+        """A tensor that is not quantised: biases 0, norms 1, fairseq's versions, the rest normal / sqrt(K)."""
+        if name.endswith(".version"):
+            return torch.full(shape, VERSION)
         if len(shape) < 2:
-            return torch.full(shape, 1.0 if name.endswith(("norm.weight", ".version")) else 0.0)
+            return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)
         return torch.randn(shape, generator=self._generator) / math.sqrt(shape[-1])
 
 
@@ -128,11 +134,11 @@ def write_checkpoint(file: Path, data: Path, shape: Shape, args: argparse.Namesp
     tensors += [(name, torch.float32, size) for name, size in floats.items()]
     files = {each.name: each.read_bytes() for each in sorted(data.glob("dict.*txt"))}
     writer = QuantizedWriter(file, tensors, files, about, f"seed {args.seed}, {tensors}")
-    made = RandomBlocks(args.seed)
+    made = RandomBlocks(args.seed, cfg["model"]["decoder_layers"])
     total = sum(math.prod(size) * dtype.itemsize for _, dtype, size in tensors)
     with tqdm(total=total, desc=f"writing {file}", unit="B", unit_scale=True, disable=None) as bar:
         for name in (*blocks, *floats):
-            values = made.of(blocks[name]) if name in blocks else made.floats(name, floats[name])
+            values = made.of(name, blocks[name]) if name in blocks else made.floats(name, floats[name])
             writer.write(name, [values])
             bar.update(values.nbytes)
     writer.complete()

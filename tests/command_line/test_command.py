@@ -62,7 +62,7 @@ def test_the_version(capsys):
     ((), "error: the following arguments are required: COMMAND"),
     (("serve",), "invalid choice: 'serve' (choose from "),
     (("--", "plan"), "COMMAND"),
-    (("plan",), "error: the following arguments are required: SOURCE, --device-memory"),
+    (("plan",), "error: the following arguments are required: SOURCE"),
     (("plan", "x", "--device-memory", "1G", "--beam", "0"), "--beam: must be a whole number of at least 1, got '0'"),
     (("compare", "x", "y"), "error: the following arguments are required: DATA"),
     (("nllb", "x", "--output", "y", "--tokenizer", "z"), "--tokenizer goes with --to-hf, --force without it"),
