@@ -72,8 +72,8 @@ class RandomBlocks:
 
     def _fill(self, layer: QuantizedLinear, bits: int, gain: float) -> None:
         codes = layer.codes.flatten().view(torch.uint8)
-        start = int(torch.randint(0, RANDOM_BYTES // 2, (), generator=self._generator))
-        for first in range(0, len(codes), RANDOM_BYTES // 2):
+        for first in range(0, len(codes), RANDOM_BYTES // 2):  # no two embeddings are the same
+            start = int(torch.randint(0, RANDOM_BYTES // 2, (), generator=self._generator))
             part = codes[first : first + RANDOM_BYTES // 2]
             part.copy_(self._bytes[start : start + len(part)])
         if bits == 8:
@@ -171,7 +171,7 @@ def serve(file: Path, data: Path, shape: Shape, batch: int, args: argparse.Names
     start = time.perf_counter()
     done = subprocess.run([str(Path(sys.executable).with_name(command)), *common], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{command} {' '.join(common)}\n{done.stderr[-3000:]}")
+        sys.exit(f"{command} {' '.join(common)} ended with {done.returncode}\n{done.stderr[-3000:]}")
     found, batches = json.loads(report.read_text(encoding="utf-8")), BATCHES.get(batch, 1)
     row = {"batch": batch, "command_seconds": time.perf_counter() - start}
     row["loading_seconds"] = found["loading"]["seconds"]
