@@ -100,6 +100,7 @@ def expected(model: Model, common: tuple, flags: tuple) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_multilingual_model_pair_by_pair_is_the_commands_own_results(model, capfd, tmp_path):
     golden, file = model("tiny_nllb"), tmp_path / "prices.json"
     arguments = (golden.setting(), golden.setting(*INT4), golden.data, "--lang-pairs", "en-de,en-fr", *MT)
