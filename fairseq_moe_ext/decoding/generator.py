@@ -66,10 +66,10 @@ class _CountedGeneration:
             self.observer.report.count_hypotheses(hypotheses)
         return hypotheses
 
-
     def finalize_hypos(self, step, bbsz_idx, eos_scores, tokens, scores, finalized, finished, beam_size, *args):
         """fairseq's; the observer hears of the rows whose hypotheses are kept, of those that end at this step."""
-        self._hypotheses_end(_kept_ends(bbsz_idx.tolist(), finalized, finished, beam_size))
+        if self.observer is not None and self.observer.record is not None:  # else nothing waits for the device
+            self._hypotheses_end(_kept_ends(bbsz_idx.tolist(), finalized, finished, beam_size))
         return super().finalize_hypos(
             step, bbsz_idx, eos_scores, tokens, scores, finalized, finished, beam_size, *args
         )
