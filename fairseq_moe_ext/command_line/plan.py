@@ -13,16 +13,15 @@ dense ones as --moe-weights-scope. Counted: weights, the batch's activations and
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.command_line.parsing import byte_size, command_parser, failed, positive
-from fairseq_moe_ext.experts.formats import ALL, EXPERTS, FLOAT, FORMATS, SCOPES
+from fairseq_moe_ext.experts.formats import ALL, DENSE, EXPERTS, FLOAT, FORMATS, SCOPES
 from fairseq_moe_ext.models import moe_transformer, moe_transformer_lm  # noqa: F401  register architectures
 from fairseq_moe_ext.serving.memory_plan import Workload, plan, read_sizes, table
 from fairseq_moe_ext.serving.memory_sizes import table_of_formats, table_of_memories
-from fairseq_moe_ext.tasks.weight_flags import check_weights_of_dense
+from fairseq_moe_ext.tasks.weight_flags import check_weights_of_dense, check_weights_of_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("--batch-size", 16), ("--beam", 4), ("--length", 128)):
         parser.add_argument(name, type=positive, default=value, metavar="N", help="default: %(default)s")
     parser.add_argument("--fp32", action="store_true", help="float32 on the GPU, too")
-    parser.add_argument("--moe-weights", choices=FORMATS, default=FLOAT, help="of the experts; default: %(default)s")
+    parser.add_argument("--moe-weights", choices=FORMATS, help=f"of the experts; default: {FLOAT}")
     parser.add_argument(
-        "--moe-weights-scope", choices=SCOPES, default=EXPERTS, help="all: dense layers, too; default: %(default)s"
+        "--moe-weights-scope", choices=SCOPES, help=f"all: dense layers, too; default: {EXPERTS}"
     )
     args = parser.parse_args(arguments)
-    if args.moe_weights_scope == ALL and args.moe_weights == FLOAT:
-        parser.error(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
+    if args.moe_weights_scope is not None and args.moe_weights in (None, FLOAT):
+        parser.error(f"--moe-weights-scope {args.moe_weights_scope} needs --moe-weights int8 or int4, got {FLOAT}")
     for_one = ("host_memory", "fp32", "moe_weights", "moe_weights_scope")
     given = [f"--{name.replace('_', '-')}" for name in for_one if getattr(args, name) != parser.get_default(name)]
     if given and args.device_memory is None:
@@ -49,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = read_sizes(args.source)
         if not sizes.experts:
             check_weights_of_dense(args)
-        _check_weights(args, sizes.quantized)
+        if sizes.quantized is not None:
+            experts, int8_dense = sizes.quantized
+            dense = DENSE if int8_dense else "floats"
+            check_weights_of_file(args.moe_weights, args.moe_weights_scope, args.source, experts, dense)
     except (CheckpointError, OSError, ValueError) as error:
         return failed(error)
     work = Workload(args.batch_size, args.beam, args.length, 4 if args.fp32 else 2)
@@ -66,17 +68,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table_of_memories(sizes, work))
         return 0
     memory = args.device_memory, args.host_memory
-    print(table(plan(sizes, *memory, work, args.moe_weights, args.moe_weights_scope == ALL)))
+    print(table(plan(sizes, *memory, work, args.moe_weights or FLOAT, args.moe_weights_scope == ALL)))
     return 0
-
-
-def _check_weights(args: Namespace, quantized: tuple[str, bool] | None) -> None:
-    """ValueError where the user names another format than that of a quantised checkpoint."""
-    if quantized is None:
-        return
-    form, int8_dense = quantized
-    rule = f"or be left out: {args.source} is a quantised checkpoint, which says itself what it is"
-    if args.moe_weights not in (FLOAT, form):
-        raise ValueError(f"--moe-weights must be {form} {rule}, got {args.moe_weights}")
-    if args.moe_weights_scope == ALL and not int8_dense:
-        raise ValueError(f"--moe-weights-scope must be {EXPERTS} {rule}, got {ALL}")

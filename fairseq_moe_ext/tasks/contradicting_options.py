@@ -78,6 +78,10 @@ def _check_values(args: Any) -> None:
     shards, shard = getattr(args, "num_shards", 1), getattr(args, "shard_id", 0)
     if not 0 <= shard < shards:
         raise ValueError(f"--shard-id must be at least 0 and below --num-shards, got {shard} and {shards}")
+    suffix = getattr(args, "checkpoint_suffix", None)
+    for path in utils.split_paths(getattr(args, "path", None) or "") if suffix else ():
+        if ".pt" not in path:
+            raise ValueError(f"--checkpoint-suffix needs a checkpoint X.pt, got {suffix} with --path {path}")
     window, tokens = getattr(args, "context_window", 0), getattr(args, "tokens_per_sample", None)
     if window > 0 and tokens is not None and window >= tokens:
         raise ValueError(f"--context-window must be below --tokens-per-sample, got {window} and {tokens}")

@@ -28,10 +28,10 @@ class CheckpointOrContents(FileContentsAction):
             super().__call__(parser, namespace, values, option_string)
 
 
-def take_data_from_file(command: str, args: Namespace, given: Collection[str]) -> None:
+def take_data_from_file(command: str, args: Namespace, written: Collection[str]) -> None:
     """Where the data are a quantised checkpoint: let `args` name a folder with what lies in it, and say its task.
 
-    command: one of SERVING. given: the options that the user gave, which stand above the file's. ValueError in a
+    command: one of SERVING. written: the options that the user wrote, which stand above the file's. ValueError in a
     command that reads a data set, of which the file has none; CheckpointError where the file is damaged.
     """
     data = getattr(args, "data", None)
@@ -46,7 +46,7 @@ def take_data_from_file(command: str, args: Namespace, given: Collection[str]) -
         raise ValueError(f"data {data}: no such file")
     state, own = served_state(data), FileData(data)
     atexit.register(own.close)
-    named = {name: getattr(args, name) for name in given}
+    named = {name: getattr(args, name) for name in written}
     options = {**options_of_checkpoint(state), **named}
     options = {**options_of_file(own, state, options), **options}
     found = KeywordOptions(args.task).parse(str(own.folder), {n: v for n, v in options.items() if n not in named}, True)

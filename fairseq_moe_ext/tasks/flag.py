@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, get_args
@@ -52,10 +52,13 @@ def check_values(kind: type, flags: Any) -> None:
             _named(item, rules.check, value)
 
 
-def check_needs(kind: type, flags: Any) -> None:
-    """ValueError naming both flags and the value, for the first that lacks what it needs."""
+def check_needs(kind: type, flags: Any, written: Container[str] = ()) -> None:
+    """ValueError naming both flags and the value, for the first that lacks what it needs.
+
+    written: names of flags that the user wrote, be it with their default.
+    """
     for item, rules in flags_of(kind):
-        if rules.needs is None or not is_given(item, flags):
+        if rules.needs is None or not (item.name in written or is_given(item, flags)):
             continue
         name, wanted = rules.needs
         found = getattr(flags, name, None)

@@ -6,6 +6,7 @@ docs/options.md lists every option; tests/tasks/test_options_table.py holds it a
 from __future__ import annotations
 
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,16 @@ def is_given(parser: ArgumentParser, action: Action, args: Namespace) -> bool:
 def given_options(parser: ArgumentParser, args: Namespace) -> dict[str, Action]:
     """Destination -> option, of all that the user gave a value of their own."""
     return {action.dest: action for action in parser._actions if is_given(parser, action, args)}
+
+
+def written_options(parser: ArgumentParser, parse: Callable, words: Sequence[str] | None) -> frozenset[str]:
+    """Destinations of all options that stand in `words` (None: the process's), be it with their default.
+
+    parse: the parser's own `parse_known_args`, which has read them without an error.
+    """
+    unset = Namespace(**{action.dest: None for action in parser._actions if action.dest != SUPPRESS})
+    found, _ = parse(words, unset)
+    return frozenset(name for name, value in vars(found).items() if value is not None)
 
 
 def flag_of(action: Action) -> str:

@@ -24,6 +24,8 @@ from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.tasks.command_check import check_command, check_ranks, with_suffix
 from fairseq_moe_ext.tasks.contradicting_options import EVAL_LMS_BPE, check_contradictions
 from fairseq_moe_ext.tasks.file_as_data import take_data_from_file
+from fairseq_moe_ext.tasks.flag import check_needs
+from fairseq_moe_ext.tasks.flags import MoEFlags
 from fairseq_moe_ext.tasks.refused_options import (
     EVAL_LM,
     GENERATE,
@@ -32,6 +34,7 @@ from fairseq_moe_ext.tasks.refused_options import (
     VALIDATE,
     check_refused,
     given_options,
+    written_options,
 )
 
 # an option that no command before it has -> the command that has it; fairseq-interactive has fairseq-generate's, too
@@ -77,7 +80,9 @@ def _check_what_is_parsed(parser: ArgumentParser, command: str) -> None:
         given = given_options(parser, found)
         check_refused(command, found.task, given, found)
         if command != TRAIN:
-            take_data_from_file(command, found, given)
+            written = written_options(parser, parse, args[0] if args else kwargs.get("args"))
+            check_needs(MoEFlags, found, written)
+            take_data_from_file(command, found, written)
             check_contradictions(command, found.task, given, found)
         if getattr(found, "sacrebleu", False) and "scoring" not in given:
             found.scoring = "sacrebleu"  # fairseq reads it no more, but NLLB's commands say so

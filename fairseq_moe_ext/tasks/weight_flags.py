@@ -21,15 +21,17 @@ def _rows(text: Any) -> int:
 class WeightFlags(FairseqDataclass):
     """How weights lie in memory while a checkpoint is served."""
 
-    moe_weights: ChoiceEnum(FORMATS) = flag(
-        FLOAT,
-        "the experts' weights: floats of the model's dtype, or quantised to int8 or int4 while they are loaded",
+    # None: what is said by default and what the user says must differ, since a quantised checkpoint says it, too
+    moe_weights: Optional[ChoiceEnum(FORMATS)] = flag(
+        None,
+        "the experts' weights: floats of the model's dtype, or quantised to int8 or int4 while they are loaded; "
+        "default: float, or as a quantised checkpoint has them",
         experts=False,
     )
-    moe_weights_scope: ChoiceEnum(SCOPES) = flag(
-        EXPERTS,
+    moe_weights_scope: Optional[ChoiceEnum(SCOPES)] = flag(
+        None,
         "what --moe-weights quantises: the experts alone, or beside them all dense linear layers and embeddings, which "
-        "are int8 then in any case",
+        "are int8 then in any case; default: experts",
         experts=False,
     )
     moe_report_weight_error: Optional[str] = flag(
@@ -49,8 +51,8 @@ def check_weight_flags(flags: Any) -> None:
     if name == FLOAT:
         if rows:
             raise ValueError(f"--moe-report-weight-error needs --moe-weights int8 or int4, got {rows} with {FLOAT}")
-        if quantizes_all(flags):
-            raise ValueError(f"--moe-weights-scope {ALL} needs --moe-weights int8 or int4, got {FLOAT}")
+        if (scope := values_of(WeightFlags, flags)["moe_weights_scope"]) is not None:
+            raise ValueError(f"--moe-weights-scope {scope} needs --moe-weights int8 or int4, got {FLOAT}")
         return
     _check_kernel(flags, f"--moe-weights {name}")
     on_disk = str(getattr(flags, "expert_store", None)) == "disk"
@@ -85,8 +87,8 @@ def check_weights_of_dense(flags: Any) -> None:
 
 
 def weight_format(flags: Any) -> str:
-    """One of FORMATS."""
-    return values_of(WeightFlags, flags)["moe_weights"]
+    """One of FORMATS, as the flags say it."""
+    return values_of(WeightFlags, flags)["moe_weights"] or FLOAT
 
 
 def quantizes_all(flags: Any) -> bool:
@@ -97,6 +99,15 @@ def quantizes_all(flags: Any) -> bool:
 def weight_error_rows(flags: Any) -> int:
     """On how many of each layer's rows the report compares its experts with floats; 0: it does not."""
     return values_of(WeightFlags, flags)["moe_report_weight_error"] or 0
+
+
+def check_weights_of_file(weights: str | None, scope: str | None, path: str, experts: str, dense: str) -> None:
+    """ValueError where what the user says, None for nothing, is not what the quantised checkpoint at `path` has."""
+    rule = f"or be left out: {path} is a quantised checkpoint, which says itself what it is"
+    if weights not in (None, experts):
+        raise ValueError(f"--moe-weights must be {experts} {rule}, got {weights}")
+    if scope not in (None, wanted := ALL if dense == DENSE else EXPERTS):
+        raise ValueError(f"--moe-weights-scope must be {wanted} {rule}, with dense layers in {dense}, got {scope}")
 
 
 @dataclass(frozen=True)
@@ -112,19 +123,12 @@ def served_weights(flags: Any, state: ModelState | None) -> ServedWeights:
 
     state: the checkpoint's. ValueError naming flag, rule and value where a flag says something else than the file.
     """
-    given = ServedWeights(weight_format(flags), quantizes_all(flags))
     if state is None or state.about is None:
-        return given
-    about = state.about
-    rule = f"or be left out: {state.loading.path} is a quantised checkpoint, which says itself what it is"
-    if given.experts not in (FLOAT, about.experts):
-        raise ValueError(f"--moe-weights must be {about.experts} {rule}, got {given.experts}")
-    if given.int8_dense and about.dense != DENSE:
-        raise ValueError(
-            f"--moe-weights-scope must be {EXPERTS} {rule}, with dense layers in {about.dense}, got {ALL}"
-        )
+        return ServedWeights(weight_format(flags), quantizes_all(flags))
+    about, given = state.about, values_of(WeightFlags, flags)
+    path = state.loading.path
+    check_weights_of_file(given["moe_weights"], given["moe_weights_scope"], path, about.experts, about.dense)
     if rows := weight_error_rows(flags):
-        path = state.loading.path
         raise ValueError(f"--moe-report-weight-error needs the originals, which {path} does not have, got {rows}")
     _check_kernel(flags, f"experts in {about.experts}")
     return ServedWeights(about.experts, about.dense == DENSE)

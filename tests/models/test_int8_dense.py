@@ -127,10 +127,12 @@ def test_a_tensor_that_cannot_be_loaded_is_named(loader, change, words):
         layer.load_state_dict({**whole, "other": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("scope", ["all", "experts"])
 @pytest.mark.parametrize("flags", [(), ("--moe-weights", "float")])
-def test_a_scope_without_a_format_is_refused(flags):
-    task = commands.parse("eval_lm", "data", "--path", "x.pt", *commands.LM, *flags, *ALL[2:]).task
-    with pytest.raises(ValueError, match="^--moe-weights-scope all needs --moe-weights int8 or int4, got float"):
+def test_a_scope_without_a_format_is_refused(flags, scope):
+    arguments = ("data", "--path", "x.pt", *commands.LM, *flags, "--moe-weights-scope", scope)
+    task = commands.parse("eval_lm", *arguments).task
+    with pytest.raises(ValueError, match=f"^--moe-weights-scope {scope} needs --moe-weights int8 or int4, got float"):
         check_flags(task)
 
 

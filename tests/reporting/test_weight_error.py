@@ -117,11 +117,9 @@ def test_a_sample_is_the_naive_comparison(shared_goldens, by_row_ids):
     (("--moe-report", "r.json"), "--moe-report-weight-error needs --moe-weights int8 or int4, got 9 with float"),
 ])
 def test_what_it_needs(flags, words):
-    parsed = commands.parse(
-        "eval_lm", "data", "--path", "x.pt", *commands.LM, *flags, "--moe-report-weight-error", "9"
-    )
+    arguments = ("data", "--path", "x.pt", *commands.LM, *flags, "--moe-report-weight-error", "9")
     with pytest.raises(ValueError, match=f"^{words}"):
-        check_flags(parsed.task)
+        check_flags(commands.parse("eval_lm", *arguments).task)
 
 
 @pytest.mark.parametrize("rows", ["0", "-3", "all", "2.5"])

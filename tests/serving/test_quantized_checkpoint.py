@@ -85,6 +85,8 @@ def test_a_store_in_another_folder_has_the_same_blocks(loader, quantized, tmp_pa
 
 @pytest.mark.parametrize("flags, words", [
     (("--moe-weights", "int8"), r"--moe-weights must be int4 or be left out: .*X\.safetensors is a quantised check"),
+    (("--moe-weights", "float"), r"--moe-weights must be int4 or be left out: .*X\.safetensors .*, got float"),
+    ((*INT4[:3], "experts"), r"--moe-weights-scope must be all or be left out: .*dense layers in int8, got experts"),
     (
         (*INT4[:2], "--moe-report", "/dev/null", "--moe-report-weight-error", "5"),
         r"--moe-report-weight-error needs the originals, which .*X\.safetensors does not have, got 5",

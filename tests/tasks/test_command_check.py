@@ -1,5 +1,7 @@
 """What fairseq's commands refuse before they load anything, and how they say it: in one sentence, the last, once."""
 
+import argparse
+import re
 import sys
 from argparse import Namespace
 
@@ -14,7 +16,7 @@ from option_runs import PARSERS
 from fairseq_moe_ext.kernels import choice
 from fairseq_moe_ext.serving import device_flags
 from fairseq_moe_ext.tasks import command_check
-from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI, VALIDATE
+from fairseq_moe_ext.tasks.refused_options import GENERATE, INTERACTIVE, MT, MULTI, VALIDATE, written_options
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +243,29 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     command_check.check_command(Namespace(cpu=False, device_id=1, distributed_world_size=1))
     with pytest.raises(ValueError, match="--device-id must be below the number of GPUs, 2, got 2"):
         command_check.check_command(Namespace(cpu=False, device_id=2, distributed_world_size=1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--expert-store", "host"), "--expert-store needs --expert-buffer-size, got host without it"),
+        (("--expert-buffer-scope=all",), "--expert-buffer-scope needs --expert-buffer-size, got all without it"),
+        (("--moe-overflow", "drop"), "--moe-overflow needs --moe-capacity-factor, got drop without it"),
+        (("--checkpoint-suffix=-x", "--path", "x.pt:y.safetensors"),
+         "--checkpoint-suffix needs a checkpoint X.pt, got -x with --path y.safetensors"),
+    ],
+)
+def test_a_default_that_is_written_in_vain_is_refused(flags, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        commands.parse("generate", "data", "--path", "x.pt", *commands.MT, *flags)
+
+
+def test_written_options_are_those_of_the_line_whatever_they_say():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data")
+    parser.add_argument("--left", default="True", type=eval)
+    parser.add_argument("--beam", default=5, type=int)
+    parser.add_argument("--quiet", action="store_true")
+    parse = parser.parse_known_args
+    assert written_options(parser, parse, ["x", "--left", "True", "--other"]) == {"data", "left"}
+    assert written_options(parser, parse, ["x", "--beam=5", "--quiet"]) == {"data", "beam", "quiet"}
