@@ -26,7 +26,9 @@ def check_list(file: BinaryIO, size: int, path: Path) -> None:
     """
     end = zipfile._EndRecData(file)  # as zipfile itself finds it
     if end is None:
-        raise CheckpointError(f"{path}: not a readable checkpoint: the end of the archive is missing")
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: the end of the archive is missing; did its download break off?"
+        )
     if not _is_only_list(file, end):
         raise CheckpointError(f"{path}: not a readable checkpoint: its list of records must end where its end begins")
     room, wanted = _LIST + size // 16, end[zipfile._ECD_SIZE]

@@ -64,6 +64,8 @@ def read_pickle(file: Path, loading: Loading) -> tuple[Any, RecordFile | None]:
     try:
         if not file.is_file():  # opening a FIFO would wait for its writer
             raise CheckpointError(f"{file}: not a readable checkpoint: it must be there as a regular file")
+        if not file.stat().st_size:
+            raise CheckpointError(f"{file}: not a readable checkpoint: it is empty; did its download break off?")
         with open(file, "rb") as opened:
             is_archive = opened.read(len(MAGIC)) == MAGIC
             if not is_archive:

@@ -8,7 +8,7 @@ Legend: E = experts of the model, L = experts in each rank file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fairseq_moe_ext.checkpoints.checkpoint_task import languages_of
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import NAME, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.fsdp_shards import read_rank_shard, read_shards
-from fairseq_moe_ext.checkpoints.loading import Loading
+from fairseq_moe_ext.checkpoints.loading import EMBEDDINGS, Loading
 from fairseq_moe_ext.checkpoints.plain_json import json_state
 from fairseq_moe_ext.checkpoints.quantization_source import (
     PartContent,
@@ -48,11 +48,14 @@ _RANK = re.compile(r"-rank-(\d+)(-shard\d+)?\.pt$")
 
 
 class FairseqSource(Source):
-    """path: as for `--path`. files: text files that go with it, by name."""
+    """path: as for `--path`. files: text files that go with it, by name. check: raises CheckpointError where these do
+    not fit embeddings of so many rows, and a task of these fields."""
 
-    def __init__(self, path: str, files: Mapping[str, bytes]):
+    def __init__(
+        self, path: str, files: Mapping[str, bytes], check: Callable[[set[int], dict[str, Any]], None] | None = None
+    ):
         self.path = path
-        self._files = files
+        self._files, self._check = files, check
         self._names: tuple[str, ...] = ()
 
     def model(self) -> SourceModel | None:
@@ -79,7 +82,10 @@ class FairseqSource(Source):
             shapes = {}
         aliases = _aliases(model)
         shapes |= {key: tuple(tensor.shape) for key, tensor in model.items() if key not in aliases}
-        languages = languages_of(task_fields(content.state))
+        fields = task_fields(content.state)
+        if self._check is not None:
+            self._check({model[key].size(0) for key in EMBEDDINGS if key in model}, fields)
+        languages = languages_of(fields)
         files = dict(self._files)
         if languages and files:
             files[LANGUAGES] = "".join(f"{language}\n" for language in languages).encode()

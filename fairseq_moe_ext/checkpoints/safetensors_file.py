@@ -87,7 +87,8 @@ def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = FLOATS) -> 
                 raise ValueError(f"{key[:80]} must begin where the one before it ends, {end}, got {tensor.offset}")
             end += tensor.nbytes
         if end != size:
-            raise ValueError(f"it must have {end} bytes, found {size}")
+            broke_off = "; did its download break off?" if size < end else ""
+            raise ValueError(f"it must have {end} bytes, found {size}{broke_off}")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {one_line(error)}") from error
     return SafetensorsFile(metadata if isinstance(metadata, dict) else {}, tensors)

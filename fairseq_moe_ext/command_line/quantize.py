@@ -28,6 +28,7 @@ from fairseq_moe_ext.command_line.parsing import command_parser, failed
 from fairseq_moe_ext.experts.formats import QUANTIZED
 from fairseq_moe_ext.nllb.hf_source import HfSource
 from fairseq_moe_ext.nllb.hf_tokenizer import SPM
+from fairseq_moe_ext.nllb.vocabulary_size import check_sizes
 
 _MOST_NAMES = 5  # of files that are waited for
 
@@ -69,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_folder:
             source = HfSource(args.source, args.dictionary, pieces)
         else:
-            source = FairseqSource(args.source, _files(args.data, args.dictionary, pieces))
+            dictionaries = _dictionaries(args.data, args.dictionary)
+            files = {name: _content(file) for name, file in dictionaries.items()}
+            words = {name: load_dictionary(file) for name, file in dictionaries.items()}
+            files |= {} if pieces is None else {SPM: pieces}
+            source = FairseqSource(
+                args.source, files, lambda rows, fields: check_sizes(args.source, rows, words, fields)
+            )
         done = quantize_checkpoint(source, args.output, args.experts, args.dense, args.force, args.calibrate)
     except (CheckpointError, OSError) as error:
         return failed(error)
@@ -87,22 +94,14 @@ def _refuse_quantized(source: str) -> None:
         raise CheckpointError(f"{source}: it is quantised already: quantise what it was made of")
 
 
-def _files(data: str | None, dictionary: str | None, pieces: bytes | None) -> dict[str, bytes]:
-    """What goes into the file beside the weights of a checkpoint of fairseq's."""
-    found = {}
+def _dictionaries(data: str | None, dictionary: str | None) -> dict[str, Path]:
+    """Name in the quantised file -> the file to read, of a checkpoint of fairseq's."""
     if data is not None:
-        dictionaries = sorted(Path(data).glob("dict*.txt"))
-        if not dictionaries:
+        found = sorted(Path(data).glob("dict*.txt"))
+        if not found:
             raise CheckpointError(f"--data {data}: it must be a folder with dict.txt or dict.<lang>.txt, found none")
-        found = {file.name: _dictionary(file) for file in dictionaries}
-    elif dictionary is not None:
-        found = {"dict.txt": _dictionary(Path(dictionary))}
-    return found if pieces is None else {**found, SPM: pieces}
-
-
-def _dictionary(file: Path) -> bytes:
-    load_dictionary(file)
-    return _content(file)
+        return {file.name: file for file in found}
+    return {} if dictionary is None else {"dict.txt": Path(dictionary)}
 
 
 def _content(file: Path) -> bytes:

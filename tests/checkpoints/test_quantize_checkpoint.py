@@ -220,7 +220,24 @@ class TestBadInput:
 
     def test_a_truncated_source(self, file, target, capsys):
         file.write_bytes(file.read_bytes()[:-100])
-        self.refuse(file, target, capsys, "X.pt: not a readable checkpoint")
+        whole_file = file.read_bytes()
+        for length in (len(whole_file) - 100, len(whole_file) // 2):
+            file.write_bytes(whole_file[:length])
+            self.refuse(file, target, capsys, "X.pt: not a readable checkpoint: the end .* did its download break off")
+        file.write_bytes(b"")
+        self.refuse(file, target, capsys, "X.pt: not a readable checkpoint: it is empty; did its download break off")
+
+    @pytest.mark.parametrize("part", ["X-shared.pt", "X-rank-0.pt", "X-rank-1.pt"])
+    def test_a_truncated_part_is_named_whichever_it_is(self, tmp_path, parts, target, capsys, part):
+        file = tmp_path / part
+        content = file.read_bytes()
+        file.write_bytes(content[:-1000])
+        assert quantize(tmp_path / "X.pt", target) == 1
+        assert f"{part}: not a readable checkpoint: the end of the archive is missing" in error_of(capsys)
+        assert not target.exists()
+        file.write_bytes(content)
+        assert quantize(tmp_path / "X.pt", target) == 0
+        assert_holds(target, wanted_tensors(MODEL, "int4", "int8"))
 
     @pytest.mark.parametrize("name", ["X.pt", "safetensors", ".safetensors", "nowhere/X.safetensors"])
     def test_a_wrong_name(self, tmp_path, file, name, capsys):
@@ -267,3 +284,20 @@ class TestBadInput:
     def test_what_is_no_dictionary(self, tmp_path, file, target, capsys):
         (tmp_path / "dict.txt").write_text("a b c\n")
         self.refuse(file, target, capsys, "not a fairseq dictionary", "--dictionary", str(tmp_path / "dict.txt"))
+
+    @pytest.mark.parametrize("words", [4, 6])
+    def test_a_dictionary_of_another_model(self, tmp_path, target, capsys, words):
+        """9 embeddings: 4 symbols of fairseq's own, 3 words and 2 languages."""
+        torch.save(told()(MODEL), tmp_path / "X.pt")
+        dictionary = tmp_path / "dict.txt"
+        dictionary.write_text("".join(f"w{number} 1\n" for number in range(words)))
+        got = f"rows, 9, got {words + 4}, with the languages' tokens {words + 6}$"
+        self.refuse(tmp_path / "X.pt", target, capsys, f"dict.txt must have .* {got}", "--dictionary", str(dictionary))
+        assert not list(target.parent.iterdir())
+        dictionary.write_text("".join(f"w{number} 1\n" for number in range(3)))
+        assert quantize(tmp_path / "X.pt", target, "--dictionary", str(dictionary)) == 0
+
+    def test_a_dictionary_of_one_language_has_the_embeddings_words(self, tmp_path, file, target, capsys):
+        (tmp_path / "dict.txt").write_text("a 1\nb 1\n")
+        words = "dict.txt must have as many words as its embeddings have rows, 9, got 6$"
+        self.refuse(file, target, capsys, words, "--data", str(tmp_path))

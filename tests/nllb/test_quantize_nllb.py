@@ -141,7 +141,7 @@ class TestBadInput:
     def test_a_truncated_shard(self, copy, target, capsys):
         shard = copy / "model-00002-of-00003.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1])
-        self.refuse(copy, target, capsys, f"{shard}: truncated or damaged")
+        self.refuse(copy, target, capsys, f"{shard}: truncated or damaged: it must have ")
 
     def test_a_shard_that_lacks_a_tensor(self, copy, target, capsys):
         shard = copy / "model-00002-of-00003.safetensors"
