@@ -24,6 +24,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """An option's value in seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be seconds of 0 or more, got {text!r}")
+    return value
+
+
 def byte_size(text: str) -> int:
     """An option's value in bytes, as every flag reads a size."""
     try:

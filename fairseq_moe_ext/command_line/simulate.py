@@ -7,6 +7,12 @@ The trace is one that `--moe-trace` wrote; with `--world-size` every rank has a 
 contiguous ones without a placement, and the sizes are those up to the fewest experts of a rank that holds any. DIR
 gets buffer.csv (every layer, then the mean over the layers and the worst layer) and, where there is matplotlib,
 buffer.png (the mean as a line, the worst layer as a dashed one, Belady's MIN in black).
+
+    fairseq-moe simulate trace.npz --output DIR --expert-bytes 50M --disk-rate 2G --profile other.npz
+
+With `--expert-bytes` the run is played once more by two clocks, of the disk and of the computation, for every size,
+policy and prefetcher that is named: DIR gets replay.csv and replay.json, and the rows of all phases are printed. The
+seconds are those of the rates that are given here; nothing is measured.
 """
 
 from __future__ import annotations
@@ -14,18 +20,29 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from tabulate import tabulate
 
 from fairseq_moe_ext.atomic_file import new_file, refuse_unwritable
 from fairseq_moe_ext.balancing.placement import contiguous, load_placement
-from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
+from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
+from fairseq_moe_ext.buffering.model_calls import model_calls
+from fairseq_moe_ext.buffering.replay import Rates
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks
 from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, hottest_experts, layers_of, simulate_all
-from fairseq_moe_ext.command_line.parsing import NO_MATPLOTLIB, command_parser, has_matplotlib
+from fairseq_moe_ext.command_line.parsing import (
+    NO_MATPLOTLIB,
+    byte_size,
+    command_parser,
+    has_matplotlib,
+    positive,
+    seconds,
+)
+from fairseq_moe_ext.command_line.replay_table import PREFETCHERS, in_words, policy_names, replay_rows, write_replay
 from fairseq_moe_ext.trace import load_trace
 
 COLUMNS = ("layer", "size", "order", "policy", "accesses", "misses", "miss_rate", "times_min")
@@ -117,19 +134,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="ranks that share the experts and the batches")
     parser.add_argument("--expert-placement", type=Path, help="which rank holds which expert (.json)")
     parser.add_argument("--profile", type=Path, help="another trace, whose hottest experts are resident at the start")
+    clocks = add_clocks(parser)
     args = parser.parse_args(arguments)
+    if args.expert_bytes is None and (given := [name for name, value in clocks(args).items() if value is not None]):
+        parser.error(f"--{given[0].replace('_', '-')} must go with --expert-bytes, which turns the clocks on")
+    if args.expert_bytes is not None and (args.world_size != 1 or args.expert_placement):
+        parser.error("--expert-bytes must go without --world-size and --expert-placement, for it plays one process")
+    if args.expert_prefetch and "hot-set" in args.expert_prefetch and not args.profile:
+        parser.error("--expert-prefetch hot-set must go with --profile, whose hottest experts it takes")
     try:
         layers = layers_of(load_trace(args.trace))
         profiled = layers_of(load_trace(args.profile)) if args.profile else []
         if args.world_size != 1 or args.expert_placement:
             layers, profiled = on_ranks(args, layers), []
+        clock_rates = rates_of(args) if args.expert_bytes is not None else None
     except ValueError as error:
         parser.error(str(error))
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output must be a folder that can be written, got {args.output}: {error.strerror}")
-    for name in ("buffer.csv", "buffer.png"):
+    for name in ("buffer.csv", "buffer.png", *(("replay.csv", "replay.json") if clock_rates else ())):
         refuse_unwritable(parser, "--output", args.output / name)
     rankings = {layer.name: hottest_experts(layer) for layer in profiled}
     sizes = range(1, min(layer.num_experts for layer in layers) + 1)
@@ -141,4 +166,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(args.output / "buffer.png", outcomes)
     else:
         print(f"buffer.png is left out: it {NO_MATPLOTLIB}", file=sys.stderr)
+    if clock_rates is not None:
+        play(args, clock_rates, layers, profiled)
     return 0
+
+
+def add_clocks(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], dict]:
+    """The options of a replay; gives what reads those off that do nothing without --expert-bytes."""
+    parser.add_argument("--expert-bytes", type=byte_size, metavar="SIZE", help="of one expert; turns the clocks on")
+    group = parser.add_argument_group("clocks, with --expert-bytes")
+    options = [
+        group.add_argument("--expert-buffer-size", type=positive, nargs="+", metavar="N",
+                           help="experts per layer in the buffer (default: a quarter of them)"),
+        group.add_argument("--expert-eviction", choices=policy_names(), nargs="+", metavar="POLICY",
+                           help=f"{', '.join(policy_names())} (default: {DEFAULT_POLICY} {MIN})"),
+        group.add_argument("--expert-order", choices=ORDERS, help=f"default: {DEFAULT_ORDER}"),
+        group.add_argument("--expert-prefetch", choices=PREFETCHERS, nargs="+", metavar="WHICH",
+                           help=f"{', '.join(PREFETCHERS)} (default: all; hot-set where there is a --profile)"),
+        group.add_argument("--disk-rate", type=byte_size, metavar="SIZE",
+                           help="bytes/s of the disk or link, all readers together (default: 1G)"),
+        group.add_argument("--read-latency", type=seconds, metavar="SECONDS", help="of every read (default: 0.0001)"),
+        group.add_argument("--readers", type=positive, metavar="N", help="reads at a time (default: 4)"),
+        group.add_argument("--staging", type=positive, metavar="N",
+                           help="slots for experts on their way, for all layers together (default: 4)"),
+        group.add_argument("--expert-seconds", type=seconds, metavar="SECONDS",
+                           help="of a computed expert (default: 0.0001)"),
+        group.add_argument("--row-seconds", type=seconds, metavar="SECONDS",
+                           help="of each of its rows besides (default: 0.00001)"),
+        group.add_argument("--dense-seconds", type=seconds, metavar="SECONDS",
+                           help="of all else, per call of a MoE layer (default: 0.001)"),
+    ]  # fmt: skip
+    return lambda args: {option.dest: getattr(args, option.dest) for option in options}
+
+
+def given(value, default):
+    """Of an option."""
+    return default if value is None else value
+
+
+def rates_of(args: argparse.Namespace) -> Rates:
+    """What the options say that things cost."""
+    return Rates(
+        args.expert_bytes,
+        given(args.disk_rate, 2**30),
+        given(args.read_latency, 1e-4),
+        given(args.readers, 4),
+        given(args.expert_seconds, 1e-4),
+        given(args.row_seconds, 1e-5),
+        given(args.dense_seconds, 1e-3),
+    )
+
+
+def play(
+    args: argparse.Namespace, rates: Rates, layers: Sequence[LayerLoads], profiled: Sequence[LayerLoads]
+) -> None:
+    """The replay that the options ask for, printed and written."""
+    staging = given(args.staging, 4)
+    rows = replay_rows(
+        model_calls(load_trace(args.trace)),
+        rates,
+        given(args.expert_buffer_size, [max(1, max(layer.num_experts for layer in layers) // 4)]),
+        given(args.expert_eviction, [DEFAULT_POLICY, MIN]),
+        given(args.expert_prefetch, [each for each in PREFETCHERS if each != "hot-set" or profiled]),
+        given(args.expert_order, DEFAULT_ORDER),
+        staging,
+        {layer.name: layer.loads.sum(axis=0, dtype=np.int64) for layer in profiled},
+        {layer.name: hottest_experts(layer) for layer in profiled},
+    )
+    write_replay(args.output, rows, rates, staging)
+    print()
+    print(in_words(rows))

@@ -1,0 +1,79 @@
+"""fairseq-moe simulate with clocks: what it writes is what the replay gives; options that do nothing are refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from fairseq_moe_ext.buffering.eviction import Buffer
+from fairseq_moe_ext.buffering.model_calls import model_calls
+from fairseq_moe_ext.buffering.prefetchers import HotSet, Oracle
+from fairseq_moe_ext.buffering.replay import Costs, Rates, replay
+from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
+from fairseq_moe_ext.command_line.replay_table import COLUMNS, PREFETCHERS
+from fairseq_moe_ext.command_line.simulate import main
+from fairseq_moe_ext.trace import TraceRecorder, halve_trace, save_trace
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """(folder with first.npz and second.npz, the two traces)"""
+    generator, recorder = np.random.default_rng(0), TraceRecorder()
+    for batch in range(6):
+        for phase, layers in (("encoder", ["e"]), *[("decode", ["d", "f"])] * 3):
+            recorder.begin_step(phase, batch)
+            for layer in layers:
+                recorder.add(layer, generator.poisson(0.5, 8).tolist())
+    folder, traces = tmp_path_factory.mktemp("traces"), halve_trace(recorder.trace())
+    for name, trace in zip(("first", "second"), traces, strict=True):
+        save_trace(folder / f"{name}.npz", trace)
+    return folder, traces
+
+
+def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
+    folder, (first, second) = halves
+    told = "--expert-bytes 2K --disk-rate 1M --read-latency 0.001 --readers 2 --staging 3 --expert-seconds 0.002"
+    told += " --row-seconds 0.0005 --dense-seconds 0.003 --expert-buffer-size 2 3 --expert-eviction lru min"
+    given = [str(folder / "second.npz"), "--output", str(tmp_path), "--profile", str(folder / "first.npz")]
+    assert main([*given, *told.split()]) == 0
+    with open(tmp_path / "replay.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * len(PREFETCHERS) * 3  # sizes, policies; two phases and all
+    assert tuple(rows[0]) == COLUMNS
+    said = json.loads((tmp_path / "replay.json").read_text())
+    assert [{name: str(value) for name, value in row.items()} for row in said["rows"]] == rows
+    assert said["rates"]["disk_rate"] == 2**20 and said["rates"]["staging"] == 3
+
+    profile, calls = {layer.name: layer for layer in layers_of(first)}, model_calls(second)
+    rates = Rates(2048, 2**20, 0.001, 2, 0.002, 0.0005, 0.003)
+    totals = {name: layer.loads.sum(axis=0) for name, layer in profile.items()}
+    for name, prefetcher in (("hot-set", HotSet(calls, totals)), ("oracle", Oracle(calls))):
+        buffers = {
+            name: Buffer(3, "lru", "resident-first", hottest_experts(layer)[:3]) for name, layer in profile.items()
+        }
+        costs = sum(replay(calls, buffers, rates, prefetcher, staging=3).values(), Costs())
+        (row,) = (row for row in rows if [*row.values()][:4] == ["3", "lru", name, "all"])
+        assert (int(row["misses"]), int(row["bytes_in_vain"])) == (costs.misses, costs.in_vain * 2048)
+        assert float(row["seconds"]) == pytest.approx(costs.seconds, abs=1e-6)
+        assert float(row["disk_seconds"]) <= float(row["seconds"]) >= float(row["resident_seconds"])
+    assert "oracle" in capsys.readouterr().out
+    assert (tmp_path / "buffer.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--disk-rate 1G", "--disk-rate must go with --expert-bytes"),
+        ("--expert-bytes 1M --world-size 2", "--expert-bytes must go without --world-size"),
+        ("--expert-bytes 1M --expert-prefetch hot-set", "--expert-prefetch hot-set must go with --profile"),
+        ("--expert-bytes 0", "expert_bytes must be above 0, got 0"),
+        ("--expert-bytes 1M --row-seconds -1", "must be seconds of 0 or more, got '-1'"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(halves, tmp_path, capsys, options, sentence):
+    folder, _ = halves
+    with pytest.raises(SystemExit) as ended:
+        main([str(folder / "second.npz"), "--output", str(tmp_path / "out"), *options.split()])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "out" / "buffer.csv").exists()
