@@ -86,8 +86,9 @@ def test_kernels_know_tensors_only():
     assert not files_where(lambda file: rooms_in(imports(file)) - {"kernels", "torch_versions"}, {"kernels"})
 
 
-def test_buffering_knows_the_experts_and_traces_alone():
-    known = {"buffering", "experts", "kernels", "trace", "atomic_file", "bounded_json", "safetensors_header"}
+def test_buffering_knows_the_experts_traces_and_records_alone():
+    known = {"buffering", "experts", "kernels", "trace", "recording"}
+    known |= {"atomic_file", "bounded_json", "safetensors_header"}
     assert not files_where(lambda file: rooms_in(imports(file)) - known, {"buffering"})
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what serving a model takes on the device, in main memory and on disk, and the flags to use",
     "balance": "say which rank shall hold which expert, fitted on a trace",
     "compare": "what a setting costs in quality and gains in bytes and time, beside another of the same model",
+    "profile": "merge recorded runs into one profile: which experts every language needs",
     "simulate": "how often an expert buffer of every size would miss, from a trace",
 }
 

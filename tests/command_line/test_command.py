@@ -18,6 +18,7 @@ CALLERS = {
     "quantize": "scripts/quantize_checkpoint.py",
     "plan": "scripts/plan_memory.py",
     "balance": "scripts/balance_experts.py",
+    "profile": "scripts/merge_profiles.py",
     "simulate": "scripts/simulate_buffer.py",
     "compare": "scripts/compare_settings.py",
 }
