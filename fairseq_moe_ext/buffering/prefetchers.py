@@ -43,7 +43,7 @@ class Nothing:
 
 
 class Oracle:
-    """Knows the next `ahead` calls; None: all."""
+    """Knows the next `ahead` calls, None: all; of each layer the first of them."""
 
     is_late = False
 
@@ -52,9 +52,12 @@ class Oracle:
 
     def wanted(self, number: int) -> Iterable[Key]:
         """As `Prefetcher` has it."""
+        seen = set()
         for call in self._calls[number + 1 : number + 1 + self._ahead]:
-            for expert in heaviest_first(call.load):
-                yield call.layer, expert
+            if call.layer not in seen:
+                for expert in heaviest_first(call.load):
+                    yield call.layer, expert
+            seen.add(call.layer)
 
 
 class NextLayers:

@@ -41,21 +41,22 @@ def prefetcher_named(name: str, calls: Sequence[ModelCall], totals: Mapping[str,
 
 
 def buffers_for(
-    calls: Sequence[ModelCall], size: int, policy: str, order: str, rankings: Mapping[str, Sequence[int]]
+    calls: Sequence[ModelCall], size: int | None, policy: str, order: str, rankings: Mapping[str, Sequence[int]]
 ) -> dict[str, Buffer | Foresight]:
-    """A buffer of `size` experts for every layer, or of all that it has; rankings: whose first are resident at the
-    start, by layer; else those of the lowest numbers."""
+    """A buffer of `size` experts for every layer, or of all that it has; None: of a quarter of them. rankings: whose
+    first are resident at the start, by layer; else those of the lowest numbers."""
     of_layer: dict[str, list[ModelCall]] = {}
     for call in calls:
         of_layer.setdefault(call.layer, []).append(call)
     found: dict[str, Buffer | Foresight] = {}
     for layer, its in of_layer.items():
         number = len(its[0].load)
-        initial = list(rankings.get(layer, range(number)))[: min(size, number)]
+        kept = min(max(1, number // 4) if size is None else size, number)
+        initial = list(rankings.get(layer, range(number)))[:kept]
         if policy == MIN:
-            found[layer] = Foresight([call.active() for call in its], min(size, number), initial)
+            found[layer] = Foresight([call.active() for call in its], kept, initial)
         else:
-            found[layer] = Buffer(min(size, number), policy, order, initial)
+            found[layer] = Buffer(kept, policy, order, initial)
     return found
 
 
