@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, OR
 from fairseq_moe_ext.buffering.model_calls import model_calls
 from fairseq_moe_ext.buffering.replay import Rates
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks
-from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, hottest_experts, layers_of, simulate_all
+from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, layers_of, simulate_all
 from fairseq_moe_ext.command_line.parsing import (
     NO_MATPLOTLIB,
     byte_size,
@@ -43,6 +43,7 @@ from fairseq_moe_ext.command_line.parsing import (
     seconds,
 )
 from fairseq_moe_ext.command_line.replay_table import PREFETCHERS, in_words, policy_names, replay_rows, write_replay
+from fairseq_moe_ext.command_line.run_profile import by_score, expert_scores
 from fairseq_moe_ext.trace import load_trace
 
 COLUMNS = ("layer", "size", "order", "policy", "accesses", "misses", "miss_rate", "times_min")
@@ -133,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for buffer.csv and buffer.png")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that share the experts and the batches")
     parser.add_argument("--expert-placement", type=Path, help="which rank holds which expert (.json)")
-    parser.add_argument("--profile", type=Path, help="another trace, whose hottest experts are resident at the start")
+    profile = "another trace, or a profile (.json), whose first experts are resident at the start"
+    parser.add_argument("--profile", type=Path, help=profile)
+    parser.add_argument("--profile-languages", nargs="+", metavar="LANGUAGE", help="of a profile (default: all it has)")
     clocks = add_clocks(parser)
     args = parser.parse_args(arguments)
     if args.expert_bytes is None and (given := [name for name, value in clocks(args).items() if value is not None]):
@@ -144,9 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--expert-prefetch hot-set must go with --profile, whose hottest experts it takes")
     try:
         layers = layers_of(load_trace(args.trace))
-        profiled = layers_of(load_trace(args.profile)) if args.profile else []
+        if args.profile_languages and not args.profile:
+            raise ValueError("--profile-languages must go with --profile")
+        num_experts = {layer.name: layer.num_experts for layer in layers}
+        scores = expert_scores(args.profile, args.profile_languages, num_experts) if args.profile else {}
         if args.world_size != 1 or args.expert_placement:
-            layers, profiled = on_ranks(args, layers), []
+            layers = on_ranks(args, layers)
         clock_rates = rates_of(args) if args.expert_bytes is not None else None
     except ValueError as error:
         parser.error(str(error))
@@ -156,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--output must be a folder that can be written, got {args.output}: {error.strerror}")
     for name in ("buffer.csv", "buffer.png", *(("replay.csv", "replay.json") if clock_rates else ())):
         refuse_unwritable(parser, "--output", args.output / name)
-    rankings = {layer.name: hottest_experts(layer) for layer in profiled}
+    rankings = {name: by_score(each) for name, each in scores.items()}
     sizes = range(1, min(layer.num_experts for layer in layers) + 1)
     outcomes = [each for layer in layers for each in simulate_all(layer, sizes, rankings.get(layer.name))]
     print(misses_at_a_quarter(layers, outcomes))
@@ -167,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(f"buffer.png is left out: it {NO_MATPLOTLIB}", file=sys.stderr)
     if clock_rates is not None:
-        play(args, clock_rates, layers, profiled)
+        play(args, clock_rates, layers, scores)
     return 0
 
 
@@ -218,7 +224,7 @@ def rates_of(args: argparse.Namespace) -> Rates:
 
 
 def play(
-    args: argparse.Namespace, rates: Rates, layers: Sequence[LayerLoads], profiled: Sequence[LayerLoads]
+    args: argparse.Namespace, rates: Rates, layers: Sequence[LayerLoads], scores: Mapping[str, np.ndarray]
 ) -> None:
     """The replay that the options ask for, printed and written."""
     staging = given(args.staging, 4)
@@ -227,11 +233,11 @@ def play(
         rates,
         given(args.expert_buffer_size, [max(1, max(layer.num_experts for layer in layers) // 4)]),
         given(args.expert_eviction, [DEFAULT_POLICY, MIN]),
-        given(args.expert_prefetch, [each for each in PREFETCHERS if each != "hot-set" or profiled]),
+        given(args.expert_prefetch, [each for each in PREFETCHERS if each != "hot-set" or scores]),
         given(args.expert_order, DEFAULT_ORDER),
         staging,
-        {layer.name: layer.loads.sum(axis=0, dtype=np.int64) for layer in profiled},
-        {layer.name: hottest_experts(layer) for layer in profiled},
+        scores,
+        {name: by_score(each) for name, each in scores.items()},
     )
     write_replay(args.output, rows, rates, staging)
     print()

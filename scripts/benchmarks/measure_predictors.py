@@ -164,6 +164,18 @@ def scores_of(
     return found
 
 
+def last_where_unknown(
+    calls: Sequence[ModelCall], heard_calls: Sequence[HeardCall], following: Sequence[str], kind: str, table: TokenTable
+) -> list[tuple[str, np.ndarray] | None]:
+    """As `scores_of`; where that knows nothing, as of the first MoE layer of a pass, the experts of its last call."""
+    found, last = [], {}
+    for number, known in enumerate(scores_of(heard_calls, following, kind, table)):
+        last[calls[number].layer] = calls[number].load
+        layer = following[number]
+        found.append(known if known is not None or layer not in last else (layer, last[layer]))
+    return found
+
+
 def prefetchers(heard_calls: Sequence[HeardCall], calls: Sequence[ModelCall], table: TokenTable) -> dict:
     """name -> Prefetcher; the last two know the future."""
     following = following_layers(calls)
@@ -171,6 +183,8 @@ def prefetchers(heard_calls: Sequence[HeardCall], calls: Sequence[ModelCall], ta
     for kind in (INPUT, RESIDUAL, HOT, TABLE):
         late = kind in (RESIDUAL, TABLE)
         found[kind] = Predicted(scores_of(heard_calls, following, kind, table), is_late=late)
+    for kind in (INPUT, RESIDUAL):
+        found[f"{kind}, else {LAST}"] = Predicted(last_where_unknown(calls, heard_calls, following, kind, table), True)
     return found | {"oracle, next call": Oracle(calls), "oracle, all calls": Oracle(calls, None)}
 
 

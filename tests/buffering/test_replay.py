@@ -93,7 +93,9 @@ def test_bounds_of_every_prefetcher(seed):
         assert costs.reads - costs.in_vain == costs.misses, name
         assert costs.seconds <= off.seconds + costs.calls * (rates.latency + rates.expert_bytes / rates.disk_rate)
     assert off.in_vain == found["oracle"].in_vain == 0
-    assert found["oracle"].seconds <= off.seconds
+    # with slots for all; where they are few, experts that land together hold theirs until all of them are computed
+    roomy = [total(replay(calls, buffers_of(calls), rates, each, 50)) for each in (Nothing(), Oracle(calls))]
+    assert roomy[1].seconds <= roomy[0].seconds
 
 
 def test_replay_by_hand():

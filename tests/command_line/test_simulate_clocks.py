@@ -9,8 +9,9 @@ import pytest
 from fairseq_moe_ext.buffering.eviction import Buffer
 from fairseq_moe_ext.buffering.model_calls import model_calls
 from fairseq_moe_ext.buffering.prefetchers import HotSet, Oracle
+from fairseq_moe_ext.buffering.profile import LayerProfile, Profile, save_profile
 from fairseq_moe_ext.buffering.replay import Costs, Rates, replay
-from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
+from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of, simulate
 from fairseq_moe_ext.command_line.replay_table import COLUMNS, PREFETCHERS
 from fairseq_moe_ext.command_line.simulate import main
 from fairseq_moe_ext.trace import TraceRecorder, halve_trace, save_trace
@@ -28,7 +29,22 @@ def halves(tmp_path_factory):
     folder, traces = tmp_path_factory.mktemp("traces"), halve_trace(recorder.trace())
     for name, trace in zip(("first", "second"), traces, strict=True):
         save_trace(folder / f"{name}.npz", trace)
+    layer = LayerProfile(np.array([0, 5]), np.array([[0.0] * 8, np.arange(8) / 8]), np.zeros((2, 8), np.int64))
+    save_profile(folder / "profile.json", Profile(("en", "de"), {"d": layer}))
     return folder, traces
+
+
+def test_a_profiles_first_experts_are_resident(halves, tmp_path):
+    """Those of one layer; of the others it says nothing."""
+    folder, (_, second) = halves
+    given = ["--output", str(tmp_path), "--profile", str(folder / "profile.json"), "--profile-languages", "de"]
+    assert main([str(folder / "second.npz"), *given]) == 0
+    with open(tmp_path / "buffer.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if [*row.values()][1:4] == ["3", "resident-first", "lru"]]
+    for layer in layers_of(second):
+        ranking = list(range(8))[::-1] if layer.name == "d" else None
+        (row,) = (row for row in rows if row["layer"] == layer.name)
+        assert int(row["misses"]) == simulate(layer, 3, "resident-first", "lru", ranking).misses
 
 
 def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
@@ -64,6 +80,9 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, sentence",
     [
+        ("--profile-languages en", "--profile-languages must go with --profile"),
+        ("--profile TRACE --profile-languages en", "--profile-languages must go with a --profile of fairseq-moe"),
+        ("--profile PROFILE --profile-languages fr", "--profile-languages must name one that d had tokens of, de, got"),
         ("--disk-rate 1G", "--disk-rate must go with --expert-bytes"),
         ("--expert-bytes 1M --world-size 2", "--expert-bytes must go without --world-size"),
         ("--expert-bytes 1M --expert-prefetch hot-set", "--expert-prefetch hot-set must go with --profile"),
@@ -74,6 +93,8 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
 def test_options_that_do_nothing_are_refused(halves, tmp_path, capsys, options, sentence):
     folder, _ = halves
     with pytest.raises(SystemExit) as ended:
-        main([str(folder / "second.npz"), "--output", str(tmp_path / "out"), *options.split()])
+        files = {"TRACE": str(folder / "first.npz"), "PROFILE": str(folder / "profile.json")}
+        given = [files.get(word, word) for word in options.split()]
+        main([str(folder / "second.npz"), "--output", str(tmp_path / "out"), *given])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "out" / "buffer.csv").exists()
