@@ -185,6 +185,7 @@ ELSEWHERE = {
     "--decoder-langtok": "tests/tasks/test_options_table.py",
     "--expert-store-dir": "tests/serving/test_buffer_stores.py",
     "--expert-host-memory": "tests/tasks/test_command_check.py",
+    "--expert-prefetch": "tests/serving/test_expert_buffer.py",
     "--expert-profile": "tests/serving/test_expert_buffer.py",
     "--moe-kernel": "tests/serving/test_kernels.py",
     "--moe-report": "tests/test_commands.py",

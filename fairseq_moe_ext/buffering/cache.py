@@ -1,53 +1,39 @@
 """A layer's experts of which N are in fast memory; the others wait in a store.
 
-Legend: E = experts of the layer, H = local experts, N = experts that the buffer keeps, S = slots, R = rows in expert
-order, D = model dim, F = hidden dim.
+Legend: E = experts of the layer, H = local experts, N = experts that the buffer keeps, R = rows in expert order,
+D = model dim, F = hidden dim.
 
-There are two slots more than that: an expert on its way lies in one of them while the experts that it will push out
-still compute. Source: "Toward Efficient Inference for Mixture of Experts", section on expert buffering.
+Slots are of a pool, which layers share (slot_pool.py); a call's copies and steps are in call.py. Source: "Toward
+Efficient Inference for Mixture of Experts", section on expert buffering.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import wait
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairseq_moe_ext.buffering.copy_lane import CopyLane
-from fairseq_moe_ext.buffering.eviction import Access, Buffer
+from fairseq_moe_ext.buffering.ahead import Ahead, Habits
+from fairseq_moe_ext.buffering.call import Call
+from fairseq_moe_ext.buffering.eviction import IN_TURN, Buffer
 from fairseq_moe_ext.buffering.host_tier import HostTier
+from fairseq_moe_ext.buffering.slot_pool import Seat, SlotPool
 from fairseq_moe_ext.buffering.store import ExpertStore
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import Float, Format
 from fairseq_moe_ext.experts.gradients import without_gradients
 from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.experts.schedule import Step
 from fairseq_moe_ext.kernels.activations import Activation
 from fairseq_moe_ext.kernels.autocast import autocast_dtype
 from fairseq_moe_ext.kernels.offsets import Offsets
 
-STAGING_SLOTS = 2
-
 # (H experts' packed parts, the dtype of their slots) -> the store
 MakeStore = Callable[[list[list[Tensor]], torch.dtype], ExpertStore]
-
-
-@dataclass
-class _Batch:
-    """One call under way. accesses: in the order to compute; copies: of the misses that were started, as (expert, slot,
-    copy); to_start: the misses whose copies were not."""
-
-    counts: list[int]
-    accesses: list[Access]
-    to_start: deque[int]
-    copies: deque[tuple[int, int, Future]] = field(default_factory=deque)
 
 
 class BufferedExperts(CalledByCounts):
@@ -81,8 +67,9 @@ class BufferedExperts(CalledByCounts):
         self._store: ExpertStore | None = None
         self._source: ExpertStore | None = None  # what slots are filled from: the store, or main memory before it
         self._host_capacity: int | None = None
-        self._lane: CopyLane | None = None  # None until the start
-        self._batch: _Batch | None = None  # between prefetch and call
+        self.pool: SlotPool | None = None  # None until the start
+        self._call: Call | None = None  # between announcement and call
+        self._following: tuple[BufferedExperts, ...] = ()
         self.last_call = BufferCall()
         # follows the model's dtype and device, which the slots take
         self.register_buffer("_like", torch.empty(0), persistent=False)
@@ -99,8 +86,8 @@ class BufferedExperts(CalledByCounts):
 
     @property
     def resident_bytes(self) -> int:
-        """Of the slots."""
-        return sum(parameter.nbytes for parameter in self.parameters())
+        """Of its slots; of all layers of a pool together, the pool's."""
+        return 0 if self.pool is None else self.pool.bytes_of(self._seat)
 
     @property
     def resident_experts(self) -> list[int]:
@@ -108,41 +95,71 @@ class BufferedExperts(CalledByCounts):
         return [self.local[index] for index in self._buffer.resident]
 
     @property
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype and on the device that slots are to have."""
+        return self._like
+
+    @property
+    def readers(self) -> int:
+        """How many copies out of its store may run at a time."""
+        return getattr(self._store, "readers", 1)
+
+    @property
     def is_started(self) -> bool:
         """Whether it has what its copies need, as from the first call on."""
-        return self._lane is not None
+        return self.pool is not None
 
-    def start(self, size: int, ranking: Sequence[int] | None = None, host_capacity: int | None = None) -> None:
-        """Make the slots of a buffer of `size` experts, at most H, and fill it; another start begins anew.
+    def start(
+        self,
+        size: int,
+        ranking: Sequence[int] | None = None,
+        host_capacity: int | None = None,
+        pool: SlotPool | None = None,
+        key: Hashable = None,
+    ) -> None:
+        """Keep `size` experts from here on, at most H, and fetch the first; another start begins anew.
 
         ranking: experts' numbers; the first that are local are resident at the start; default: by rising number.
         host_capacity: how many experts lie in main memory between the store and slots on a GPU; None: none.
+        pool, key: the pool and the layer's seat in it; None: a pool of its own.
         """
         if self._store is None:
             raise RuntimeError("experts in a buffer have no weights before load_state_dict")
         if not 1 <= size <= len(self.local):
             raise ValueError(f"the buffer's size must be from 1 to the {len(self.local)} experts, got {size}")
         self.stop()
-        self._slots = min(size + STAGING_SLOTS, len(self.local))
-        dtype = self.format.dtype(self.dtype)
-        for name, shape in self.format.shapes(self._slots).items():
-            slots = self._like.new_empty(shape, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(slots, requires_grad=False))
         index = {expert: number for number, expert in enumerate(self.local)}
         ranked = [index[expert] for expert in (self.local if ranking is None else ranking) if expert in index]
-        self._size, self._host_capacity = size, host_capacity
+        self._host_capacity = host_capacity
+        self.pool = pool or SlotPool(self.format, {key: (size, len(self.local))}, self._like, self.readers)
+        self._seat = self.pool.seat(key)
+        self._ahead, self._habits = Ahead(self.pool), Habits(len(self.local))
+        self._connect()
         self._empty()
         self._buffer = Buffer(size, self._policy, self._order, ranked[:size])
-        self._slot_of = {expert: slot for slot, expert in enumerate(self._buffer.resident)}
-        self._free = [slot for slot in self._free if slot not in self._slot_of.values()]
-        self._connect()
+        self._slot_of = {expert: self.pool.take(self._seat) for expert in self._buffer.resident}
         self._fill()
 
+    def precede(self, *following: BufferedExperts) -> None:
+        """While this layer is called, those of the same pool that are called next begin to fetch what they will want."""
+        self._following = following
+
+    def look_ahead(self) -> None:
+        """Begin to fetch experts that the next call will want, where there are slots for it."""
+        if self.pool is not None and self._call is None and self._filled == self.pool.version:
+            likely = (expert for expert in self._habits.likely() if expert not in self._slot_of)
+            self._ahead.begin(likely, self._source.load)
+
+    def _look_ahead_of_following(self) -> None:
+        for layer in self._following:
+            layer.look_ahead()
+
     def stop(self) -> None:
-        """No copy is under way from here on and no thread left; the slots are let go."""
-        self._disconnect()
-        for name in self.format.shapes(1):
-            self._parameters.pop(name, None)
+        """No copy is under way from here on, and its slots are let go."""
+        if self.pool is not None:
+            self._empty()
+            self.pool.leave(self._seat)
+            self.pool = None
 
     def input_dtype(self, tokens: Tensor) -> torch.dtype:
         """In which `tokens` must come: under autocast in the experts' own dtype, for a buffer computes in no other."""
@@ -150,14 +167,18 @@ class BufferedExperts(CalledByCounts):
 
     def prefetch(self, rows_per_expert: Sequence[int]) -> None:
         """The H counts of the next call: the copies of its misses start."""
-        if self._lane is None:
+        if self.pool is None:
             raise RuntimeError("experts in a buffer must be started before they are called")
-        if self._batch is not None:  # a call that never came
+        self._follow()
+        if self._call is not None:  # a call that never came
             self._empty()
         counts = list(rows_per_expert)
         accesses = self._buffer.run(expert for expert, count in enumerate(counts) if count > 0)
-        self._batch = _Batch(counts, accesses, deque(access.expert for access in accesses if not access.hit))
-        self._start_copies()
+        self._habits.add(counts)
+        idle = self._look_ahead_of_following if self._following else None
+        pooled = self._slot_of, self.pool, self._seat
+        in_turn = self._order in IN_TURN
+        self._call = Call(counts, accesses, *pooled, self._source.load, in_turn, self._ahead, idle)
 
     def compute(self, rows: Tensor, offsets: Offsets, row_ids: Tensor | None) -> Tensor:
         """As `CalledByCounts` has it."""
@@ -168,135 +189,97 @@ class BufferedExperts(CalledByCounts):
         if self.training:
             raise RuntimeError("experts in a buffer cannot be trained: call eval() first")
         counts = offsets.counts
-        if self._batch is None:
+        if self._call is None:
             self.prefetch(counts)
-        prefetched = self._batch.counts
+        prefetched = self._call.counts
         if prefetched != counts:
             self._empty()
             raise ValueError(f"offsets must be of the counts that were prefetched, {prefetched}, got {counts}")
-        self._waited, self._read = 0.0, []
         try:
-            pool = self.format.pool([slots.detach() for slots in self.parameters()])
-            outputs = self._run_steps(self.steps(counts), rows, offsets, pool, row_ids)
+            self._follow()
+            outputs = self._run_steps(self._call.steps(counts), rows, offsets, self.pool.packed(), row_ids)
         except BaseException:
             self._empty()  # some slots are half filled
             raise
-        self.last_call = self._account(self._batch)
+        self.last_call = self._account(self._call)
         self.totals = self.totals + self.last_call
-        self._batch = None
+        self._call = None
         return outputs
 
-    def steps(self, rows_per_expert: Sequence[int]) -> Iterator[Step]:
-        """Of the call that was prefetched (a Schedule): hits that follow one another are a step, and every miss is one
-        as it lands."""
-        hits: dict[int, int] = {}  # expert -> slot
-        for access in self._batch.accesses:
-            if access.hit:
-                hits[access.expert] = self._slot_of[access.expert]
-                continue
-            if hits:
-                yield _together(hits)
-                hits = {}
-            yield Step(access.expert, access.expert + 1, [self._take_in(access)])
-        if hits:
-            yield _together(hits)
-
-    def _take_in(self, access: Access) -> int:
-        """The slot of a missed expert, once it is there; the one that it pushes out makes way for the next copy."""
-        _, slot, copy = self._batch.copies.popleft()
-        start = time.perf_counter()
-        self._read.append(self._lane.finish(copy))
-        self._waited += time.perf_counter() - start
-        if access.evicted is not None:
-            self._free.append(self._slot_of.pop(access.evicted))
-        self._slot_of[access.expert] = slot
-        self._start_copies()
-        return slot
-
-    def _start_copies(self) -> None:
-        batch = self._batch
-        while self._free and batch.to_start:
-            slot, expert = self._free.pop(), batch.to_start.popleft()
-            batch.copies.append((expert, slot, self._copy(expert, slot)))
-
-    def _copy(self, expert: int, slot: int) -> Future:
-        return self._lane.start(lambda: self._source.load(expert, self._parts(slot)))
-
-    def _parts(self, slot: int) -> list[Tensor]:
-        return [slots.detach()[slot] for slots in self._parameters.values()]
-
-    def _account(self, batch: _Batch) -> BufferCall:
-        disk_reads = sum(count > 0 for count in self._read)
-        misses = len(self._read)
+    def _account(self, call: Call) -> BufferCall:
+        disk_reads = sum(count > 0 for count in call.read)
+        misses = len(call.read)
+        in_vain, bytes_in_vain = self._ahead.take_in_vain()
         return BufferCall(
-            hits=len(batch.accesses) - misses,
+            hits=call.hits,
             misses=misses,
-            bytes_copied=misses * self.expert_bytes,
+            bytes_copied=(misses + in_vain) * self.expert_bytes,
             host_reads=misses - disk_reads,
             disk_reads=disk_reads,
-            bytes_read=sum(self._read),
-            seconds=self._waited,
+            bytes_read=sum(call.read) + bytes_in_vain,
+            prefetched=call.prefetched,
+            prefetched_in_vain=in_vain,
+            seconds=call.waited,
         )
 
     def _empty(self) -> None:
         """Nobody is resident from here on, and no copy under way."""
-        if self._batch is not None:
-            wait([copy for *_, copy in self._batch.copies])
-        self._batch = None
-        self._buffer = Buffer(self._size, self._policy, self._order)
+        if self._call is not None:
+            self._call.settle()
+        self._call = None
+        self._ahead.settle()
+        self.pool.clear(self._seat)
+        self._buffer = Buffer(self._seat.size, self._policy, self._order)
         self._slot_of: dict[int, int] = {}
-        self._free = list(range(self._slots))
 
     def _connect(self) -> None:
-        """Copies can be started, into the slots where they lie now."""
+        """The source of copies is one for slots that lie where they lie now."""
         on_cpu = self.device.type == "cpu"
         tiers = not on_cpu and self._host_capacity is not None
         self._source = HostTier(self._store, self._host_capacity) if tiers else self._store
         self._source.prepare(self.device)
-        self._lane = CopyLane(self.device, self.parameters())
+        self._filled = self.pool.version
 
-    def _disconnect(self) -> _Batch | None:
-        """No copy is under way from here on, and none can be started; gives the batch that was."""
-        batch, self._batch = self._batch, None
-        if self._lane is not None:
-            lane, self._lane = self._lane, None
-            lane.close()
-        return batch
+    def _follow(self) -> None:
+        """The slots may have gone to other memory, which has nobody's weights."""
+        if self._filled != self.pool.version:
+            self._ahead.settle()
+            self._connect()
+            self._fill()
+            if self._call is not None:
+                self._call.copy_again(self._source.load)
 
     def _fill(self) -> None:
-        """Every expert that lies in a slot, or was on its way to one, is fetched into it."""
-        copies = [self._copy(expert, slot) for expert, slot in self._slot_of.items()]
-        if self._batch is not None:
-            for expert, slot, _ in tuple(self._batch.copies):
-                self._batch.copies.popleft()
-                self._batch.copies.append((expert, slot, self._copy(expert, slot)))
+        """Every expert that has a slot is fetched into it."""
+        source = self._source
+        copies = [
+            self.pool.copy(slot, partial(source.load, expert)) for expert, slot in self._slot_of.items()
+        ]
         try:
             for copy in copies:
-                self._lane.finish(copy)
+                self.pool.finish(copy)
         except BaseException:
-            self._disconnect()  # some slots are half filled
+            wait(copies)
+            self.stop()  # some slots are half filled
             raise
 
     def _apply(self, fn, recurse=True):
-        was_started, batch = self.is_started, self._disconnect()
-        dtype, addresses = self.format.dtype(self.dtype), self._addresses()
-        super()._apply(fn, recurse)
+        dtype = self.format.dtype(self.dtype)
+        if self._call is not None:
+            self._call.settle()
+        if self.pool is not None:
+            self._ahead.settle()
+        try:
+            super()._apply(fn, recurse)
+        except BaseException:
+            self.stop()
+            raise
         new_dtype = self.format.dtype(self.dtype)
         if self._store is not None and new_dtype != dtype:
             self._store.convert(new_dtype)
-        if was_started:
-            self._batch = batch
-            self._connect()
-            if self._addresses() != addresses:  # other memory, which `fn` need not have filled
-                self._fill()
+        if self.pool is not None:
+            self._follow()
         return self
-
-    def _addresses(self) -> list[tuple]:
-        return [(slots.data_ptr(), slots.device, slots.dtype) for slots in self.parameters()]
-
-    def __del__(self):
-        if getattr(self, "_lane", None) is not None:  # before the memory that it copies between
-            self._lane.close(wait=False)  # a thread cannot wait for itself, nor for others within a garbage collection
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._store is None:
@@ -319,8 +302,3 @@ class BufferedExperts(CalledByCounts):
             store = self._make_store(packed, self.format.dtype(self.dtype))
             self.stop()  # the slots hold other weights: start again
             self._store = self._source = store
-
-
-def _together(slot_of: dict[int, int]) -> Step:
-    first, end = min(slot_of), max(slot_of) + 1
-    return Step(first, end, [slot_of.get(expert, -1) for expert in range(first, end)])

@@ -1,4 +1,4 @@
-"""Copies that run beside the computation: by a thread, and on a GPU on a stream of their own.
+"""Copies that run beside the computation: by threads, and on a GPU by one, on a stream of its own.
 
 A process forks when its copies have arrived; a forked child, which has none of its parent's threads, starts its own.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -15,13 +16,17 @@ from torch import Tensor
 
 
 class CopyLane:
-    """Runs copies into `slots` on `device` one after another, in the order they were started, until it is closed."""
+    """Runs copies into `slots` on `device`, begun in the order they were started, until it is closed.
 
-    def __init__(self, device: torch.device, slots: Iterable[Tensor]):
+    readers: how many run at a time; on a GPU one after another, as its stream has them.
+    """
+
+    def __init__(self, device: torch.device, slots: Iterable[Tensor], readers: int = 1):
         self._device = device
+        self._readers = 1 if device.type == "cuda" else readers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._threads, self._process, self._closed = _one_thread(), os.getpid(), False
-        self._last: Future | None = None
+        self._threads, self._process, self._closed = self._new_threads(), os.getpid(), False
+        self._started: deque[Future] = deque()
         _lanes.add(self)
         if self._stream is not None:
             for slot in slots:  # whose memory must not be given away under a copy
@@ -31,14 +36,18 @@ class CopyLane:
         """`copy` fills a slot; what the device was told until now to compute with that slot is done before."""
         computed = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         if self._process != os.getpid() and not self._closed:
-            self._threads, self._process = _one_thread(), os.getpid()
-        self._last = self._threads.submit(self._run, copy, computed)
-        return self._last
+            self._threads, self._process = self._new_threads(), os.getpid()
+        while self._started and self._started[0].done():
+            self._started.popleft()
+        self._started.append(self._threads.submit(self._run, copy, computed))
+        return self._started[-1]
 
     def wait(self) -> None:
         """Until all copies that were started have ended, well or not."""
-        if self._last is not None:
-            wait([self._last])
+        wait(list(self._started))
+
+    def _new_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=self._readers, thread_name_prefix="experts")
 
     def _run(self, copy: Callable[[], int], computed: torch.cuda.Event | None) -> tuple[int, torch.cuda.Event | None]:
         if self._stream is None:
@@ -56,9 +65,9 @@ class CopyLane:
         return count
 
     def close(self, wait: bool = True) -> None:
-        """End the thread after the copies that were started; a copy's error stays with its Future.
+        """End the threads after the copies that were started; a copy's error stays with its Future.
 
-        wait: until it has ended; in any case until the device has done the copies of which it was told.
+        wait: until they have ended; in any case until the device has done the copies of which it was told.
         """
         self._closed = True
         self._threads.shutdown(wait and self._process == os.getpid())
@@ -66,15 +75,11 @@ class CopyLane:
             self._stream.synchronize()
 
 
-def _one_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
-
-
 _lanes: weakref.WeakSet[CopyLane] = weakref.WeakSet()
 
 
 def _wait_for_all() -> None:
-    """Else a child would find half a slot, and the copying thread's locks held for ever."""
+    """Else a child would find half a slot, and a copying thread's locks held for ever."""
     for lane in list(_lanes):
         lane.wait()
 

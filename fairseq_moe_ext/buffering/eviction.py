@@ -11,7 +11,8 @@ that ran last, which is why LIFO is right there and FIFO and LRU lose nearly eve
 
 `resident-first`: the active experts that are resident, in rising id, then the others, in rising id. A batch misses
 exactly the active experts that were not resident when it began, whatever the policy; who leaves decides the misses of
-later batches only. No order misses fewer in this batch.
+later batches only. No order misses fewer in this batch. The turns of the misses are for the policy alone: a served layer
+reads and computes them in another order (call.py).
 
 Every policy lets experts go first that are idle in this batch, since the batch is known; policies differ in whom they
 choose among the idle, and among the active where none is idle:
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 ORDERS = ("resident-first", "ascending")
+IN_TURN = ("ascending",)  # of which a served layer computes experts in just the order of their turns
 # The pair with the fewest misses over all sizes of the models that docs/buffering.md names.
 DEFAULT_POLICY = "lfu"
 DEFAULT_ORDER = "resident-first"

@@ -3,7 +3,7 @@
 Legend: H = local experts; parts = an expert's tensors as its format packs them, of floats four in the order of
 EXPERT_KEYS, in a quantised one a block.
 The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes. Its metadata holds a fingerprint
-of what the file was made of and a CRC-32 per tensor; every read is checked.
+of what the file was made of and a CRC-32 per tensor, checked with its first read; that the file is as it was, with each.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class ExpertFile:
             raise
         self._tensors = [(name, entry) for name, entry in layout.items() if name != METADATA]
         self._parts = len({name.partition(".")[2] for name, _ in self._tensors})  # of an expert
+        self._verified = [False] * len(self._tensors)
         self._state = self._stat()
 
     def _check(self, layout: dict) -> tuple[int, list[int]]:
@@ -140,14 +141,16 @@ class ExpertFile:
         values = target if direct else torch.empty(entry["shape"], dtype=self.dtype(part))
         first, end = entry["data_offsets"]
         try:
-            crc = read_at(self._file.fileno(), _bytes_of(values), self._start + first)
+            known = self._verified[number]
+            crc = read_at(self._file.fileno(), _bytes_of(values), self._start + first, None if known else 0)
             changed = self._stat() != self._state
         except (OSError, EOFError) as error:
             reason = str(error) or "it ends"
             raise StoreError(f"{self._path}: the expert store can no longer be read: {reason}") from error
-        if crc != self._checksums[number] or changed:
+        if changed or not known and crc != self._checksums[number]:
             what = "was changed while it was in use" if changed else f"is damaged: {name} has another checksum"
             raise StoreError(f"{self._path}: the expert store {what}; delete it, and it is built anew")
+        self._verified[number] = True
         if not direct:
             target.copy_(values)
         return end - first

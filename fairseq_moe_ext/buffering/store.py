@@ -18,6 +18,9 @@ from torch import Tensor
 logger = logging.getLogger("fairseq_moe_ext")
 
 
+READERS = 4  # threads that read at a time: one alone leaves a solid-state disk idle half of the time
+
+
 class StoreError(Exception):
     """A store that cannot be made or read: names the file, the rule and what was found."""
 
@@ -99,6 +102,8 @@ class FileStore:
 
     dtype: the model's when the store is made.
     """
+
+    readers = READERS
 
     def __init__(self, source: Source, dtype: torch.dtype):
         self._source = source

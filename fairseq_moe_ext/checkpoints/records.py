@@ -1,6 +1,7 @@
 """The records of a file, each one tensor's bytes at its place, read with their checksums.
 
-Every byte that is used is checked, since a damaged weight would otherwise be served in silence. Reading goes through a
+Every record that is used is checked once, since a damaged weight would otherwise be served in silence; from then on the
+file must stay as it is, which each read looks at. Reading goes through a
 plain file, not a map, whose pages would count as this process's memory for as long as they lie there.
 """
 
@@ -22,7 +23,8 @@ CHUNK = 1 << 20  # stays in the cache between reading and checking
 
 @dataclass
 class Record:
-    """One tensor storage: where its bytes lie in the file, how many, their CRC-32; verified once that was checked."""
+    """One tensor storage: where its bytes lie in the file, how many, their CRC-32; verified once that was checked, which
+    is not done again."""
 
     name: str
     offset: int
@@ -58,22 +60,25 @@ class Records:
             opened = self._file.descriptor()
             if size < record.size and self.has_checksums and not record.verified:
                 self._verify(opened, record)
-            crc = self._read_values(opened, target.detach().view(-1), dtype, record.offset + start)
-            if size == record.size and self.has_checksums:
+            whole = size == record.size and self.has_checksums and not record.verified
+            crc = self._read_values(opened, target.detach().view(-1), dtype, record.offset + start, 0 if whole else None)
+            if whole:
                 self._check(record, crc)
-            else:  # a part of a record has no checksum of its own
+            else:
                 self._file.check_unchanged(opened)
         except CheckpointError as error:
             self.loading.error = error
             raise
         self.loading.count(size)
 
-    def _read_values(self, opened: Descriptor, target: Tensor, dtype: torch.dtype, offset: int) -> int:
-        """target (n,) -> the checksum of its bytes in the file."""
+    def _read_values(
+        self, opened: Descriptor, target: Tensor, dtype: torch.dtype, offset: int, crc: int | None
+    ) -> int | None:
+        """target (n,) -> the checksum of its bytes in the file, after `crc`; None, and no work, where that is None."""
         if target.dtype == dtype and target.device.type == "cpu":
-            return self._read(opened, _bytes_of(target), offset)
+            return self._read(opened, _bytes_of(target), offset, crc)
         # piece by piece, and each call in memory of its own: several threads read at once
-        between, crc = torch.empty(min(CHUNK // dtype.itemsize, len(target)), dtype=dtype), 0
+        between = torch.empty(min(CHUNK // dtype.itemsize, len(target)), dtype=dtype)
         for piece in target.split(len(between)):
             values = between[: len(piece)]
             crc = self._read(opened, _bytes_of(values), offset, crc)
@@ -95,9 +100,9 @@ class Records:
             )
         record.verified = True
 
-    def _read(self, opened: Descriptor, view: memoryview, offset: int, crc: int = 0) -> int:
+    def _read(self, opened: Descriptor, view: memoryview, offset: int, crc: int | None) -> int | None:
         try:
-            return read_at(opened.number, view, offset, crc if self.has_checksums else None)
+            return read_at(opened.number, view, offset, crc)
         except EOFError:
             raise CheckpointError(f"{self.path}: not a readable checkpoint: it ends within a tensor") from None
 

@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts
+from fairseq_moe_ext.buffering.ahead import in_order
+from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
-from fairseq_moe_ext.experts.formats import FLOAT
+from fairseq_moe_ext.experts.formats import FLOAT, Format
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
 from fairseq_moe_ext.trace import load_trace
@@ -32,6 +34,7 @@ logger = logging.getLogger("fairseq_moe_ext")
 AUTO = "auto"
 SCOPES = ("all", "encoder", "decoder")
 STORES = ("host", "disk")
+OFF, LAYERS = PREFETCH = ("off", "layers")
 # Of the free memory what `auto` takes: the rest is for a batch's activations and a decoder's growing caches.
 AUTO_SHARE = 0.7
 
@@ -40,7 +43,7 @@ AUTO_SHARE = 0.7
 class BufferSettings:
     """size: N or `auto`. policy, order: buffering/eviction.py. store_dir: None: the checkpoint itself, or beside it.
 
-    host_memory: bytes between a disk store and a GPU, None: by what is free. profile: a trace.
+    host_memory: bytes between a disk store and a GPU, None: by what is free. profile: a trace. prefetch: one of PREFETCH.
     """
 
     size: int | str
@@ -51,6 +54,7 @@ class BufferSettings:
     store_dir: Path | None = None
     host_memory: int | None = None
     profile: Path | None = None
+    prefetch: str = OFF
 
 
 class ExpertBuffer:
@@ -158,8 +162,11 @@ class ExpertBuffer:
             layer.stop()  # what it holds is free for `auto`
         sizes = self._sizes(device)
         capacities = self._host_capacities()
+        pools = self._pools(sizes)
         for name, layer in self._layers.items():
-            layer.start(sizes[name], self._rankings.get(name), capacities[name])
+            layer.start(sizes[name], self._rankings.get(name), capacities[name], pools[layer.format], name)
+        if settings.prefetch == LAYERS:
+            self._let_layers_look_ahead()
         kept, total = (
             sum(getattr(layer, count) for layer in self._layers.values()) for count in ("resident_bytes", "total_bytes")
         )
@@ -170,6 +177,29 @@ class ExpertBuffer:
         )
         self._started = device, parameter.dtype
         self._tell_of_superseded()
+
+    def _by_format(self) -> dict[Format, dict[str, BufferedExperts]]:
+        """The layers of each format, which share a pool."""
+        found: dict[Format, dict[str, BufferedExperts]] = {}
+        for name, layer in self._layers.items():
+            found.setdefault(layer.format, {})[name] = layer
+        return found
+
+    def _pools(self, sizes: dict[str, int]) -> dict[Format, SlotPool]:
+        """sizes: N of every layer."""
+        pools = {}
+        for form, layers in self._by_format().items():
+            kept = {name: (sizes[name], len(layer.local)) for name, layer in layers.items()}
+            first = next(iter(layers.values()))
+            ahead = 0 if self._settings.prefetch == OFF else ahead_slots(kept.values())
+            pools[form] = SlotPool(form, kept, first.like, first.readers, ahead)
+        return pools
+
+    def _let_layers_look_ahead(self) -> None:
+        for name, following in in_order(list(self._layers)).items():
+            layer = self._layers[name]
+            same_pool = [self._layers[each] for each in following if self._layers[each].pool is layer.pool]
+            layer.precede(*same_pool)
 
     def _tell_of_superseded(self) -> None:
         sizes, self._superseded = {file: _size_of(file) for file in self._superseded}, []
@@ -186,7 +216,8 @@ class ExpertBuffer:
             return dict.fromkeys(self._layers, self._settings.size)
         free = free_bytes(device) // (1 if device.type == "cuda" else self._local_ranks)
         a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
-        fitting = int(AUTO_SHARE * free / a_place_each) - STAGING_SLOTS
+        staging = STAGING_SLOTS * sum(next(iter(each.values())).expert_bytes for each in self._by_format().values())
+        fitting = int((AUTO_SHARE * free - staging) // a_place_each)
         sizes = {name: max(1, min(fitting, len(layer.local))) for name, layer in self._layers.items()}
         logger.info(
             "--expert-buffer-size auto: %d experts per layer, of %.2f GB that are free on %s",

@@ -39,7 +39,7 @@ FLAGS = (
     *("moe_gating", "moe_eval_capacity_token_fraction", "moe_dtype", "moe_kernel", "moe_weights"),
     *("moe_weights_scope", "moe_report", "moe_report_weight_error", "moe_trace", "moe_record"),
     *("expert_buffer_size", "expert_buffer_scope", "expert_eviction", "expert_order", "expert_store"),
-    *("expert_store_dir", "expert_host_memory", "expert_profile", "moe_capacity_factor", "moe_overflow"),
+    *("expert_store_dir", "expert_host_memory", "expert_prefetch", "expert_profile", "moe_capacity_factor", "moe_overflow"),
     *("moe_drop_metric", "moe_capacity_scope", "moe_capacity_phases", "moe_renormalize_after_drop"),
     *("moe_virtual_ranks", "moe_reroute_prefer", "expert_placement"),
 )

@@ -20,7 +20,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from tabulate import tabulate
 from torch import Tensor
 
-from fairseq_moe_ext.buffering.cache import STAGING_SLOTS
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.checkpoint_summary import model_field, place_of
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
@@ -128,8 +128,9 @@ class ModelSizes:
             return None
         expert = a_place // self.moe_layers
         resident, a_place = expert * self.decoder.moe_layers * self.experts, expert * self.encoder.moe_layers
-        places = min((room - resident) // a_place - STAGING_SLOTS, self.experts)
-        return None if places < 1 else (places, resident + (places + STAGING_SLOTS) * a_place)
+        resident += STAGING_SLOTS * expert
+        places = min((room - resident) // a_place, self.experts)
+        return None if places < 1 else (places, resident + places * a_place)
 
     def dense_bytes(self, element: int, int8: bool = False) -> int:
         """Of all but experts as floats of `element` bytes; int8: but for what `--moe-weights-scope all` quantises."""
@@ -275,8 +276,9 @@ def plan(
         flags = (dtype, f"--expert-buffer-scope encoder --expert-buffer-size {places}")
         name = "one GPU, buffer of the encoder, its experts in RAM"
         settings.append(setting(name, dense + batch + taken, host_bytes, *flags, places=places))
-    places = max(1, min(room // a_place - STAGING_SLOTS, sizes.experts))
-    used = dense + batch + (places + STAGING_SLOTS) * a_place
+    staging = STAGING_SLOTS * sizes.expert_bytes(weights, element)
+    places = max(1, min((room - staging) // a_place, sizes.experts))
+    used = dense + batch + staging + places * a_place
     buffer = f"--expert-buffer-size {places}"
     settings.append(setting("one GPU, buffer, experts in RAM", used, host_bytes, dtype, buffer, places=places))
     free = experts if host is None else host - dense - PROCESS
@@ -297,9 +299,10 @@ def plan(
         places, taken = found
         flags = (of_cpu, f"--expert-buffer-scope encoder --expert-buffer-size {places}", on_disk)
         settings.append(setting("CPU, buffer of the encoder, disk", 0, wanted + taken, "--cpu", *flags, places=places))
-    places = CPU_PLACES if left is None else left // an_expert - STAGING_SLOTS
+    staging = STAGING_SLOTS * sizes.expert_bytes(weights, 4)
+    places = CPU_PLACES if left is None else (left - staging) // an_expert
     places = max(1, min(places, sizes.experts))
-    needed = wanted + (places + STAGING_SLOTS) * an_expert
+    needed = wanted + staging + places * an_expert
     buffer = f"--expert-buffer-size {places}"
     settings.append(setting("CPU, buffer, disk", 0, needed, "--cpu", of_cpu, buffer, on_disk, places=places))
     return settings

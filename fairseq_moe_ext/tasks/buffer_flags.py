@@ -10,7 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
 from fairseq_moe_ext.byte_sizes import parse_bytes
-from fairseq_moe_ext.serving.expert_buffer import AUTO, SCOPES, STORES, BufferSettings
+from fairseq_moe_ext.serving.expert_buffer import AUTO, OFF, PREFETCH, SCOPES, STORES, BufferSettings
 from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
 from fairseq_moe_ext.trace import load_trace
 
@@ -73,6 +73,9 @@ class BufferFlags(FairseqDataclass):
     expert_host_memory: str = _of_disk(
         AUTO, "main memory between a disk store and a GPU, as 64G or 500M; auto: most of what is free", read=_bytes
     )
+    expert_prefetch: ChoiceEnum(PREFETCH) = _of_buffer(
+        OFF, "layers: while a layer is computed, experts that the next ones nearly always want are fetched"
+    )
     expert_profile: Optional[str] = _of_buffer(
         None,
         "a trace (--moe-trace) whose hottest experts are resident at the start",
@@ -101,4 +104,5 @@ def buffer_settings(flags: Any) -> BufferSettings | None:
         store_dir=given["expert_store_dir"],
         host_memory=given["expert_host_memory"],
         profile=given["expert_profile"],
+        prefetch=given["expert_prefetch"],
     )

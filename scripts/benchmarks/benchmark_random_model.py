@@ -36,8 +36,9 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from fairseq_moe_ext.atomic_file import write_json  # noqa: E402
-from fairseq_moe_ext.buffering.cache import STAGING_SLOTS, BufferedExperts  # noqa: E402
+from fairseq_moe_ext.buffering.cache import BufferedExperts  # noqa: E402
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY  # noqa: E402
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS  # noqa: E402
 from fairseq_moe_ext.buffering.store import HostStore  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.decoding.generator import MoESequenceGenerator  # noqa: E402
@@ -116,7 +117,7 @@ def buffer_experts(model: MoETransformerModel, args: argparse.Namespace) -> int:
     if size is None:
         used = sum(parameter.nbytes for parameter in model.parameters())
         room = args.buffer_memory * GB * (1 - RESERVED) - used
-        size = int(room // (expert_bytes * len(layers))) - STAGING_SLOTS
+        size = int(room // (expert_bytes * len(layers))) - STAGING_SLOTS  # each layer has a pool of its own
     size = max(1, min(size, args.experts))
     for layer in layers:
         layer.experts.start(size)

@@ -13,6 +13,7 @@ from kernel_calls import FEW_ROWS
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS
 from fairseq_moe_ext.buffering.store import HostStore
 from fairseq_moe_ext.experts.resident import ResidentExperts
 
@@ -66,7 +67,7 @@ def test_outputs_and_counts_of_random_buffers(num_experts, data, pair, store, dt
         assert (call.hits, call.misses) == (len(turns) - misses, misses)
         assert call.bytes_copied == misses * buffered.expert_bytes
         assert call.host_reads + call.disk_reads == misses
-    assert buffered.resident_bytes == min(size + 2, num_experts) * buffered.expert_bytes
+    assert buffered.resident_bytes == min(size + STAGING_SLOTS, num_experts) * buffered.expert_bytes
     assert buffered.total_bytes == resident.total_bytes == num_experts * buffered.expert_bytes
 
 
@@ -117,7 +118,7 @@ def test_outputs_are_the_resident_ones_after_changes_of_dtype(tmp_path, store, w
         if started:
             assert_same_outputs(buffered, resident, random_batches(5, 3, seed=2), dtype)
     assert_same_outputs(buffered, resident, random_batches(5, 8, seed=3), way[-1])
-    assert buffered.fc1_weight.dtype == way[-1]
+    assert buffered.pool.fc1_weight.dtype == way[-1]
     assert buffered.total_bytes == resident.total_bytes
 
 

@@ -14,6 +14,7 @@ from served_models import EVERY_MODEL, Loader
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of, simulate
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS
 from fairseq_moe_ext.serving.expert_buffer import BufferSettings, ExpertBuffer
 from fairseq_moe_ext.trace import load_trace
 
@@ -158,8 +159,25 @@ def test_the_simulator_repeats_a_served_run(shared_goldens, tmp_path, name, size
         assert found["seconds"]["copy"] <= found["seconds"]["experts"]
     assert run.report["ranks"][0]["misses"] == sum(layer["misses"] for layer in run.layers.values())
     assert run.report["ranks"][0]["hits"] == sum(layer["hits"] for layer in run.layers.values())
-    memory = run.report["memory"]
-    assert memory["expert_bytes_resident"] == memory["expert_bytes_total"] * min(size + 2, 8) // 8
+    memory, layers = run.report["memory"], len(run.layers)
+    slots = min(layers * size + STAGING_SLOTS, layers * 8)
+    assert memory["expert_bytes_resident"] == memory["expert_bytes_total"] * slots // (layers * 8)
+
+
+@pytest.mark.parametrize("name", ["lm_top2", "mt_plain"])
+def test_copies_for_the_next_layers(shared_goldens, tmp_path, name):
+    """The same results and misses, some of which were fetched before their call."""
+    disk = buffered(2, "--expert-store", "disk")
+    without = Run(shared_goldens, tmp_path, name, *disk)
+    found = Run(shared_goldens, tmp_path, name, *disk, "--expert-prefetch", "layers")
+    if name.startswith("mt"):
+        assert found.result.lines == without.result.lines
+    else:
+        assert all((row == without.result.by_id()[number]).all() for number, row in found.result.by_id().items())
+    for layer, wanted in without.layers.items():
+        assert (found.layers[layer]["hits"], found.layers[layer]["misses"]) == (wanted["hits"], wanted["misses"])
+        assert wanted["prefetched"] == wanted["prefetched_in_vain"] == 0
+    assert sum(layer["prefetched"] for layer in found.layers.values()) > 0
 
 
 def test_a_run_from_a_profile(shared_goldens, tmp_path):

@@ -1,0 +1,117 @@
+"""Copies of experts for which a layer has not been called yet: one at a time, into lent slots.
+
+They change no result and no count of misses: an expert that was fetched ahead is a miss whose copy began earlier. Source:
+ProMoE's and InfMoE's prefetch of the next layers in order, without a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+
+from torch import Tensor
+
+from fairseq_moe_ext.buffering.slot_pool import Seat, SlotPool
+
+Load = Callable[[int, list[Tensor]], int]  # fills an expert's parts; gives the bytes read from disk
+
+LIKELY = 0.5  # share of a layer's calls, recent ones counting more, in which an expert must have had rows
+_AGEING = 0.8  # what a call counts falls by this factor with every later one
+
+
+def in_order(names: Sequence[str]) -> dict[str, list[str]]:
+    """Of each layer, which ones are called next: the next one of its stack, a decoder's last one before its first; in a
+    decoder then the encoder's first, for the next batch.
+
+    names: of all layers in a model's order.
+
+    >>> in_order(["encoder.1", "encoder.3", "decoder.1"])
+    {'encoder.1': ['encoder.3'], 'encoder.3': ['decoder.1'], 'decoder.1': ['encoder.1']}
+    """
+    decoder = [name for name in names if name.startswith("decoder")]
+    found = {name: [after] for name, after in zip(names, [*names[1:], (decoder or names)[0]], strict=True)}
+    for name in decoder:
+        found[name] = [after for after in (*found[name], names[0]) if after != name]
+    return {name: list(dict.fromkeys(after)) for name, after in found.items()}
+
+
+class Habits:
+    """How often, and with how many rows, a layer's H experts were active; recent calls count more."""
+
+    def __init__(self, num_experts: int):
+        self._active, self._rows = [0.0] * num_experts, [0.0] * num_experts
+
+    def add(self, rows_per_expert: Iterable[int]) -> None:
+        """One call."""
+        for expert, rows in enumerate(rows_per_expert):
+            self._active[expert] += (1 - _AGEING) * ((rows > 0) - self._active[expert])
+            self._rows[expert] += (1 - _AGEING) * (rows - self._rows[expert])
+
+    def likely(self) -> list[int]:
+        """Experts that the next call will want, those with the most rows first."""
+        found = [expert for expert, share in enumerate(self._active) if share >= LIKELY]
+        return sorted(found, key=lambda expert: -self._rows[expert])
+
+
+class Ahead:
+    """Of one layer; the slots are the pool's for all layers together, until a call claims them."""
+
+    def __init__(self, pool: SlotPool):
+        self._pool = pool
+        self._copies: dict[int, tuple[int, Future]] = {}  # expert -> slot and copy
+        self._unwanted: list[tuple[int, Future]] = []  # whose slots are free when the copy has ended
+        self._in_vain = self._bytes_in_vain = 0
+
+    def begin(self, experts: Iterable[int], load: Load) -> None:
+        """Fetch these, but for those that are on their way, while there are slots."""
+        self._sweep()
+        for expert in experts:
+            if not self._pool.room(self._pool.ahead):
+                return
+            if expert not in self._copies:
+                slot = self._pool.take(self._pool.ahead)
+                self._copies[expert] = slot, self._pool.copy_ahead(slot, partial(load, expert))
+
+    def keep(self, wanted: Collection[int]) -> set[int]:
+        """Only the copies of `wanted` experts that have begun -> which these are."""
+        copies, self._copies = self._copies, {}
+        for expert, (slot, copy) in copies.items():
+            if copy.cancel():
+                self._pool.give(self._pool.ahead, slot)
+            elif expert in wanted:
+                self._copies[expert] = slot, copy
+            else:
+                self._unwanted.append((slot, copy))
+        self._sweep()
+        return set(self._copies)
+
+    def claim(self, expert: int, seat: Seat) -> tuple[int, Future] | None:
+        """The slot and the copy of an expert that was kept; the slot is the layer's from here on. None: there is none."""
+        found = self._copies.pop(expert, None)
+        if found is not None:
+            self._pool.hand_over(found[0], self._pool.ahead, seat)
+        return found
+
+    def take_in_vain(self) -> tuple[int, int]:
+        """How many experts were fetched and not asked for since the last time, and their bytes from disk."""
+        found = self._in_vain, self._bytes_in_vain
+        self._in_vain = self._bytes_in_vain = 0
+        return found
+
+    def settle(self) -> None:
+        """Until no copy is under way; what was fetched is nobody's."""
+        self.keep(())
+        wait([copy for _, copy in self._unwanted])
+        self._sweep()
+
+    def _sweep(self) -> None:
+        under_way = []
+        for slot, copy in self._unwanted:
+            if not copy.done():
+                under_way.append((slot, copy))
+                continue
+            self._pool.give(self._pool.ahead, slot)
+            self._in_vain += 1
+            self._bytes_in_vain += 0 if copy.exception() else copy.result()[0]
+        self._unwanted = under_way
