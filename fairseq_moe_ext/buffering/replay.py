@@ -23,7 +23,6 @@ prefetched expert is a miss that has landed already, or it was read in vain.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from itertools import groupby
 
 from fairseq_moe_ext.buffering.disk_clock import Disk, Read
@@ -31,57 +30,9 @@ from fairseq_moe_ext.buffering.eviction import Access, Buffer
 from fairseq_moe_ext.buffering.foresight import Foresight
 from fairseq_moe_ext.buffering.model_calls import ModelCall
 from fairseq_moe_ext.buffering.prefetchers import Key, Nothing, Prefetcher
+from fairseq_moe_ext.buffering.rates import Costs, Rates
 
 _BEFORE = -1  # the turn before the first
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What things cost. expert_seconds: of a computed expert; row_seconds: of each of its rows besides. dense_seconds:
-    of everything else, per call of a MoE layer. disk_rate: bytes/s of all readers together; latency: seconds of a read.
-    ValueError where one is out of range."""
-
-    expert_bytes: float
-    disk_rate: float
-    latency: float = 0
-    readers: int = 1
-    expert_seconds: float = 0
-    row_seconds: float = 0
-    dense_seconds: float = 0
-
-    def __post_init__(self):
-        for each in fields(self):
-            value, positive = getattr(self, each.name), each.name in ("expert_bytes", "disk_rate", "readers")
-            if not (0 < value if positive else 0 <= value) or value == float("inf"):
-                raise ValueError(f"{each.name} must be {'above 0' if positive else '0 or more'}, got {value}")
-
-    def computation(self, rows: Iterable[int]) -> float:
-        """Of experts with so many rows each."""
-        return sum(self.expert_seconds + int(count) * self.row_seconds for count in rows)
-
-    def least_reading(self, reads: int) -> float:
-        """No disk with these readers is faster, by its rate nor by what each reader does."""
-        alone = self.latency + self.expert_bytes / self.disk_rate
-        return reads * max(self.expert_bytes / self.disk_rate, alone / self.readers)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of some calls. seconds: until the last one's end; waited: of them for copies; resident: what the same takes where
-    every expert is resident. reads: experts read from disk; in_vain: of them those that were prefetched and pushed out,
-    or not wanted by their layer's next call, or never called for."""
-
-    calls: int = 0
-    accesses: int = 0
-    misses: int = 0
-    seconds: float = 0
-    waited: float = 0
-    resident: float = 0
-    reads: int = 0
-    in_vain: int = 0
-
-    def __add__(self, other: Costs) -> Costs:
-        return Costs(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
 def replay(
@@ -91,15 +42,17 @@ def replay(
     prefetcher: Prefetcher | None = None,
     staging: int = 4,
     in_turn: bool = False,
+    of_phase: Mapping[str, Rates] | None = None,
 ) -> dict[str, Costs]:
     """Costs of every phase; reads in vain are those of the phase whose calls were under way when they began.
 
     calls: of a run (model_calls.py). buffers: of every layer, as they are before the run; they are used up. in_turn:
-    whether experts are computed in just the order of their turns (`ascending`).
+    whether experts are computed in just the order of their turns (`ascending`). of_phase: what computation costs in
+    some phases, where it is not as `rates` say; the disk is theirs.
     """
     if staging < 0:
         raise ValueError(f"staging must be 0 or more, got {staging}")
-    return _Replay(calls, buffers, rates, prefetcher or Nothing(), staging, in_turn).run()
+    return _Replay(calls, buffers, rates, prefetcher or Nothing(), staging, in_turn, of_phase or {}).run()
 
 
 class _Replay:
@@ -110,7 +63,8 @@ class _Replay:
     `_is_vain` says that its layer's call has gone by without it.
     """
 
-    def __init__(self, calls, buffers, rates: Rates, prefetcher: Prefetcher, staging: int, in_turn: bool):
+    def __init__(self, calls, buffers, rates: Rates, prefetcher: Prefetcher, staging: int, in_turn: bool, of_phase):
+        self._of_phase = {phase: of_phase.get(phase, rates) for phase in {call.phase for call in calls}}
         self._calls, self._buffers, self._rates, self._prefetcher = calls, buffers, rates, prefetcher
         self._staging, self._in_turn = staging, in_turn
         self._held = {name: len(tuple(buffer.resident)) for name, buffer in buffers.items()}  # slots, by layer
@@ -146,7 +100,8 @@ class _Replay:
 
     def _call(self, number: int, call: ModelCall) -> Costs:
         start = self._disk.now
-        self._go_on(self._rates.dense_seconds)
+        costs = self._of_phase[call.phase]
+        self._go_on(costs.dense_seconds)
         buffer = self._buffers[call.layer]
         accesses, self._leave_after = _turns(buffer, call)
         self._of, self._accesses, self._waited = call, accesses, 0
@@ -166,7 +121,7 @@ class _Replay:
             misses=sum(not access.hit for access in accesses),
             seconds=self._disk.now - start,
             waited=self._waited,
-            resident=self._rates.dense_seconds + self._rates.computation(call.load[call.load > 0]),
+            resident=costs.dense_seconds + costs.computation(call.load[call.load > 0]),
         )
 
     def _begin(self, missed: list[int]) -> None:
@@ -217,7 +172,8 @@ class _Replay:
             left -= len(landed)
 
     def _compute(self, turns: list[int]) -> None:
-        self._go_on(self._rates.computation(self._of.load[self._accesses[turn].expert] for turn in turns))
+        costs = self._of_phase[self._of.phase]
+        self._go_on(costs.computation(self._of.load[self._accesses[turn].expert] for turn in turns))
         self._let_go(turns)
 
     def _let_go(self, turns: Iterable[int]) -> None:

@@ -20,7 +20,8 @@ from fairseq_moe_ext.buffering.eviction import POLICIES, Buffer
 from fairseq_moe_ext.buffering.foresight import Foresight
 from fairseq_moe_ext.buffering.model_calls import ModelCall
 from fairseq_moe_ext.buffering.prefetchers import HotSet, LastStep, NextLayers, Nothing, Oracle, Prefetcher
-from fairseq_moe_ext.buffering.replay import Costs, Rates, replay
+from fairseq_moe_ext.buffering.rates import Costs, Rates
+from fairseq_moe_ext.buffering.replay import replay
 from fairseq_moe_ext.buffering.simulation import MIN
 
 PREFETCHERS = ("off", "layers", "last-step", "hot-set", "oracle")
@@ -78,6 +79,7 @@ def replay_rows(
     staging: int,
     totals: Mapping[str, np.ndarray],
     rankings: Mapping[str, Sequence[int]],
+    of_phase: Mapping[str, Rates],
 ) -> list[tuple]:
     """Rows of every combination, of each phase and of all together."""
     found = []
@@ -87,18 +89,22 @@ def replay_rows(
                 buffers = buffers_for(calls, size, policy, order, rankings)
                 prefetcher = prefetcher_named(prefetch, calls, totals)
                 in_turn = order == "ascending" and policy != MIN
-                phases = replay(calls, buffers, rates, prefetcher, staging, in_turn)
+                phases = replay(calls, buffers, rates, prefetcher, staging, in_turn, of_phase)
                 phases[ALL_PHASES] = sum(phases.values(), Costs())
                 found += [row(size, policy, prefetch, phase, each, rates) for phase, each in phases.items()]
     return found
 
 
-def write_replay(folder: Path, rows: Sequence[tuple], rates: Rates, staging: int) -> None:
+def write_replay(
+    folder: Path, rows: Sequence[tuple], rates: Rates, staging: int, of_phase: Mapping[str, Rates]
+) -> None:
     """replay.csv and replay.json in `folder`."""
     with new_file(folder / "replay.csv", text=True) as opened:
         csv.writer(opened).writerows([COLUMNS, *rows])
     named = [dict(zip(COLUMNS, each, strict=True)) for each in rows]
     said = {"rates": {**asdict(rates), "staging": staging}, "rows": named}
+    if of_phase:
+        said["rates_of_phases"] = {phase: asdict(each) for phase, each in of_phase.items()}
     with new_file(folder / "replay.json", text=True) as opened:
         json.dump(said, opened, indent=1)
 

@@ -30,8 +30,8 @@ from tabulate import tabulate
 from fairseq_moe_ext.atomic_file import new_file, refuse_unwritable
 from fairseq_moe_ext.balancing.placement import contiguous, load_placement
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
-from fairseq_moe_ext.buffering.model_calls import model_calls
-from fairseq_moe_ext.buffering.replay import Rates
+from fairseq_moe_ext.buffering.model_calls import ModelCall, model_calls
+from fairseq_moe_ext.buffering.rates import Rates
 from fairseq_moe_ext.buffering.rounds import loads_of_ranks
 from fairseq_moe_ext.buffering.simulation import MIN, LayerLoads, Outcome, layers_of, simulate_all
 from fairseq_moe_ext.command_line.parsing import (
@@ -43,6 +43,7 @@ from fairseq_moe_ext.command_line.parsing import (
     seconds,
 )
 from fairseq_moe_ext.command_line.replay_table import PREFETCHERS, in_words, policy_names, replay_rows, write_replay
+from fairseq_moe_ext.command_line.report_rates import rates_of_report
 from fairseq_moe_ext.command_line.run_profile import by_score, expert_scores
 from fairseq_moe_ext.trace import load_trace
 
@@ -143,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--{given[0].replace('_', '-')} must go with --expert-bytes, which turns the clocks on")
     if args.expert_bytes is not None and (args.world_size != 1 or args.expert_placement):
         parser.error("--expert-bytes must go without --world-size and --expert-placement, for it plays one process")
+    if args.report and any(each is not None for each in (args.expert_seconds, args.row_seconds, args.dense_seconds)):
+        parser.error("--report must go without --expert-seconds, --row-seconds and --dense-seconds, which it has")
     if args.expert_prefetch and "hot-set" in args.expert_prefetch and not args.profile:
         parser.error("--expert-prefetch hot-set must go with --profile, whose hottest experts it takes")
     try:
@@ -154,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.world_size != 1 or args.expert_placement:
             layers = on_ranks(args, layers)
         clock_rates = rates_of(args) if args.expert_bytes is not None else None
+        calls = model_calls(load_trace(args.trace)) if clock_rates else []
+        of_phase = rates_of_report(args.report, calls, clock_rates) if args.report else {}
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -173,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(f"buffer.png is left out: it {NO_MATPLOTLIB}", file=sys.stderr)
     if clock_rates is not None:
-        play(args, clock_rates, layers, scores)
+        play(args, calls, clock_rates, of_phase, layers, scores)
     return 0
 
 
@@ -195,6 +200,8 @@ def add_clocks(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
         group.add_argument("--readers", type=positive, metavar="N", help="reads at a time (default: 4)"),
         group.add_argument("--staging", type=positive, metavar="N",
                            help="slots for experts on their way, for all layers together (default: 4)"),
+        group.add_argument("--report", type=Path,
+                           help="of the trace's run, all experts resident: what computation costs is taken from it"),
         group.add_argument("--expert-seconds", type=seconds, metavar="SECONDS",
                            help="of a computed expert (default: 0.0001)"),
         group.add_argument("--row-seconds", type=seconds, metavar="SECONDS",
@@ -224,12 +231,17 @@ def rates_of(args: argparse.Namespace) -> Rates:
 
 
 def play(
-    args: argparse.Namespace, rates: Rates, layers: Sequence[LayerLoads], scores: Mapping[str, np.ndarray]
+    args: argparse.Namespace,
+    calls: Sequence[ModelCall],
+    rates: Rates,
+    of_phase: Mapping[str, Rates],
+    layers: Sequence[LayerLoads],
+    scores: Mapping[str, np.ndarray],
 ) -> None:
     """The replay that the options ask for, printed and written."""
     staging = given(args.staging, 4)
     rows = replay_rows(
-        model_calls(load_trace(args.trace)),
+        calls,
         rates,
         given(args.expert_buffer_size, [max(1, max(layer.num_experts for layer in layers) // 4)]),
         given(args.expert_eviction, [DEFAULT_POLICY, MIN]),
@@ -238,7 +250,8 @@ def play(
         staging,
         scores,
         {name: by_score(each) for name, each in scores.items()},
+        of_phase,
     )
-    write_replay(args.output, rows, rates, staging)
+    write_replay(args.output, rows, rates, staging, of_phase)
     print()
     print(in_words(rows))

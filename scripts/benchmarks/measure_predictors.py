@@ -39,7 +39,8 @@ from fairseq_moe_ext.buffering.prefetchers import (  # noqa: E402
     Predicted,
     Prefetcher,
 )
-from fairseq_moe_ext.buffering.replay import Costs, Rates, replay  # noqa: E402
+from fairseq_moe_ext.buffering.rates import Costs, Rates  # noqa: E402
+from fairseq_moe_ext.buffering.replay import replay  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
 from fairseq_moe_ext.command_line.replay_table import buffers_for  # noqa: E402
 

@@ -10,7 +10,8 @@ from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
 from fairseq_moe_ext.buffering.foresight import Foresight, misses_with_foresight
 from fairseq_moe_ext.buffering.model_calls import ModelCall, following_layers, model_calls
 from fairseq_moe_ext.buffering.prefetchers import HotSet, LastStep, NextLayers, Nothing, Oracle, Predicted
-from fairseq_moe_ext.buffering.replay import Costs, Rates, replay
+from fairseq_moe_ext.buffering.rates import Costs, Rates
+from fairseq_moe_ext.buffering.replay import replay
 from fairseq_moe_ext.trace import TraceRecorder
 
 LAYERS = {"encoder": ("e0", "e1"), "prefill": ("d0", "d1", "d2"), "decode": ("d0", "d1", "d2")}

@@ -10,7 +10,8 @@ from fairseq_moe_ext.buffering.eviction import Buffer
 from fairseq_moe_ext.buffering.model_calls import model_calls
 from fairseq_moe_ext.buffering.prefetchers import HotSet, Oracle
 from fairseq_moe_ext.buffering.profile import LayerProfile, Profile, save_profile
-from fairseq_moe_ext.buffering.replay import Costs, Rates, replay
+from fairseq_moe_ext.buffering.rates import Costs, Rates
+from fairseq_moe_ext.buffering.replay import replay
 from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of, simulate
 from fairseq_moe_ext.command_line.replay_table import COLUMNS, PREFETCHERS
 from fairseq_moe_ext.command_line.simulate import main
@@ -77,9 +78,32 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     assert (tmp_path / "buffer.csv").exists()
 
 
+def report(misses: int = 0) -> dict:
+    layers = [{"name": name, "misses": misses, "seconds": {"experts": 2.0, "gate": 1.0}} for name in ("e", "d", "f")]
+    return {"layers": layers, "encoder": {"seconds": 5.0}, "decoder": {"seconds": 34.0}}
+
+
+def test_what_computation_costs_is_the_reports(halves, tmp_path):
+    """So a run whose experts are all resident takes the report's seconds."""
+    folder, (_, second) = halves
+    (tmp_path / "report.json").write_text(json.dumps(report()))
+    told = "--expert-bytes 2K --expert-buffer-size 8 --expert-eviction lfu --expert-prefetch off".split()
+    given = ["--output", str(tmp_path), "--report", str(tmp_path / "report.json")]
+    assert main([str(folder / "second.npz"), *given, *told]) == 0
+    said = json.loads((tmp_path / "replay.json").read_text())
+    found = {row["phase"]: row["seconds"] for row in said["rows"]}
+    assert found == pytest.approx({"encoder": 5.0, "decode": 34.0, "all": 39.0})
+    turns = sum(int((layer.loads > 0).sum()) for layer in layers_of(second) if layer.name != "e")
+    assert said["rates_of_phases"]["decode"]["expert_seconds"] == pytest.approx(4.0 / turns)
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
+        ("--expert-bytes 1M --report REPORT --dense-seconds 1", "--report must go without --expert-seconds"),
+        ("--expert-bytes 1M --report TRACE", "--report must be what --moe-report wrote"),
+        ("--expert-bytes 1M --report MISSES", "--report must be of a run with all experts resident"),
+        ("--report REPORT", "--report must go with --expert-bytes"),
         ("--profile-languages en", "--profile-languages must go with --profile"),
         ("--profile TRACE --profile-languages en", "--profile-languages must go with a --profile of fairseq-moe"),
         ("--profile PROFILE --profile-languages fr", "--profile-languages must name one that d had tokens of, de, got"),
@@ -93,7 +117,10 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
 def test_options_that_do_nothing_are_refused(halves, tmp_path, capsys, options, sentence):
     folder, _ = halves
     with pytest.raises(SystemExit) as ended:
-        files = {"TRACE": str(folder / "first.npz"), "PROFILE": str(folder / "profile.json")}
+        for word, misses in (("REPORT", 0), ("MISSES", 3)):
+            (tmp_path / word).write_text(json.dumps(report(misses)))
+        files = {word: str(tmp_path / word) for word in ("REPORT", "MISSES")}
+        files |= {"TRACE": str(folder / "first.npz"), "PROFILE": str(folder / "profile.json")}
         given = [files.get(word, word) for word in options.split()]
         main([str(folder / "second.npz"), "--output", str(tmp_path / "out"), *given])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
