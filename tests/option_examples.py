@@ -142,6 +142,8 @@ EXAMPLES = {
     "--moe-eval-capacity-token-fraction": _of("--moe-eval-capacity-token-fraction 0.05", "--moe-gating static"),
     "--moe-dtype": _of("--moe-dtype bfloat16"),
     "--moe-weights": _of("--moe-weights int4"),
+    "--expert-keep": _of(f"--expert-keep {FOLDER}/experts.json"),
+    "--moe-second-choice-threshold": _of("--moe-second-choice-threshold 0.45"),
     "--moe-report-weight-error": _of("--moe-report-weight-error 4", "--moe-weights int4"),
     "--moe-weights-scope": _of("--moe-weights int8 --moe-weights-scope all"),
 }

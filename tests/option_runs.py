@@ -64,6 +64,8 @@ def make_models(folder: Path) -> dict[str, Path]:
         untrained_checkpoint(folder / task / "X.pt", data, *TRAINING[task])
         (folder / task / "lines").write_text("w3 w4 w5\nw9 w8 w7 w6\nw30\nw21 w22\n")
         _sentencepiece(folder / task)
+        kept = {"": [0, 1, 2, 9, 10, 11]} if task == LM else {"en": [0, 1, 2], "de": [9, 10, 11]}  # of layers of 8
+        (folder / task / "experts.json").write_text(json.dumps(kept))
         (folder / task / "constrained").write_text("w3 w4 w5\tw9\nw9 w8 w7 w6\n")
         for suffix in ("",) if task == LM else (".en-de.en", ".en-de.de"):
             (data / f"raw{suffix}").write_text("w3 w4 w5\nw9 w8 w7 w6\n")

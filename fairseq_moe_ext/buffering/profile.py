@@ -2,7 +2,7 @@
 
 Legend: G = languages, E = experts of a layer. An encoder's layers know the languages of sources, a decoder's those of
 targets; a language model has one, "". The file is JSON: {"version": 1, "languages": [...], "layers": {name: {"tokens":
-[G], "importance": [G][E], "ends": [G][E]}}}.
+[G], "importance": [G][E], "ends": [G][E], "first": [G][E], "load": [E]}}}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fairseq_moe_ext.recording import Choices, Record
 
 VERSION = 1
 _MOST, _LONGEST_NAME, _MOST_TOKENS = 10_000, 500, 1 << 62  # layers, experts or languages; letters; of a language
-_FIELDS = ("tokens", "importance", "ends")
+_FIELDS = ("tokens", "importance", "ends", "first", "load")
 
 
 def importance(choices: Choices) -> np.ndarray:
@@ -38,19 +38,29 @@ def importance(choices: Choices) -> np.ndarray:
 @dataclass(frozen=True)
 class LayerProfile:
     """One layer: tokens (G,) int64, importance (G, E) float64, ends (G, E) int64 first choices where a decoder emits
-    the end of sentence. ValueError where these do not fit together."""
+    the end of sentence, first (G, E) int64 first choices, load (E,) int64 rows that an expert computed, of all choices
+    and languages. ValueError where these do not fit together."""
 
     tokens: np.ndarray
     importance: np.ndarray
     ends: np.ndarray
+    first: np.ndarray
+    load: np.ndarray
 
     def __post_init__(self):
         shape = self.importance.shape
-        if len(shape) != 2 or not 0 < shape[1] <= _MOST or self.ends.shape != shape or self.tokens.shape != shape[:1]:
+        fits = len(shape) == 2 and 0 < shape[1] <= _MOST and self.ends.shape == self.first.shape == shape
+        if not fits or self.tokens.shape != shape[:1] or self.load.shape != shape[1:]:
+            found = ", ".join(f"{name} {getattr(self, name).shape}" for name in _FIELDS)
             raise ValueError(
-                f"a layer must have importance and ends (G, E) of at most {_MOST:,} experts and tokens (G,), got "
-                f"{shape}, {self.ends.shape} and {self.tokens.shape}"
+                f"a layer must have importance, ends and first (G, E) of at most {_MOST:,} experts, tokens (G,) and "
+                f"load (E,), got {found}"
             )
+
+    @property
+    def activity(self) -> np.ndarray:
+        """(G, E) float64: the share of a language's tokens whose first choice the expert is."""
+        return self.first / np.maximum(self.tokens, 1)[:, None]
 
     @property
     def num_experts(self) -> int:
@@ -84,13 +94,14 @@ def profile_of(record: Record) -> Profile:
     layers = {}
     for name, layer in record.layers.items():
         choices = layer.choices
-        layers[name] = LayerProfile(choices.first.sum(axis=1), importance(choices), choices.ends)
+        tokens = choices.first.sum(axis=1)
+        layers[name] = LayerProfile(tokens, importance(choices), choices.ends, choices.first, layer.fc1.rows)
     return Profile(record.languages, layers)
 
 
 def save_profile(path: str | os.PathLike, profile: Profile, flag: str = "") -> None:
     """Write `profile` to `path`, which the option `flag` named; ValueError where it is more than can be read again."""
-    values = sum(2 * layer.importance.size for layer in profile.layers.values())
+    values = sum(3 * layer.importance.size for layer in profile.layers.values())
     if values > MOST_VALUES // 2:
         raise ValueError(
             f"a profile must have at most {MOST_VALUES // 2:,} numbers, got {values:,} of {len(profile.languages)} "
@@ -135,7 +146,8 @@ def _layer(name: str, content: Any, languages: int) -> LayerProfile:
     if not isinstance(tokens, list) or len(tokens) != languages or not all(map(is_whole, tokens)):
         raise ValueError(f"{name} must have a whole number of tokens for each of {languages} languages")
     matrices = {}
-    for field, fits, dtype in (("importance", _is_share, np.float64), ("ends", is_whole, np.int64)):
+    wanted = (("importance", _is_share, np.float64), ("ends", is_whole, np.int64), ("first", is_whole, np.int64))
+    for field, fits, dtype in wanted:
         rows = content[field]
         if not isinstance(rows, list) or len(rows) != languages or not all(isinstance(row, list) for row in rows):
             raise ValueError(f"{field} of {name} must be a list of numbers for each of {languages} languages")
@@ -143,7 +155,10 @@ def _layer(name: str, content: Any, languages: int) -> LayerProfile:
             raise ValueError(f"{field} of {name} must be finite numbers from 0 on, as many in every language")
         matrices[field] = np.array(rows, dtype)
     try:
-        return LayerProfile(np.array(tokens, np.int64), **matrices)
+        load = content["load"]
+        if not isinstance(load, list) or not all(map(is_whole, load)):
+            raise ValueError("load must be a whole number for each expert")
+        return LayerProfile(np.array(tokens, np.int64), **matrices, load=np.array(load, np.int64))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -17,11 +17,12 @@ from fairseq_moe_ext.checkpoints.checkpoint_file import FileContent, read_file
 from fairseq_moe_ext.checkpoints.errors import CheckpointError, one_line
 from fairseq_moe_ext.checkpoints.find_files import CheckpointFiles, find_checkpoint_files
 from fairseq_moe_ext.checkpoints.fsdp_shards import read_rank_shard, read_shards
+from fairseq_moe_ext.checkpoints.kept_experts import KEPT, KeptExperts
 from fairseq_moe_ext.checkpoints.loading import BAR_DELAY, Loading, ModelState
 from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
 from fairseq_moe_ext.checkpoints.quantized_state import is_quantized, read_quantized
 from fairseq_moe_ext.checkpoints.rank_files import check_of_one_model, experts_per_file, global_experts
-from fairseq_moe_ext.checkpoints.state_keys import expert_count, is_expert_key
+from fairseq_moe_ext.checkpoints.state_keys import expert_count, expert_counts, is_expert_key
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -48,7 +49,9 @@ def read_checkpoint(path: str, rename: bool = True) -> dict[str, Any]:
         for key in list(model) if rename else ():
             if (name := renamed(key)) != key:
                 model[name] = model.pop(key)
-        return {**content.state, "model": ModelState(model, loading, content.had_optimizer, about)}
+        found = ModelState(model, loading, content.had_optimizer, about)
+        found.kept = _kept(path, content, about)
+        return {**content.state, "model": found}
 
 
 def renamed(key: str) -> str:
@@ -65,10 +68,27 @@ def _read_whole(files: CheckpointFiles, loading: Loading) -> tuple[FileContent, 
         content = read_shards(files.shards, loading)
     elif is_quantized(files.whole):
         content, about = read_quantized(files.whole, loading)
+        if about.kept is not None:  # of layers unlike each other
+            return content, about
     else:
         content = read_file(files.whole, loading)
     _expert_count_in(files.whole, content)
     return content, about
+
+
+def _kept(path: str, content: FileContent, about: QuantizedAbout | None) -> KeptExperts | None:
+    """What a pruned model's checkpoint has kept; CheckpointError unless its gates score these."""
+    extra = content.state.get("extra_state")
+    value = extra.get(KEPT) if isinstance(extra, dict) else None
+    try:
+        kept = KeptExperts.from_json(value) if value is not None else None if about is None else about.kept
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if kept is not None:
+        found = expert_counts(content.state["model"])
+        if {name: count for name, count in found.items() if ".cmr_layer." not in name} != kept.counts:
+            raise CheckpointError(f"{path}: its gates must score the experts that it says it has kept, found {found}")
+    return kept
 
 
 def _expert_count_in(file: Path, content: FileContent) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import CheckpointFiles, find_checkpoint_files
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
-from fairseq_moe_ext.checkpoints.state_keys import expert_count, is_expert_key, layer_count, moe_layer_numbers
+from fairseq_moe_ext.checkpoints.state_keys import expert_counts, is_expert_key, layer_count, moe_layer_numbers
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.experts.block_part import BlockPart
 
@@ -22,7 +23,7 @@ from fairseq_moe_ext.experts.block_part import BlockPart
 @dataclass(frozen=True)
 class CheckpointSummary:
     """layers, moe_layers: by side. What a model lacks is 0. Bytes are counted as they lie in the files. about: what a
-    quantised checkpoint says of itself."""
+    quantised checkpoint says of itself. kept: of a pruned one, whose experts are those of its largest layer."""
 
     files: CheckpointFiles
     architecture: str
@@ -38,6 +39,7 @@ class CheckpointSummary:
     expert_bytes: int
     has_optimizer: bool
     about: QuantizedAbout | None = None
+    kept: KeptExperts | None = None
 
     def __str__(self) -> str:
         lines = [f"files         {_describe(self.files)}", f"architecture  {self.architecture}"]
@@ -45,7 +47,8 @@ class CheckpointSummary:
             where = ", ".join(map(str, self.moe_layers[side]))
             lines.append(f"{side:14}{number} layers" + (f", MoE layers {where} (from 0)" if where else ""))
         if self.experts:
-            lines.append(f"experts       {self.experts} in each MoE layer, model dim {self.model_dim}, ")
+            most = "at most " if self.kept is not None and len(set(self.kept.counts.values())) > 1 else ""
+            lines.append(f"experts       {most}{self.experts} in each MoE layer, model dim {self.model_dim}, ")
             lines[-1] += f"hidden dim {self.hidden_dim}"
         dtypes = ", ".join(f"{name} {count:,}" for name, count in self.dtypes.items())
         lines += [
@@ -54,6 +57,8 @@ class CheckpointSummary:
             f"bytes         {self.bytes:,}, of them {self.expert_bytes:,} in experts",
             f"optimizer     {'its state is in the files' if self.has_optimizer else 'no state'}",
         ]
+        if self.kept is not None:
+            lines.append(f"kept          {_kept_in_words(self.kept)}")
         if self.about is not None:
             lines += _lines_of(self.about)
         return "\n".join(lines)
@@ -67,6 +72,16 @@ def _lines_of(about: QuantizedAbout) -> list[str]:
         f"{source.fingerprint}",
         f"licence       {source.licence or 'the source does not say'}",
     ]
+
+
+def _kept_in_words(kept: KeptExperts) -> str:
+    counts = [
+        f"{sum(len(numbers) for numbers in layers)} of {kept.num_experts * len(layers)} experts of the {side}"
+        + f", for {language}" * bool(language)
+        for side, language in zip(("encoder", "decoder"), kept.languages, strict=True)
+        if (layers := [numbers for name, numbers in kept.layers.items() if name.startswith(side)])
+    ]
+    return "; ".join(counts)
 
 
 def summarize(path: str) -> CheckpointSummary:
@@ -86,7 +101,7 @@ def summarize(path: str) -> CheckpointSummary:
         architecture=_architecture(state),
         layers={side: number for side, number in sides.items() if number},
         moe_layers={side: moe_layer_numbers(model, side) for side in sides},
-        experts=expert_count(model),
+        experts=max(expert_counts(model).values(), default=0),
         model_dim=model_dim,
         hidden_dim=hidden_dim,
         vocabulary=vocabulary,
@@ -96,6 +111,7 @@ def summarize(path: str) -> CheckpointSummary:
         expert_bytes=sum(tensor.nbytes for key, tensor in once if is_expert_key(key)),
         has_optimizer=model.had_optimizer,
         about=model.about,
+        kept=model.kept,
     )
 
 

@@ -6,10 +6,10 @@ lies in memory once; of `split`, one file at a time.
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,35 @@ from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.find_files import NAME
-from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY, expert_count, is_expert_key
+from fairseq_moe_ext.checkpoints.kept_experts import KEPT, cut_experts
+from fairseq_moe_ext.checkpoints.kept_source import Keep
+from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY, expert_count, experts_by_layer, is_expert_key
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 
 
-def merge(source: str, target: str, drop_optimizer: bool = False, force: bool = False) -> list[Path]:
+def merge(
+    source: str, target: str, drop_optimizer: bool = False, force: bool = False, keep: Keep | None = None
+) -> list[Path]:
     """Write the checkpoint at `source` as the one file `target`; returns the files written.
 
+    keep: whose experts are written alone, as many of each layer; None: all.
     CheckpointError where `source` has an optimizer state, which cannot be merged, and drop_optimizer is not given;
     where `target` exists and force is not given; where it cannot be written.
     """
     file = _target(target)
     with only_writer(file):
-        state = _read(source, drop_optimizer)
+        state = _read(source, drop_optimizer, keep)
         return _write({file: lambda: {**state, "model": _ordinary(state["model"])}}, force)
 
 
-def split(source: str, target: str, ranks: int, drop_optimizer: bool = False, force: bool = False) -> list[Path]:
+def split(
+    source: str,
+    target: str,
+    ranks: int,
+    drop_optimizer: bool = False,
+    force: bool = False,
+    keep: Keep | None = None,
+) -> list[Path]:
     """Write the checkpoint at `source` as `X-shared.pt` and `ranks` files `X-rank-{r}.pt`, where `target` is `X.pt`.
 
     Rank r holds the experts from r * E / ranks on under local numbers, and says its rank in its configuration.
@@ -45,7 +57,7 @@ def split(source: str, target: str, ranks: int, drop_optimizer: bool = False, fo
     """
     file = _target(target)
     with only_writer(file):
-        return _write(_parts(source, _read(source, drop_optimizer), file, ranks), force)
+        return _write(_parts(source, _read(source, drop_optimizer, keep), file, ranks), force)
 
 
 def _parts(
@@ -72,7 +84,7 @@ def _parts(
     return contents
 
 
-def _read(source: str, drop_optimizer: bool) -> dict[str, Any]:
+def _read(source: str, drop_optimizer: bool, keep: Keep | None) -> dict[str, Any]:
     state = read_checkpoint(source, rename=False)
     if state["model"].about is not None:
         raise CheckpointError(
@@ -81,7 +93,28 @@ def _read(source: str, drop_optimizer: bool) -> dict[str, Any]:
         )
     if state["model"].had_optimizer and not drop_optimizer:
         raise CheckpointError(f"{source}: it holds an optimizer state, which is not converted: give --drop-optimizer")
-    return state
+    return state if keep is None else _pruned(source, state, keep)
+
+
+def _pruned(source: str, state: dict[str, Any], keep: Keep) -> dict[str, Any]:
+    """With the kept experts alone, of which the checkpoint says that it has no others."""
+    model = state["model"]
+    if model.kept is not None:
+        raise CheckpointError(f"{source}: it holds a pair's experts alone already: --keep needs the whole model")
+    kept = keep.of_model(experts_by_layer(model))
+    counts = sorted(set(kept.counts.values()))
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"--keep {keep.path} must keep as many experts of every layer, since a checkpoint of fairseq's has one "
+            f"moe_expert_count, got {counts[0]} to {counts[-1]}: fairseq-moe quantize --keep writes others"
+        )
+    try:
+        cut_experts(model, kept)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    state = _of_group(state, "model", "moe_expert_count", counts[0])
+    extra = state.get("extra_state")
+    return {**state, "extra_state": {**(extra if isinstance(extra, dict) else {}), KEPT: asdict(kept)}}
 
 
 def _target(target: str) -> Path:
@@ -108,15 +141,16 @@ def _local_experts(model: dict[str, Tensor], rank: int, per_file: int) -> dict[s
 
 def _of_rank(state: dict[str, Any], rank: int) -> dict[str, Any]:
     """The state as rank `rank` would have saved it: upstream's files tell in their configuration who wrote them."""
-    cfg, args = copy.copy(state.get("cfg")), copy.copy(state.get("args"))
-    for group, field, value in (
-        ("distributed_training", "distributed_rank", rank),
-        ("checkpoint", "checkpoint_suffix", f"-rank-{rank}"),
-    ):
-        if isinstance(cfg, dict) and group in cfg:
-            cfg[group] = _with_field(cfg[group], field, value)
-        args = _with_field(args, field, value)
-    return {**state, "cfg": cfg, "args": args}
+    state = _of_group(state, "distributed_training", "distributed_rank", rank)
+    return _of_group(state, "checkpoint", "checkpoint_suffix", f"-rank-{rank}")
+
+
+def _of_group(state: dict[str, Any], group: str, field: str, value: Any) -> dict[str, Any]:
+    """The state with another value of a field of its configuration, where that has it."""
+    cfg = state.get("cfg")
+    if isinstance(cfg, dict) and group in cfg:
+        cfg = {**cfg, group: _with_field(cfg[group], field, value)}
+    return {**state, "cfg": cfg, "args": _with_field(state.get("args"), field, value)}
 
 
 def _with_field(group: Any, field: str, value: Any) -> Any:

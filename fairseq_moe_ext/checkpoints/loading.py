@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.open_files import OpenFiles
 from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout
 
@@ -76,7 +77,7 @@ class ModelState(OrderedDict):
 
     had_optimizer: whether the files hold an optimizer state, which was left where it is. about: what a quantised
     checkpoint says of itself; None: it is none. advise: (entries wanted, entries given, symbols) -> what makes such a
-    dictionary fit, "" where nothing is known to.
+    dictionary fit, "" where nothing is known to. kept: of a pruned model's checkpoint; None: it is whole.
     """
 
     advise: Callable[[int, int, Sequence[str]], str] | None = None
@@ -88,6 +89,7 @@ class ModelState(OrderedDict):
         self.loading = loading
         self.had_optimizer = had_optimizer
         self.about = about
+        self.kept: KeptExperts | None = None
 
 
 @contextmanager

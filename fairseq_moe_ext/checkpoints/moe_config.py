@@ -3,6 +3,7 @@
 Source: upstream's `models/transformer_lm.py` (branch `moe`) and `transformer_config.py` (branch `nllb`).
 """
 
+import copy
 import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Optional, get_args
@@ -62,6 +63,7 @@ class MoEConfig(MoEModelFields):
     initialize_experts = True  # False where a checkpoint's weights follow at once
     allocate_experts = True  # False where others take their place, so that they need no memory
     layers_of_experts: dict[str, list[int]] | None = None  # side -> numbers, of a checkpoint; None: as the freqs say
+    experts_of_layers: dict[str, int] | None = None  # of a pruned model, by its MoE layers' names; None: all alike
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
@@ -79,7 +81,16 @@ class MoEConfig(MoEModelFields):
         for name in ("initialize_experts", "allocate_experts"):
             setattr(config, name, getattr(args, name, True))
         config.layers_of_experts = getattr(args, "layers_of_experts", None)
+        config.experts_of_layers = getattr(args, "experts_of_layers", None)
         return config
+
+    def of_layer(self, side: str, number: int) -> "MoEConfig":
+        """The fields as layer `number` of `side` reads them, which may have fewer experts than others."""
+        if self.experts_of_layers is None:
+            return self
+        found = copy.copy(self)
+        found.moe_expert_count = self.experts_of_layers[f"{side}.layers.{number}.moe_layer"]
+        return found
 
     def is_moe_layer(self, side: str, number: int) -> bool:
         """Whether layer `number` (from 0) of `side` (`encoder` or `decoder`) stands where MoE layers stand."""

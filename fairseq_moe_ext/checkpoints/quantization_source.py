@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.safetensors_file import FileTensor
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 
@@ -27,7 +28,8 @@ class SourceModel:
 
     shapes: of all tensors but aliases, by fairseq's keys. aliases: key -> the key whose values it has. state: the
     checkpoint but for its model, as plain JSON. files: text files, dictionaries and the like, by name. names: of the
-    source's files, in the order in which they are read. constants: tensors that stand in none of them.
+    source's files, in the order in which they are read. constants: tensors that stand in none of them. kept: where the
+    rest of the experts is left out; the parts have them, by the source's keys.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -37,6 +39,7 @@ class SourceModel:
     licence: str | None
     names: tuple[str, ...]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: KeptExperts | None = None
 
 
 @dataclass(frozen=True)

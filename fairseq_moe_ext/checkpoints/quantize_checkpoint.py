@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,20 @@ from tqdm import tqdm
 from fairseq_moe_ext.checkpoints.calibration_record import CalibrationRecord, read_calibration
 from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
-from fairseq_moe_ext.checkpoints.quantization_source import Source, SourceModel, SourcePart, SourceTensor, digest
+from fairseq_moe_ext.checkpoints.kept_experts import KEPT
+from fairseq_moe_ext.checkpoints.kept_source import Keep, cut_model, cut_tensors, num_experts_of
+from fairseq_moe_ext.checkpoints.quantization_source import (
+    PartContent,
+    Source,
+    SourceModel,
+    SourcePart,
+    SourceTensor,
+    digest,
+)
 from fairseq_moe_ext.checkpoints.quantized_about import QuantizedAbout, QuantizedSource
 from fairseq_moe_ext.checkpoints.quantized_file import SUFFIX
 from fairseq_moe_ext.checkpoints.quantized_layout import QuantizedLayout, QuantizedTensor, quantized_layout
-from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter, begun_model
+from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter, begun_model, of_another
 from fairseq_moe_ext.checkpoints.relative_error import error_of_layer, error_of_rounding
 from fairseq_moe_ext.checkpoints.rounding import rows_in_dtype
 from fairseq_moe_ext.checkpoints.state_keys import is_dense_matrix
@@ -49,13 +58,14 @@ def quantize_checkpoint(
     dense: str,
     force: bool = False,
     calibrate: str | None = None,
+    keep: Keep | None = None,
 ) -> Done:
     """Write what can be written of `source` into `target`, X.safetensors.
 
     experts: one of QUANTIZED; dense: one of DENSE. force: overwrite `target`, and begin anew where what an earlier run
     has left is of another source or other options. calibrate: a record's file, by which experts are quantised
-    (experts/calibration.py). CheckpointError where a file is wrong, where one that is done has
-    changed, without space, or where there is nothing to begin with.
+    (experts/calibration.py). keep: whose experts are written alone; None: all. CheckpointError where a file is wrong,
+    where one that is done has changed, without space, or where there is nothing to begin with.
     """
     file = _target(target)
     record = None if calibrate is None else read_calibration(calibrate)
@@ -65,6 +75,14 @@ def quantize_checkpoint(
         model = source.model() or begun_model(file, experts, dense)
         if model is None:
             raise CheckpointError(f"{source.path}: it waits for {source.waits_for()}, without which nothing can begin")
+        if keep is not None and KEPT in model.state["extra_state"]:
+            raise CheckpointError(
+                f"{source.path}: it holds a pair's experts alone already: --keep needs the whole model"
+            )
+        if keep is not None and model.kept is None:
+            model = cut_model(model, keep.of_model(num_experts_of(model)))
+        elif model.kept != (None if keep is None else keep.of_model(num_experts_of(model))):
+            raise of_another(file)
         return _Quantization(source, model, file, experts, dense, force, record).run()
 
 
@@ -91,10 +109,10 @@ class _Quantization:
             self._layout = quantized_layout(model.shapes, model.aliases, experts, dense)
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
-        self._by_key, self._shapes = self._layout.by_key(), model.shapes
+        self._by_key, self._shapes, self._kept = self._layout.by_key(), model.shapes, model.kept
         self._record = record
         if record is not None:
-            record.check(self._layout)
+            record.check(self._layout, model.kept)
         self._parts = source.parts(model.names)
         self._licence = model.licence
         about = _about(model, self._layout, experts, dense, None if record is None else record.fingerprint)
@@ -132,14 +150,14 @@ class _Quantization:
                 note = self._writer.notes[part.name]
                 if part.stamps() == note["files"]:
                     continue
-                words = [tensor.read()[1] for tensor in self._source.content(part).tensors]
+                words = [tensor.read()[1] for tensor in self._content(part).tensors]
                 if digest(words) != note["fingerprint"]:
                     return part.files[0]
         return None
 
     def _do(self, part: SourcePart) -> None:
         stamps = part.stamps()
-        content = self._source.content(part)
+        content = self._content(part)
         told = {name: note["told"] for name, note in self._writer.notes.items()} | {part.name: content.told}
         self._source.check_told({each.name: told[each.name] for each in self._parts if each.name in told})
         groups: dict[str, list[SourceTensor]] = {}
@@ -154,6 +172,10 @@ class _Quantization:
         note = {"files": stamps, "fingerprint": digest(words), "errors": errors, "told": content.told}
         self._writer.finish(part.name, note)
         self._bar.update(sum(size for _, size, _ in stamps) - sum(t.tensor.nbytes for t in content.tensors))
+
+    def _content(self, part: SourcePart) -> PartContent:
+        found = self._source.content(part)
+        return found if self._kept is None else replace(found, tensors=list(cut_tensors(found.tensors, self._kept)))
 
     def _checked(self, part: SourcePart, tensor: SourceTensor) -> QuantizedTensor:
         """What the tensor becomes a part of."""
@@ -198,7 +220,7 @@ class _Quantization:
         prefix = target.keys[0].removesuffix(EXPERT_KEYS["fc1_weight"])
         layers = target.block.layers(block[None])
         there = self._writer.begun(target.name)
-        calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target)
+        calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target, self._kept)
         if not there and len(found) == len(target.keys):
             quantize_calibrated(target.block, [found[key] for key in target.keys], block, calibration, prefix)
         else:  # its tensors lie in two files
@@ -272,6 +294,7 @@ def _about(
         aliases=layout.aliases,
         dims=layout.dims,
         state=model.state,
+        kept=model.kept,
     )
 
 

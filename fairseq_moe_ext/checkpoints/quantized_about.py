@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fairseq_moe_ext.bounded_json import parse_json
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.experts.formats import QUANTIZED
 from fairseq_moe_ext.kernels.block import GROUP
 
@@ -47,7 +48,8 @@ class QuantizedAbout:
     which its values stand in the file. dims: what bytes alone do not tell, `<MoE layer>.experts.` -> model dim and
     hidden dim of its experts, and a dense matrix's key -> outputs and inputs. state: of the checkpoint, all but the
     model, as plain JSON: `args` and `cfg` are objects or None, `extra_state` and `task_state` objects,
-    `optimizer_history` a list.
+    `optimizer_history` a list. kept: of a pruned model, whose experts have the numbers from 0 on in the file; None: it
+    is whole.
     """
 
     experts: str
@@ -59,10 +61,14 @@ class QuantizedAbout:
     aliases: dict[str, str]
     dims: dict[str, tuple[int, int]]
     state: dict[str, Any]
+    kept: KeptExperts | None = None
 
     def as_json(self) -> str:
         """For the metadata; ValueError where the state is no JSON."""
-        return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, allow_nan=False)
+        content = asdict(self)
+        if self.kept is None:
+            del content["kept"]
+        return json.dumps({"version": FORMAT_VERSION, **content}, allow_nan=False)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> QuantizedAbout:
@@ -75,8 +81,8 @@ class QuantizedAbout:
         if version != FORMAT_VERSION:
             raise ValueError(f"a quantised checkpoint must be of format version {FORMAT_VERSION}, got {version!r:.40}")
         names = [each.name for each in fields(cls)]
-        if set(content) != set(names):
-            wrong = sorted(set(names) ^ set(content))[0]
+        if set(content) | {"kept"} != set(names):
+            wrong = sorted(set(names) - {"kept"} ^ set(content) - {"kept"})[0]
             raise ValueError(f"a quantised checkpoint must say {', '.join(names)}; wrong or missing: {wrong:.80}")
         _check(content, "experts", content["experts"] in tuple(QUANTIZED), f"one of {', '.join(QUANTIZED)}")
         _check(content, "dense", content["dense"] in DENSE, f"one of {', '.join(DENSE)}")
@@ -90,6 +96,7 @@ class QuantizedAbout:
         source = content["source"]
         files = tuple((name, size) for name, size in source["files"])
         content["dims"] = {name: tuple(sizes) for name, sizes in content["dims"].items()}
+        content["kept"] = None if content.get("kept") is None else KeptExperts.from_json(content["kept"])
         return cls(**{**content, "source": QuantizedSource(source["fingerprint"], files, source["licence"])})
 
 

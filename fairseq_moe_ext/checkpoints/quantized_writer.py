@@ -66,7 +66,7 @@ class QuantizedWriter(PartialFile):
 
     def _refuse_other(self) -> None:
         if not self._force:
-            raise _of_another(self.target)
+            raise of_another(self.target)
 
     def _find_places(self) -> dict[str, tuple[int, int]]:
         found = read_safetensors(self._partial, DTYPES).tensors
@@ -98,7 +98,7 @@ def begun_model(target: Path, experts: str, dense: str) -> SourceModel | None:
     except ValueError as error:
         raise CheckpointError(f"{partial}: {error}") from error
     if (about.experts, about.dense) != (experts, dense):
-        raise _of_another(target)
+        raise of_another(target)
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, bytes] = {}
     for name, tensor in found.tensors.items():
@@ -108,10 +108,11 @@ def begun_model(target: Path, experts: str, dense: str) -> SourceModel | None:
             shapes |= original_shapes(name, tensor.shape, about.dims)
     aliases = {original_key(alias): original_key(name) for alias, name in about.aliases.items()}
     names = tuple(name for name, _ in about.source.files)
-    return SourceModel(shapes, aliases, about.state, files, about.source.licence, names)
+    return SourceModel(shapes, aliases, about.state, files, about.source.licence, names, kept=about.kept)
 
 
-def _of_another(target: Path) -> CheckpointError:
+def of_another(target: Path) -> CheckpointError:
+    """What is said where an unfinished file cannot be gone on with."""
     return CheckpointError(
         f"{target}: what an earlier run has begun is of another source or of other options: "
         f"{partial_files(target)[0].name} must be gone, or --force begins anew"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fairseq_moe_ext.checkpoints.config_fields import parse_fields, parse_model_fields
 from fairseq_moe_ext.checkpoints.kept_layers import settle_kept_layers
 from fairseq_moe_ext.checkpoints.plain_config import ConfigError, namespace, plain, shown
-from fairseq_moe_ext.checkpoints.state_keys import expert_count, layer_count
+from fairseq_moe_ext.checkpoints.state_keys import expert_counts, layer_count
 
 _LM_TASKS = ("language_modeling", "moe_language_modeling")
 # what of a language model's task bears on the model beside a served one (--lm-path)
@@ -42,7 +42,7 @@ def served_config(state: Mapping[str, Any], overrides: Mapping[str, Any]) -> Dic
     overrides = plain(dict(overrides))
     model = model_fields(state, overrides)
     overridden = _overridden(overrides, "task")
-    of_task = _task({**task_fields(state), **overridden}, overridden.get("data"), expert_count(state["model"]) > 0)
+    of_task = _task({**task_fields(state), **overridden}, overridden.get("data"), bool(expert_counts(state["model"])))
     config = OmegaConf.create({"model": None, "task": of_task}, flags={"allow_objects": True})
     config.model = _complete(model, of_task)
     return config

@@ -54,14 +54,27 @@ def layers_of_hidden_dim(model: Mapping[str, Tensor], side: str, hidden_dim: int
     return [number for number, weight in weights.items() if weight is not None and weight.shape[:1] == (hidden_dim,)]
 
 
-def expert_count(model: Mapping[str, Tensor]) -> int:
-    """E, by the gates' shape; 0 in a dense model. CheckpointError, which names no file, where the gates disagree."""
-    counts = set()
+def expert_counts(model: Mapping[str, Tensor]) -> dict[str, int]:
+    """Each MoE layer's experts, by the gates' shape; CheckpointError, which names no file, where one has no shape."""
+    counts = {}
     for key, tensor in model.items():
-        if GATE_KEY.match(key):
+        if match := GATE_KEY.match(key):
             if tensor.dim() != 2:
                 raise CheckpointError(f"{key} must have 2 dims, experts and model dim, got {tuple(tensor.shape)}")
-            counts.add(tensor.size(0))
+            counts[match.group(1)] = tensor.size(0)
+    return counts
+
+
+def expert_count(model: Mapping[str, Tensor]) -> int:
+    """E, by the gates' shape; 0 in a dense model. CheckpointError, which names no file, where the gates disagree."""
+    counts = set(expert_counts(model).values())
     if len(counts) > 1:
         raise CheckpointError(f"the gates of one model must score the same number of experts, found {sorted(counts)}")
     return counts.pop() if counts else 0
+
+
+def experts_by_layer(model: Mapping[str, Tensor]) -> dict[str, int]:
+    """E of every MoE layer by the name that the model has for it, an encoder's layers first, both in their order."""
+    counts = expert_counts(model)
+    names = (f"{side}.layers.{n}.moe_layer" for side in ("encoder", "decoder") for n in moe_layer_numbers(model, side))
+    return {name: counts[name] for name in names}

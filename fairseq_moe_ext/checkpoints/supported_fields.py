@@ -60,6 +60,7 @@ WITHOUT_EFFECT = frozenset(
         "moe_weights_scope",
         "moe_report_weight_error",
         "moe_debug",
+        "moe_second_choice_threshold",
         "moe_capacity_factor",  # these and below: how a checkpoint was once served, or not
         "moe_overflow",
         "moe_drop_metric",

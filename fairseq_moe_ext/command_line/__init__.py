@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": "a checkpoint in one file of int8 or int4 experts, from any layout",
     "plan": "what serving a model takes on the device, in main memory and on disk, and the flags to use",
     "balance": "say which rank shall hold which expert, fitted on a trace",
+    "prune": "choose the experts that a language or a pair of languages keeps, by a profile",
     "compare": "what a setting costs in quality and gains in bytes and time, beside another of the same model",
     "profile": "merge recorded runs into one profile: which experts every language needs",
     "simulate": "how often an expert buffer of every size would miss, from a trace",

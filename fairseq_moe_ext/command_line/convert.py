@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fairseq_moe_ext.checkpoints.checkpoint_summary import summarize
 from fairseq_moe_ext.checkpoints.convert import merge, split
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
-from fairseq_moe_ext.command_line.parsing import command_parser, failed
+from fairseq_moe_ext.command_line.parsing import command_parser, failed, keep_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job.add_argument("target", metavar="TARGET")
             job.add_argument("--drop-optimizer", action="store_true", help="leave the optimizer's state out")
             job.add_argument("--force", action="store_true", help="overwrite files")
+            job.add_argument(
+                "--keep",
+                metavar="FILE",
+                help="experts by language (fairseq-moe prune): write those of --pair alone, as many of each layer",
+            )
+            job.add_argument("--pair", metavar="SOURCE-TARGET", help="of --keep: its languages, as eng_Latn-fra_Latn")
     jobs.choices["split"].add_argument("--ranks", type=int, required=True, help="number of rank files")
     args = parser.parse_args(arguments)
     try:
@@ -38,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         ranks = {"ranks": args.ranks} if args.job == "split" else {}
         convert = split if args.job == "split" else merge
-        written = convert(args.source, args.target, drop_optimizer=args.drop_optimizer, force=args.force, **ranks)
+        given = {"drop_optimizer": args.drop_optimizer, "force": args.force, "keep": keep_of(args.keep, args.pair)}
+        written = convert(args.source, args.target, **given, **ranks)
     except (CheckpointError, OSError) as error:
         return failed(error)
     print(*written, sep="\n")

@@ -7,6 +7,8 @@ import importlib.util
 import sys
 
 from fairseq_moe_ext.byte_sizes import parse_bytes
+from fairseq_moe_ext.checkpoints.errors import CheckpointError
+from fairseq_moe_ext.checkpoints.kept_source import Keep
 
 NO_MATPLOTLIB = "needs matplotlib: pip install 'fairseq_moe_ext[reproduce]'"
 
@@ -41,6 +43,21 @@ def byte_size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def keep_of(keep: str | None, pair: str | None) -> Keep | None:
+    """What `--keep FILE --pair SOURCE-TARGET` say; None without. CheckpointError where one does not go with the other.
+
+    Without a pair: a language model's, which has one language, "".
+    """
+    if keep is None:
+        if pair is not None:
+            raise CheckpointError(f"--pair needs --keep, got {pair} without it")
+        return None
+    languages = ("", "") if pair is None else tuple(pair.split("-"))
+    if len(languages) != 2 or pair is not None and not all(languages):
+        raise CheckpointError(f"--pair must be two languages such as eng_Latn-fra_Latn, got {pair!r}")
+    return Keep(keep, languages)
 
 
 def has_matplotlib() -> bool:

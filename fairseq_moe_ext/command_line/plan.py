@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         form, int8_dense = sizes.quantized
         dense = ", dense layers in int8" if int8_dense else ""
         print(f"a quantised checkpoint of {sizes.file_bytes:,} bytes: experts in {form}{dense}")
+    if sizes.kept is not None:
+        print(f"{sizes.kept:,} experts are kept, at most so many of a layer")
     print()
     if args.device_memory is None:
         print(table_of_formats(sizes, work))

@@ -24,7 +24,7 @@ from fairseq_moe_ext.checkpoints.quantize_checkpoint import quantize_checkpoint
 from fairseq_moe_ext.checkpoints.quantized_about import DENSE
 from fairseq_moe_ext.checkpoints.quantized_file import SUFFIX, QuantizedFile
 from fairseq_moe_ext.checkpoints.relative_error import error_table
-from fairseq_moe_ext.command_line.parsing import command_parser, failed
+from fairseq_moe_ext.command_line.parsing import command_parser, failed, keep_of
 from fairseq_moe_ext.experts.formats import QUANTIZED
 from fairseq_moe_ext.nllb.hf_source import HfSource
 from fairseq_moe_ext.nllb.hf_tokenizer import SPM
@@ -56,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calibrate", metavar="RECORD", help="of --moe-record: experts are quantised by what their inputs were"
     )
     parser.add_argument(
+        "--keep",
+        metavar="FILE",
+        help="experts by language (fairseq-moe prune): the file holds those of --pair alone, and the gates without the "
+        "others",
+    )
+    parser.add_argument("--pair", metavar="SOURCE-TARGET", help="of --keep: its languages, as eng_Latn-fra_Latn")
+    parser.add_argument(
         "--force", action="store_true", help="overwrite TARGET; begin anew where another source was begun"
     )
     args = parser.parse_args(arguments)
@@ -65,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         _refuse_quantized(args.source)
+        keep = keep_of(args.keep, args.pair)
         pieces = None if args.sentencepiece is None else _content(Path(args.sentencepiece))
         source: Source
         if is_folder:
@@ -77,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             source = FairseqSource(
                 args.source, files, lambda rows, fields: check_sizes(args.source, rows, words, fields)
             )
-        done = quantize_checkpoint(source, args.output, args.experts, args.dense, args.force, args.calibrate)
+        done = quantize_checkpoint(source, args.output, args.experts, args.dense, args.force, args.calibrate, keep)
     except (CheckpointError, OSError) as error:
         return failed(error)
     if done.missing:

@@ -76,8 +76,8 @@ class Call:
     """One call under way.
 
     tokens: (T, D) in the dtype that the experts want. padding_mask: (T,) bool with True on padding, or None.
-    num_sentences: B. training, decoding: whether the layer trains; whether this is a decode step. overflowing: what a
-    rule found, for LayerCall. bytes_exchanged: of rows sent to other ranks (as many come back).
+    num_sentences: B. training, decoding: whether the layer trains; whether this is a decode step. overflowing,
+    first_shares: what rules found, for LayerCall. bytes_exchanged: of rows sent to other ranks (as many come back).
     """
 
     tokens: Tensor
@@ -89,6 +89,7 @@ class Call:
     experts: Experts
     clock: Clock
     overflowing: Tensor | None = None
+    first_shares: Tensor | None = None
     bytes_exchanged: int = 0
 
 
@@ -99,7 +100,8 @@ class LayerCall:
     dropped: assignments that found no slot; load: E tokens per expert that ran, which may lie on the device until they
     are read; seconds: time per part on the host; bytes_exchanged: of rows sent to other ranks (as many come back).
     Where rules may change the routing rerouted: assignments that run on another expert than the gate chose;
-    load_before: E tokens per expert as the gate chose; overflowing: the numerator of the paper's dropped fraction.
+    load_before: E tokens per expert as the gate chose; overflowing: the numerator of the paper's dropped fraction;
+    first_shares: tokens by their first choice's share (second_choice.py).
     """
 
     dropped: int
@@ -109,6 +111,7 @@ class LayerCall:
     rerouted: int = 0
     load_before: Sequence[int] = field(default_factory=list)
     overflowing: float = 0.0
+    first_shares: Sequence[int] = field(default_factory=list)
 
     @property
     def assignments(self) -> int:
@@ -119,6 +122,8 @@ class LayerCall:
 def told(call: Call, wanted: Routing, routing: Routing, load: Sequence[int], has_rules: bool) -> LayerCall:
     """What became of the gate's routing `wanted`: `routing` ran, which is the same object where nothing changed it."""
     found = LayerCall(0, load, call.clock.seconds, call.bytes_exchanged)
+    if call.first_shares is not None:
+        found.first_shares = call.first_shares.tolist()
     if routing is not wanted:
         before = torch.bincount(wanted.expert_ids[wanted.kept], minlength=wanted.num_experts).tolist()
         found.dropped = sum(before) - sum(load)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from omegaconf import DictConfig
 
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.kept_layers import check_places, prune_as_configured
 from fairseq_moe_ext.checkpoints.loading import Loading, ModelState, loading_into
 from fairseq_moe_ext.checkpoints.state_keys import EXPERT_KEY
@@ -42,6 +43,7 @@ class ServedModel:
     seeds: BatchSeeds | None = None  # set by the task, too
     loading: Loading | None = None  # what loading a served checkpoint took
     expert_buffer: ExpertBuffer | None = None  # None: all experts are resident
+    kept_experts: KeptExperts | None = None  # those that a pruned model has of all; None: it is whole
     serving_dtype: torch.dtype | None = None  # None: the dtype that fairseq has put the model in
     # by which it is made ready at its first pass, where nobody does so before: fairseq-validate computes losses with it
     served_by: DictConfig | None = None

@@ -50,7 +50,7 @@ class MoETransformerEncoder(_ObservedStack, TransformerEncoderBase):
         hidden_dim = self._moe.alternate_hidden_dim("encoder")
         if hidden_dim > 0:
             return super().build_encoder_layer(alternate_config(cfg, "encoder", hidden_dim))
-        return MoETransformerEncoderLayer(cfg, self._moe, return_fc=self.return_fc)
+        return MoETransformerEncoderLayer(cfg, self._moe.of_layer("encoder", number), return_fc=self.return_fc)
 
     def forward(self, src_tokens, *args, **kwargs):
         """As fairseq's; src_tokens (B, L)."""
@@ -80,7 +80,7 @@ class MoETransformerDecoder(_ObservedStack, TransformerDecoderBase):
         hidden_dim = self._moe.alternate_hidden_dim("decoder")
         if hidden_dim > 0:
             return super().build_decoder_layer(alternate_config(cfg, "decoder", hidden_dim), no_encoder_attn)
-        return MoETransformerDecoderLayer(cfg, self._moe, no_encoder_attn)
+        return MoETransformerDecoderLayer(cfg, self._moe.of_layer("decoder", number), no_encoder_attn)
 
     def forward(self, prev_output_tokens, encoder_out=None, incremental_state=None, **kwargs):
         """As fairseq's; prev_output_tokens (B, L)."""

@@ -10,11 +10,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from signal import Signals
 
 import torch
 from torch import Tensor
 
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.gating.call import LayerCall
 from fairseq_moe_ext.kernels.offsets import fetch
@@ -70,6 +72,7 @@ class Observer:
         record_path = None if record is None else record.path
         self._written = Outputs(report_path, trace_path, record_path, ranks, self._exit_code)
         self.seeds = BatchSeeds()
+        self._kept: KeptExperts | None = None  # of a pruned model
         self._at_exit = False
         self._hears_interrupts = self._finished = False
         self._model: Callable[[], torch.nn.Module | None] = lambda: None  # a reference that does not keep it
@@ -82,11 +85,11 @@ class Observer:
 
     def model_ready(self, model) -> None:
         """The model has its weights; also again, after it was prepared once more. What was counted so far stays."""
-        self._model = weakref.ref(model)
+        self._model, self._kept = weakref.ref(model), getattr(model, "kept_experts", None)
         first = self._described is None
         self._describe(model)
         if self.record is not None:
-            self.record.attach(model.moe_layers())
+            self.record.attach(model.moe_layers(), self._kept)
         warm_up()
         if first and self.report.layers and (self._ranks is None or self._ranks.rank == 0):
             logger.info(kernel_in_words(model.moe_layers(), self.report.dense_bytes_int8))
@@ -197,6 +200,9 @@ class Observer:
         if self._recorder is not None:
             self._recorder.begin_step(phase, max(self._batch, 0))
         for name, call in self._calls:
+            if self._kept is not None:  # report and trace name experts as the whole model does
+                before = self._kept.spread(name, call.load_before) if call.load_before else call.load_before
+                call = replace(call, load=self._kept.spread(name, call.load), load_before=before)
             self.report.layers[name].add(call)
             if self._recorder is not None:
                 self._recorder.add(name, list(call.load))

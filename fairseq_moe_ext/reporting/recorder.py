@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 from torch import Tensor
 
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.watched_inputs import WatchedInputs
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.gating.watched_choices import StackPass, WatchedChoices
-from fairseq_moe_ext.recording import LayerRecord, Record
+from fairseq_moe_ext.recording import Choices, Inputs, LayerRecord, Record
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,16 @@ class Recorder:
         self._languages = languages
         self._known: list[str] = []
         self._layers: dict[str, _Watched] = {}
+        self._kept: KeptExperts | None = None
         self._under_way: list[WatchedChoices] = []
         self._batch = -1
         self._seen: dict[str, int] = {}  # tokens of the batch, by stack
         self._targets: Tensor | None = None
 
-    def attach(self, layers: Mapping[str, MOELayer]) -> None:
-        """Watch these layers, by their names in the checkpoint; once more changes nothing."""
+    def attach(self, layers: Mapping[str, MOELayer], kept: KeptExperts | None = None) -> None:
+        """Watch these layers, by their names in the checkpoint; once more changes nothing. kept: of a pruned model,
+        whose record names experts as the whole model does."""
+        self._kept = kept
         for name, layer in layers.items():
             experts = layer.experts
             if name not in self._layers and isinstance(experts, CalledByCounts):
@@ -96,6 +101,8 @@ class Recorder:
             name: LayerRecord(*watched.inputs.result(), *watched.choices.result(languages))
             for name, watched in self._layers.items()
         }
+        if self._kept is not None:
+            layers = {name: _of_whole_model(layer, name, self._kept) for name, layer in layers.items()}
         return Record(tuple(self._known), layers)
 
     def _number_of(self, stack: str) -> int:
@@ -114,3 +121,17 @@ class Recorder:
             return real & real.flip(1).cumsum(1).flip(1).eq(1)
         targets = self._targets
         return None if targets is None or targets.shape != real.shape else real & targets.eq(self._end)
+
+
+def _of_whole_model(layer: LayerRecord, name: str, kept: KeptExperts) -> LayerRecord:
+    """With nothing of the experts that were not there."""
+
+    def inputs(found: Inputs) -> Inputs:
+        return Inputs(*(kept.spread_array(name, getattr(found, each.name)) for each in fields(Inputs)))
+
+    choices = Choices(
+        *(kept.spread_array(name, getattr(layer.choices, each.name), axis=1) for each in fields(Choices))
+    )
+    numbers = np.array(kept.layers[name], np.int32)
+    sample = replace(layer.sample, experts=numbers[layer.sample.experts])
+    return LayerRecord(inputs(layer.fc1), inputs(layer.fc2), choices, sample)

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.gating import MOELayer
 from fairseq_moe_ext.models.int8_dense import bytes_in_int8
@@ -41,6 +42,7 @@ class Report:
         self.expert_bytes_total = self.dense_bytes_int8 = 0
         self._expert_bytes = self._expert_bytes_resident = 0  # of this rank
         self.loading: dict[str, float] | None = None
+        self.kept: KeptExperts | None = None  # of a pruned model, by their numbers in the whole one
 
     def describe(self, model: torch.nn.Module, layers: dict[str, MOELayer]) -> None:
         """Take down device, dtype and expert bytes of a model that is ready to serve, as often as they change."""
@@ -48,6 +50,7 @@ class Report:
         self.device, self.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
         experts = {name: layer.experts for name, layer in layers.items()}
         self._experts = WeakValueDictionary(experts)
+        self.kept = getattr(model, "kept_experts", None)
         self.expert_format = next((each.format.name for each in experts.values()), "")
         self.expert_bytes_total = sum(each.num_experts * each.expert_bytes for each in experts.values())
         self.dense_bytes_int8 = bytes_in_int8(model)
@@ -185,7 +188,9 @@ class Report:
                 "rerouted": layer.rerouted,
                 "active_experts_mean": layer.active_experts_mean,
                 "load": layer.load,
+                **({} if self.kept is None else {"kept_experts": list(self.kept.layers[layer.name])}),
                 **_before_the_capacity(layer),
+                **({"first_choice_shares": layer.first_shares} if layer.first_shares else {}),
                 **_error_of_weights(layer.weight_error),
                 **({"load_per_rank": layer.load_per_rank} if layer.load_per_rank else {}),
                 "bytes_exchanged": layer.bytes_exchanged,

@@ -66,18 +66,23 @@ class RoutingRecorder:
         for side, mask in real.items():
             self._lengths.setdefault(side, []).extend(mask.sum(dim=1).tolist())
         layers = model.moe_layers() if hasattr(model, "moe_layers") else {}
+        kept = getattr(model, "kept_experts", None)
+        numbers = {} if kept is None else {name: torch.tensor(each) for name, each in kept.layers.items()}
         before = {name: layer.dispatcher for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
-                layer.use(dispatcher=_Told(before[name], partial(self._add, name, real[side_of(name)].flatten())))
+                tell = partial(self._add, name, real[side_of(name)].flatten(), numbers.get(name))
+                layer.use(dispatcher=_Told(before[name], tell))
             yield
         finally:
             for name, layer in layers.items():
                 layer.use(dispatcher=before[name])
 
-    def _add(self, name: str, real: Tensor, routing: Routing) -> None:
-        """real: (T,) bool, False on padding; routing: of the T tokens, and of rows behind them that fill a batch up."""
-        ran = routing.expert_ids.masked_fill(~routing.kept, NONE)[: len(real)]
+    def _add(self, name: str, real: Tensor, numbers: Tensor | None, routing: Routing) -> None:
+        """real: (T,) bool, False on padding; numbers: of a pruned layer's experts in the whole model; routing: of the T
+        tokens, and of rows behind them that fill a batch up."""
+        chosen = routing.expert_ids if numbers is None else numbers.to(routing.expert_ids.device)[routing.expert_ids]
+        ran = chosen.masked_fill(~routing.kept, NONE)[: len(real)]
         self._experts.setdefault(name, []).append(ran[real].to("cpu", torch.int16).numpy())
 
 

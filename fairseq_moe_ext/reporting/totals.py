@@ -45,6 +45,7 @@ class LayerTotals:
     rerouted: int = 0
     load_before: list[int] = field(default_factory=list)
     overflowing: float = 0.0
+    first_shares: list[int] = field(default_factory=list)
     weight_error: WeightError = WeightError()
 
     def add(self, call: LayerCall) -> None:
@@ -62,6 +63,7 @@ class LayerTotals:
                 rerouted=call.rerouted,
                 load_before=call.load_before,
                 overflowing=call.overflowing,
+                first_shares=list(call.first_shares),
             )
         )
 
@@ -69,7 +71,7 @@ class LayerTotals:
         """Add what the same layer did in other calls, or on another rank."""
         for name in (*_COUNTS, "overflowing", "buffer", "weight_error"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("load", "load_before", "load_per_rank"):
+        for name in ("load", "load_before", "load_per_rank", "first_shares"):
             setattr(self, name, _sums(getattr(self, name), getattr(other, name)))
         for part, seconds in other.seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fairseq_moe_ext.buffering.ahead import in_order
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
-from fairseq_moe_ext.buffering.simulation import hottest_experts, layers_of
+from fairseq_moe_ext.buffering.simulation import LayerLoads, hottest_experts, layers_of
 from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import FLOAT, Format
@@ -60,13 +61,14 @@ class BufferSettings:
 class ExpertBuffer:
     """Gives one model's layers their buffered experts, and starts them.
 
-    local_ranks: so many share this machine's memory. checkpoint: set before the weights come; names the disk store's
+    local_ranks: so many share this machine's memory. kept: of a pruned model, whose profile is of the whole one.
+    checkpoint: set before the weights come; names the disk store's
     files, together with the values' fingerprint.
     """
 
-    def __init__(self, settings: BufferSettings, local_ranks: int = 1):
+    def __init__(self, settings: BufferSettings, local_ranks: int = 1, kept: KeptExperts | None = None):
         self._settings = settings
-        self._local_ranks = local_ranks
+        self._local_ranks, self._kept = local_ranks, kept
         self._layers: dict[str, BufferedExperts] = {}
         self._rankings: dict[str, list[int]] = {}
         self._started: tuple[torch.device, torch.dtype] | None = None  # where the model was at the start
@@ -116,11 +118,14 @@ class ExpertBuffer:
         profiled = {layer.name: layer for layer in layers_of(load_trace(path))}
         for name, experts in self._layers.items():
             found = profiled[name].num_experts if name in profiled else None
-            if found != experts.num_experts:
+            wanted = experts.num_experts if self._kept is None else self._kept.num_experts
+            if found != wanted:
                 raise ValueError(
-                    f"--expert-profile {path}: must hold {experts.num_experts} experts' loads of {name}, found "
+                    f"--expert-profile {path}: must hold {wanted} experts' loads of {name}, found "
                     f"{'no such layer' if found is None else found}"
                 )
+            if self._kept is not None:
+                profiled[name] = LayerLoads(name, profiled[name].loads[:, self._kept.layers[name]])
         return {name: hottest_experts(profiled[name]) for name in self._layers}
 
     def _make_store(

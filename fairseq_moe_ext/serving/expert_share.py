@@ -14,6 +14,7 @@ from fairseq_moe_ext.experts.quantized import QuantizedExperts
 from fairseq_moe_ext.gating.capacity import Capacity, CapacityRules
 from fairseq_moe_ext.gating.limit import Limit
 from fairseq_moe_ext.gating.replicas import Replicas
+from fairseq_moe_ext.gating.second_choice import SecondChoice
 from fairseq_moe_ext.models.served_model import ServedModel
 from fairseq_moe_ext.ranks.dispatcher import over_ranks
 from fairseq_moe_ext.ranks.group import Ranks
@@ -54,7 +55,7 @@ def distribute_experts(
     if virtual:
         num_ranks = capacity.virtual_ranks
     ranks_of = place_experts(model, placement, num_ranks, virtual)
-    model.expert_buffer = None if buffer is None else ExpertBuffer(buffer, local_ranks)
+    model.expert_buffer = None if buffer is None else ExpertBuffer(buffer, local_ranks, model.kept_experts)
     share_experts(model, ranks, ranks_of, model.expert_buffer, weights)
     if capacity is not None:
         limit_experts(model, capacity, ranks_of, num_ranks, None if ranks is None else ranks.rank)
@@ -77,11 +78,14 @@ def place_experts(
                 f"{min(num_experts.values())}, got {num_ranks}"
             )
         return {name: contiguous(count, num_ranks) for name, count in num_experts.items()}
+    kept = model.kept_experts
     try:
-        placement.check_fits(num_ranks, num_experts)
+        placement.check_fits(num_ranks, num_experts if kept is None else dict.fromkeys(num_experts, kept.num_experts))
     except ValueError as error:
         raise ValueError(f"--expert-placement: {error}") from error
-    return dict(placement.layers)
+    if kept is None:
+        return dict(placement.layers)
+    return {name: [ranks[expert] for expert in kept.layers[name]] for name, ranks in placement.layers.items()}
 
 
 def share_experts(
@@ -125,6 +129,20 @@ def limit_experts(
     for name, layer in model.moe_layers().items():
         capacity = Capacity(settings.rules, [ranks[0] for ranks in ranks_of[name]], num_ranks)
         layer.use(rules=[*layer.rules, Limit(capacity, settings.phases, settings.prefer_resident, rank)])
+
+
+def drop_second_choices(model: ServedModel, threshold: float) -> None:
+    """Let tokens of every MoE layer go without a second choice of a share below `threshold`, before any capacity.
+
+    ValueError for a model whose tokens have one choice.
+    """
+    for layer in model.moe_layers().values():
+        if layer.gate.num_choices != 2:
+            raise ValueError(
+                f"--moe-second-choice-threshold needs a model with two choices per token, got {threshold} with one of "
+                f"{layer.gate.num_choices}"
+            )
+        layer.use(rules=[SecondChoice(threshold), *layer.rules])
 
 
 def choose_kernels(model: ServedModel, kernel: str) -> None:

@@ -41,7 +41,8 @@ FLAGS = (
     *("expert_buffer_size", "expert_buffer_scope", "expert_eviction", "expert_order", "expert_store"),
     *("expert_store_dir", "expert_host_memory", "expert_prefetch", "expert_profile", "moe_capacity_factor", "moe_overflow"),
     *("moe_drop_metric", "moe_capacity_scope", "moe_capacity_phases", "moe_renormalize_after_drop"),
-    *("moe_virtual_ranks", "moe_reroute_prefer", "expert_placement"),
+    *("moe_virtual_ranks", "moe_reroute_prefer", "expert_placement", "expert_keep"),
+    "moe_second_choice_threshold",
 )
 # task -> its own options, beside those above
 TASKS = {

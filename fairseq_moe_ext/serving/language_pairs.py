@@ -66,6 +66,12 @@ class LanguagePairs:
 
     def _task_of(self, languages: tuple[str, str]) -> FairseqTask:
         task = self._task
+        kept = getattr(task, "kept_experts", None)
+        if kept is not None:
+            raise OptionError(
+                f"source_lang and target_lang must be {' and '.join(kept.languages)}, for which the model's experts "
+                f"are kept, got {' and '.join(languages)}"
+            )
         several = isinstance(task, TranslationMultiSimpleEpochTask)
         for side, language, served in zip(("source", "target"), languages, self._served, strict=True):
             known = list(task.langs) if several else [served]

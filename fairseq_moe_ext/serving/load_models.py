@@ -133,6 +133,9 @@ def options_of_file(own: FileData, state: Mapping[str, Any], given: Mapping[str,
     """What a quantised checkpoint's own files are for; how a text is cut stands above them where it is `given`."""
     served: CheckpointTask = state["task_state"][SERVED]
     found = own.options(is_multilingual(served.fields), bool(given.get("langs") or given.get("lang_dict")))
+    kept = state["model"].kept
+    if kept is not None and all(kept.languages):
+        found |= dict(zip(LANGUAGES, kept.languages, strict=True))  # it can be asked for no others
     return found if any(name in given for name in TEXT_OPTIONS) else found | own.text_options()
 
 
@@ -145,6 +148,11 @@ def _name_languages(args: Namespace, state: Mapping[str, Any], own: FileData | N
         return frozenset()
     served: CheckpointTask = state["task_state"][SERVED]
     unnamed = frozenset(name for name in LANGUAGES if getattr(args, name) is None)
+    if unnamed and args.expert_keep is not None:
+        raise OptionError(
+            "expert_keep needs source_lang and target_lang, for which experts are kept, got "
+            f"{args.expert_keep} without {sorted(unnamed)[0]}"
+        )
     for name in LANGUAGES:
         if name in unnamed and (own is None or not served.languages):
             raise OptionError(f"{name} must be given for a multilingual model, got none")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ _VOCABULARY_KEYS = ("embed_tokens.weight", "output_projection.weight")
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many.
+    """In elements. dense: all but experts; expert: one of a layer; moe_layers and experts: how many, of a pruned model
+    in its largest layer; kept: of a pruned model whose layers are unlike each other, the experts of all layers.
 
     vocabulary: what a step has scores for. file_bytes: of the tensors as they are stored; None: there is no file.
     expert_dims: model dim and hidden dim of such an expert, which quantised ones need. weights: what `dense` counts.
@@ -63,6 +65,7 @@ class ModelSizes:
     decoder: Reads | None = field(default=None, compare=False)
     choices: int = field(default=2, compare=False)
     quantized: tuple[str, bool] | None = None
+    kept: int | None = None
 
     @classmethod
     def of_shapes(
@@ -83,10 +86,10 @@ class ModelSizes:
                 if name.endswith(EXPERT_KEYS["fc1_weight"]):
                     dims = max(dims, (shape[1], shape[0]), key=math.prod)
         dense = DenseWeights.of_shapes({name: shape for name, shape in shapes.items() if not EXPERT_KEY.match(name)})
-        layers = {layer for layer, _ in sizes}
-        experts = len(sizes) // len(layers) if layers else 0
+        layers = Counter(layer for layer, _ in sizes)
+        experts = max(layers.values(), default=0)
         sides = {
-            side: reads_of(side, shapes, experts, (vocabulary, model_dim))
+            side: reads_of(side, shapes, (vocabulary, model_dim))
             for side in ("encoder", "decoder")
             if any(name.startswith(f"{side}.layers.") for name in shapes)
         }
@@ -105,12 +108,18 @@ class ModelSizes:
             encoder=sides.get("encoder"),
             decoder=sides.get("decoder"),
             choices=choices,
+            kept=None if len(sizes) == experts * len(layers) else len(sizes),
         )
+
+    @property
+    def all_experts(self) -> int:
+        """Of all layers together."""
+        return self.experts * self.moe_layers if self.kept is None else self.kept
 
     @property
     def parameters(self) -> int:
         """How many, in the dense part and all experts."""
-        return self.dense + self.expert * self.experts * self.moe_layers
+        return self.dense + self.expert * self.all_experts
 
     def expert_bytes(self, weights: str, element: int) -> int:
         """Of an expert in a format of FORMATS, or as floats of `element` bytes."""
@@ -127,9 +136,9 @@ class ModelSizes:
         if self.encoder is None or self.decoder is None or not self.encoder.moe_layers:
             return None
         expert = a_place // self.moe_layers
-        resident, a_place = expert * self.decoder.moe_layers * self.experts, expert * self.encoder.moe_layers
+        resident, a_place = expert * self.decoder.moe_layers * self.decoder.experts, expert * self.encoder.moe_layers
         resident += STAGING_SLOTS * expert
-        places = min((room - resident) // a_place, self.experts)
+        places = min((room - resident) // a_place, self.encoder.experts)
         return None if places < 1 else (places, resident + places * a_place)
 
     def dense_bytes(self, element: int, int8: bool = False) -> int:
@@ -246,8 +255,8 @@ def plan(
     weights, int8_dense = sizes.quantized or (weights, int8_dense)
     element, batch = work.element, work.bytes(sizes) + PROCESS
     dense, a_place = sizes.dense_bytes(element, int8_dense), sizes.expert_bytes(weights, element) * sizes.moe_layers
-    experts = a_place * sizes.experts
-    checkpoint = sizes.dense_bytes(element) + sizes.expert * sizes.moe_layers * sizes.experts * element
+    experts = sizes.expert_bytes(weights, element) * sizes.all_experts
+    checkpoint = sizes.dense_bytes(element) + sizes.expert * sizes.all_experts * element
     disk = checkpoint if sizes.file_bytes is None else sizes.file_bytes
     room = int(USABLE * device) - dense - batch
     dtype, on_disk = "--moe-dtype float16" if element == 2 else "", "--expert-store disk"
@@ -292,7 +301,8 @@ def plan(
     cpu = Workload(work.batch, work.beam, work.length, element=4)
     wanted = sizes.dense_bytes(4, int8_dense) + cpu.bytes(sizes) + PROCESS
     an_expert = sizes.expert_bytes(weights, 4) * sizes.moe_layers
-    settings.append(setting("CPU, all experts in RAM", 0, wanted + an_expert * sizes.experts, "--cpu", of_cpu))
+    whole = wanted + sizes.expert_bytes(weights, 4) * sizes.all_experts
+    settings.append(setting("CPU, all experts in RAM", 0, whole, "--cpu", of_cpu))
     left = None if host is None else int(USABLE * host - wanted)
     found = None if left is None else sizes.encoder_alone(left, an_expert)
     if found is not None:

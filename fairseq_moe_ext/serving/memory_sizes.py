@@ -53,7 +53,7 @@ def table_of_formats(sizes: ModelSizes, work: Workload) -> str:
         if sizes.quantized not in (None, (stored.experts, stored.int8_dense)):
             continue
         expert = sizes.expert_bytes(stored.experts, stored.element)
-        experts = expert * sizes.experts * sizes.moe_layers
+        experts = expert * sizes.all_experts
         dense = sizes.dense_bytes(stored.element, stored.int8_dense)
         counted = (expert, experts, dense, experts + dense, *_reads(sizes, work, stored, expert))
         rows.append((stored.name, *(f"{each / unit:.{3 if each is expert else 2}f}" for each in counted)))

@@ -1,4 +1,4 @@
-"""What `--moe-record` is told of a task: its languages, and its end of sentence."""
+"""What `--moe-record` and `--expert-keep` are told of a task: its languages, and its end of sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from fairseq_moe_ext.reporting.recorder import Recorder
 
 def languages_of(task: Any) -> tuple[str, str]:
     """Source and target that a task serves now; "" and "" of a language model, or of several pairs at once."""
-    flags = task.args if hasattr(task, "args") else task.cfg
+    return languages_of_flags(task.args if hasattr(task, "args") else task.cfg)
+
+
+def languages_of_flags(flags: Any) -> tuple[str, str]:
+    """The same by a task's arguments; before it is set up they may lack languages that lie in its data's names."""
     found = [getattr(flags, name, None) or "" for name in ("source_lang", "target_lang")]
     pairs = getattr(flags, "lang_pairs", None)
     if not all(found) and pairs:

@@ -13,6 +13,7 @@ from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.checkpoint_task import SERVED, CheckpointTask
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
 from fairseq_moe_ext.checkpoints.kept_layers import SIDES, prune_as_configured
+from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.checkpoints.plain_config import ConfigError, namespace
 from fairseq_moe_ext.checkpoints.rank_files import updates
 from fairseq_moe_ext.checkpoints.served_config import criterion_fields, served_config, task_fields
@@ -44,17 +45,18 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
     return {**found, "task_state": {SERVED: CheckpointTask.of_state(path, state, task)}}
 
 
-def _tell_layers(model_cfg: Namespace, model: dict[str, torch.Tensor]) -> None:
+def _tell_layers(model_cfg: Namespace, model: ModelState) -> None:
     """Write into the model's arguments what its state says: which layers have experts, and how many.
 
     Upstream's two branches read `moe_freq`, `encoder_moe_freq` and `decoder_moe_freq` differently, and layers that were
     kept of a larger model stand wherever they came to stand; the keys do not lie.
     """
     model_cfg.layers_of_experts = None
-    num_experts = expert_count(model)
+    num_experts = expert_count(model) if model.kept is None else max(model.kept.counts.values())
+    whole = num_experts if model.kept is None else model.kept.num_experts  # as a quantised one's configuration says
     given = getattr(model_cfg, "moe_expert_count", None)
     if num_experts > 0:
-        if given not in (None, 0, num_experts):
+        if given not in (None, 0, num_experts, whole):
             raise CheckpointError(
                 f"moe_expert_count must be what the checkpoint's gates score, {num_experts}, got {given}"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,12 +66,13 @@ class Reads:
         return self.dense.bytes(element, int8) + self.experts_touched(rows, choices) * expert_bytes
 
 
-def reads_of(side: str, shapes: Mapping[str, tuple[int, ...]], experts: int, vocabulary: tuple[int, int]) -> Reads:
+def reads_of(side: str, shapes: Mapping[str, tuple[int, ...]], vocabulary: tuple[int, int]) -> Reads:
     """side: "encoder", or "decoder", whose step ends with the output projection (V, D), also where it is tied."""
     own = {name: shape for name, shape in shapes.items() if name.startswith(f"{side}.")}
-    layers = {match.group(1) for match in map(EXPERT_KEY.match, own) if match}
+    experts = {match.group(1, 2) for match in map(EXPERT_KEY.match, own) if match}
+    layers = Counter(layer for layer, _ in experts)
     dense = {name: shape for name, shape in own.items() if not EXPERT_KEY.match(name)}
     dense = {name: shape for name, shape in dense.items() if not _NOT_IN_A_PASS.search(name)}
     if side == "decoder":
         dense["output_projection.weight"] = vocabulary
-    return Reads(DenseWeights.of_shapes(dense), len(layers), experts)
+    return Reads(DenseWeights.of_shapes(dense), len(layers), max(layers.values(), default=0))

@@ -9,9 +9,11 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
+from fairseq_moe_ext.buffering.profile import load_profile
 from fairseq_moe_ext.byte_sizes import parse_bytes
 from fairseq_moe_ext.serving.expert_buffer import AUTO, OFF, PREFETCH, SCOPES, STORES, BufferSettings
 from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
+from fairseq_moe_ext.tasks.keep_flags import keeps_share
 from fairseq_moe_ext.trace import load_trace
 
 
@@ -38,7 +40,11 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"must be a folder, got the file {path}")
 
 
-def _check_trace(path: Path) -> None:
+def _check_profile(path: Path) -> None:
+    """A trace, or for `--expert-keep` a profile."""
+    if path.suffix == ".json":
+        load_profile(path)
+        return
     try:
         load_trace(path)
     except ValueError as error:
@@ -76,11 +82,12 @@ class BufferFlags(FairseqDataclass):
     expert_prefetch: ChoiceEnum(PREFETCH) = _of_buffer(
         OFF, "layers: while a layer is computed, experts that the next ones nearly always want are fetched"
     )
-    expert_profile: Optional[str] = _of_buffer(
+    expert_profile: Optional[str] = flag(
         None,
-        "a trace (--moe-trace) whose hottest experts are resident at the start",
+        "a trace (--moe-trace) whose hottest experts are resident at the start; with --expert-keep SHARE a profile of "
+        "fairseq-moe profile",
         read=Path,
-        check=_check_trace,
+        check=_check_profile,
     )
 
 
@@ -88,6 +95,13 @@ def check_buffer_flags(flags: Any) -> None:
     """Raise ValueError naming flag, rule and value; `flags` is a task's arguments."""
     check_values(BufferFlags, flags)
     check_needs(BufferFlags, flags)
+    profile, buffered = getattr(flags, "expert_profile", None), getattr(flags, "expert_buffer_size", None) is not None
+    if profile is None or keeps_share(flags):
+        return
+    if not buffered:
+        raise ValueError(f"--expert-profile needs --expert-buffer-size, got {profile} without it")
+    if str(profile).endswith(".json"):
+        raise ValueError(f"--expert-profile must be a trace that --moe-trace wrote, got the profile {profile}")
 
 
 def buffer_settings(flags: Any) -> BufferSettings | None:
@@ -103,6 +117,6 @@ def buffer_settings(flags: Any) -> BufferSettings | None:
         store=given["expert_store"],
         store_dir=given["expert_store_dir"],
         host_memory=given["expert_host_memory"],
-        profile=given["expert_profile"],
+        profile=None if keeps_share(flags) else given["expert_profile"],
         prefetch=given["expert_prefetch"],
     )

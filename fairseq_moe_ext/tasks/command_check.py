@@ -11,7 +11,7 @@ from fairseq import utils
 
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.checkpoints.find_files import check_one_checkpoint, find_checkpoint_files
-from fairseq_moe_ext.checkpoints.state_keys import expert_count
+from fairseq_moe_ext.checkpoints.state_keys import expert_counts
 from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.reporting.own_command import fairseqs_command
 from fairseq_moe_ext.serving.device_flags import check_device_flags
@@ -92,7 +92,7 @@ def check_ranks(path: str, ranks: int, placement: str | None) -> None:
 
     CheckpointError where it is missing or broken. placement: with one more ranks may hold replicas.
     """
-    experts = expert_count(read_checkpoint(path)["model"])
+    experts = min(expert_counts(read_checkpoint(path)["model"]).values(), default=0)
     if placement is None:
         check_rank_count(ranks, experts)
 

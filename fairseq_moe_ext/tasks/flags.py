@@ -22,7 +22,9 @@ from fairseq_moe_ext.option_names import as_option
 from fairseq_moe_ext.ranks.group import Rank
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, check_buffer_flags
 from fairseq_moe_ext.tasks.capacity_flags import CapacityFlags, check_capacity_flags
+from fairseq_moe_ext.tasks.choice_flags import ChoiceFlags, check_choice_flags
 from fairseq_moe_ext.tasks.flag import check_values, flag
+from fairseq_moe_ext.tasks.keep_flags import KeepFlags, check_keep_flags
 from fairseq_moe_ext.tasks.weight_flags import WeightFlags, check_weight_flags
 from fairseq_moe_ext.torch_versions import has_grouped_mm
 
@@ -45,7 +47,7 @@ def _check_kernel(kernel: str) -> None:
 
 
 @dataclass
-class MoEFlags(CapacityFlags, BufferFlags, WeightFlags):
+class MoEFlags(CapacityFlags, BufferFlags, KeepFlags, ChoiceFlags, WeightFlags):
     """How a Mixture-of-Experts checkpoint is served."""
 
     moe_gating: ChoiceEnum(GATINGS) = flag(
@@ -116,6 +118,8 @@ def check_flags(flags: Any, rank: Rank | None = None) -> None:
     _check_record(flags)
     check_buffer_flags(flags)
     check_weight_flags(flags)
+    check_keep_flags(flags)
+    check_choice_flags(flags)
     check_capacity_flags(flags, rank.world_size)
     if getattr(flags, "continuous_batching", False):
         _check_continuous_batching(flags, rank.world_size)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from fairseq_moe_ext.balancing.placement import load_placement
 from fairseq_moe_ext.byte_sizes import bytes_in_words
+from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts, cut_experts
 from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.checkpoints.model_fits import (
     check_fits,
@@ -21,7 +22,8 @@ from fairseq_moe_ext.checkpoints.model_fits import (
     load_in_one_sentence,
     naming_the_checkpoint,
 )
-from fairseq_moe_ext.checkpoints.moe_config import has_moe_layers
+from fairseq_moe_ext.checkpoints.moe_config import MoEConfig, has_moe_layers
+from fairseq_moe_ext.checkpoints.state_keys import experts_by_layer
 from fairseq_moe_ext.checkpoints.supported_fields import check_fields
 from fairseq_moe_ext.experts.formats import FLOAT
 from fairseq_moe_ext.gating import MOELayer
@@ -29,13 +31,15 @@ from fairseq_moe_ext.models.int8_dense import Model, built_in_int8, bytes_in_int
 from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
-from fairseq_moe_ext.serving.expert_share import distribute_experts
+from fairseq_moe_ext.serving.expert_share import distribute_experts, drop_second_choices
 from fairseq_moe_ext.serving.recorded_languages import recorder_of
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
+from fairseq_moe_ext.tasks.choice_flags import second_choice_threshold
 from fairseq_moe_ext.tasks.command_check import check_rank_count
 from fairseq_moe_ext.tasks.dense_flags import check_dtype_flags, check_flags_of_dense
 from fairseq_moe_ext.tasks.flags import check_static_capacity
+from fairseq_moe_ext.tasks.keep_flags import kept_experts
 from fairseq_moe_ext.tasks.weight_flags import ServedWeights, served_weights, weight_error_rows
 
 logger = logging.getLogger("fairseq_moe_ext")
@@ -52,6 +56,7 @@ class ModelBuilding:
 
     observer: Observer | None = None
     ranks: Ranks | ProgramRanks | None = None
+    kept_experts: KeptExperts | None = None  # of the model that is served; None: all
     # how many the model has embeddings of: with --remove-bpe fairseq adds the words that it prints to the dictionary
     _served_words: int | None = None
 
@@ -102,14 +107,18 @@ class ModelBuilding:
         check_fields(args, has_encoder)
         weights = served_weights(flags, state)
         args = self._with_flags(args, weights)
+        self._keep(args, state)
         check_fits(lambda: self._build_served(Namespace(**{**vars(args), "allocate_experts": True})), state)
         model = self._built(lambda: self._build_served(args), weights)
         if not model.moe_layers():  # dense layers stand in their place
             check_flags_of_dense(flags, takes_dtype=True)
+        model.kept_experts = self.kept_experts
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         kernel = str(flags.moe_kernel)
         settings = buffer_settings(flags), capacity_settings(flags)
         distribute_experts(model, self.ranks, *settings, placement, kernel, weights.experts)
+        if (threshold := second_choice_threshold(flags)) is not None:
+            drop_second_choices(model, threshold)
         dtype = flags.moe_dtype
         if dtype is not None:
             model.serving_dtype = getattr(torch, str(dtype))
@@ -119,6 +128,21 @@ class ModelBuilding:
             self.observer.has_model = True
             model.observer = self.observer
         return model
+
+    def _keep(self, args: Namespace, state: ModelState | None) -> None:
+        """Leave in `state` the experts that are served, and let `args` say how many each layer has."""
+        self.kept_experts = kept_experts(self, self._flags(), state)
+        if self.kept_experts is None:
+            return
+        if state.kept is None:
+            cut_experts(state, self.kept_experts)
+        args.experts_of_layers = experts_by_layer(state)
+        choices = 1 if MoEConfig.from_args(args).moe_top1_expert else 2
+        for name, count in args.experts_of_layers.items():
+            if count < choices:
+                raise ValueError(
+                    f"--expert-keep must keep at least {choices} experts of {name}, as many as it chooses, got {count}"
+                )
 
     def _built(self, build: Callable[[], Model], weights: ServedWeights) -> Model:
         """`build`'s model, its dense layers in int8 where they are to be."""

@@ -42,7 +42,7 @@ def test_importance_is_the_share_of_first_choices_times_e_to_the_confidence():
 def assert_equal(found: Profile, wanted: Profile) -> None:
     assert found.languages == wanted.languages and found.layers.keys() == wanted.layers.keys()
     for name, each in wanted.layers.items():
-        for field in ("tokens", "importance", "ends"):
+        for field in ("tokens", "importance", "ends", "first", "load"):
             one, other = getattr(found.layers[name], field), getattr(each, field)
             assert one.dtype == other.dtype and np.array_equal(one, other)
 
@@ -84,11 +84,9 @@ def test_the_command_refuses_what_is_no_record(tmp_path, capsys):
 
 
 def content() -> dict:
-    return {
-        "version": 1,
-        "languages": ["en", "de"],
-        "layers": {NAME: {"tokens": [4, 0], "importance": [[0.5, 1.5], [0, 0]], "ends": [[1, 0], [0, 0]]}},
-    }
+    layer = {"tokens": [4, 0], "importance": [[0.5, 1.5], [0, 0]], "ends": [[1, 0], [0, 0]]}
+    layer |= {"first": [[1, 3], [0, 0]], "load": [4, 3]}
+    return {"version": 1, "languages": ["en", "de"], "layers": {NAME: layer}}
 
 
 def spoiled(*path, value):
@@ -115,8 +113,10 @@ DAMAGED = {
     "ragged": (spoiled("layers", NAME, "importance", value=[[0.5], [0.5, 1]]), "as many in every language"),
     "text": (spoiled("layers", NAME, "importance", value=[["a", 1], [0, 1]]), "finite numbers from 0 on"),
     "too much": (spoiled("layers", NAME, "importance", value=[[1e300, 1], [0, 1]]), "finite numbers from 0 on"),
-    "no expert": (spoiled("layers", NAME, "importance", value=[[], []]), "must have importance and ends"),
-    "shapes": (spoiled("layers", NAME, "ends", value=[[1], [1]]), "must have importance and ends"),
+    "no expert": (spoiled("layers", NAME, "importance", value=[[], []]), "must have importance, ends and first"),
+    "shapes": (spoiled("layers", NAME, "ends", value=[[1], [1]]), "must have importance, ends and first"),
+    "load": (spoiled("layers", NAME, "load", value=[1, -1]), "load must be a whole number for each expert"),
+    "loads": (spoiled("layers", NAME, "load", value=[1]), "must have importance, ends and first"),
 }
 
 

@@ -20,6 +20,7 @@ CALLERS = {
     "balance": "scripts/balance_experts.py",
     "profile": "scripts/merge_profiles.py",
     "simulate": "scripts/simulate_buffer.py",
+    "prune": "scripts/prune_experts.py",
     "compare": "scripts/compare_settings.py",
 }
 

@@ -30,7 +30,9 @@ def halves(tmp_path_factory):
     folder, traces = tmp_path_factory.mktemp("traces"), halve_trace(recorder.trace())
     for name, trace in zip(("first", "second"), traces, strict=True):
         save_trace(folder / f"{name}.npz", trace)
-    layer = LayerProfile(np.array([0, 5]), np.array([[0.0] * 8, np.arange(8) / 8]), np.zeros((2, 8), np.int64))
+    nothing = np.zeros((2, 8), np.int64)
+    importance = np.array([[0.0] * 8, np.arange(8) / 8])
+    layer = LayerProfile(np.array([0, 5]), importance, nothing, nothing, np.zeros(8, np.int64))
     save_profile(folder / "profile.json", Profile(("en", "de"), {"d": layer}))
     return folder, traces
 

@@ -13,7 +13,8 @@ from fairseq_moe_ext.tasks.refused_options import GENERATE, MT
 
 PAGE = REPOSITORY / "docs" / "report.md"
 # parts of them depend on the run: one rank has no exchange, and not every flag was given
-ONLY_SOMETIMES = {"layers.load_per_rank", "layers.weight_error", "ranks.rounds", "ranks.idle_rounds"}
+ONLY_SOMETIMES = {"layers.load_per_rank", "layers.weight_error", "layers.kept_experts", "layers.first_choice_shares"}
+ONLY_SOMETIMES |= {"ranks.rounds", "ranks.idle_rounds"}
 OPEN = ("layers.seconds",)  # parts, which the page lists in words
 
 
