@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Slot:
-    """layer, expert: whose. use: `kept`, or `prefetched`. latency, left: seconds and bytes until it is filled."""
+    """layer, expert: whose. use: `kept`, or `prefetched`. latency, left: seconds and bytes until it is filled, once it
+    has begun. is_ahead: by the prefetches' reader. vain: its layer did not want it."""
 
     layer: str
     expert: int
@@ -16,6 +17,8 @@ class Slot:
     phase: str
     latency: float = 0
     left: float = 0
+    begun: bool = False
+    is_ahead: bool = False
     vain: bool = False
 
     @property
@@ -24,9 +27,10 @@ class Slot:
 
 
 class Twin:
-    def __init__(self, calls, buffers, rates, prefetcher, staging, in_turn):
+    def __init__(self, calls, buffers, rates, prefetcher, staging, ahead, in_turn, alone=False):
         self.calls, self.buffers, self.rates = calls, buffers, rates
-        self.prefetcher, self.staging, self.in_turn = prefetcher, staging, in_turn
+        self.prefetcher, self.staging, self.ahead, self.in_turn = prefetcher, staging, ahead, in_turn
+        self.alone = alone
         self.time = 0
         self.slots = [
             Slot(name, expert, "kept", "") for name, buffer in buffers.items() for expert in buffer.resident
@@ -82,16 +86,15 @@ class Twin:
             leave()
             missed = [access.expert for access in accesses if not access.hit]
             for slot in [each for each in self.slots if each.layer == call.layer and each.use == "prefetched"]:
-                if slot.expert in missed:
-                    slot.use, slot.vain = "kept", False
-                elif slot.is_filled:
+                if slot.expert not in missed and slot.is_filled:
                     self.throw_away(slot)
-                else:
-                    slot.vain = True
-            self.queue = [expert for expert in missed if self.slot_of(call.layer, expert, "kept") is None]
+                slot.vain = slot.expert not in missed
+            first = [expert for expert in missed if self.slot_of(call.layer, expert, "prefetched")]
+            self.queue = missed
             if not self.in_turn:
-                self.queue = sorted(self.queue, key=lambda expert: (-int(call.load[expert]), expert))
+                self.queue = sorted(missed, key=lambda expert: (expert not in first, -int(call.load[expert]), expert))
             self.passing = [access.evicted for access in accesses if access.evicted in missed]
+            self.hand_out_slots()
             self.guesses = [] if self.prefetcher.is_late else list(self.prefetcher.wanted(number))
             left = list(range(len(turns)))
             while left:
@@ -117,6 +120,7 @@ class Twin:
                 done.update(together)
                 left = [turn for turn in left if turn not in done]
                 leave()
+                self.hand_out_slots()
             if self.prefetcher.is_late:
                 self.guesses = list(self.prefetcher.wanted(number))
             self.spent.append((call.phase, self.time - start, waited))
@@ -134,49 +138,50 @@ class Twin:
         self.vain.append(slot.phase)
 
     def coming(self):
-        return [slot for slot in self.slots if not slot.is_filled]
+        return [slot for slot in self.slots if slot.begun and not slot.is_filled]
 
-    def room(self, layer, use) -> int:
-        """How many more slots may be taken."""
+    def room(self) -> int:
+        """How many more slots the layer that is called may take."""
         kept = {name: 0 for name in self.buffers}
         for slot in self.slots:
             kept[slot.layer] += slot.use == "kept"
         lent = sum(max(0, count - self.buffers[name].size) for name, count in kept.items())
-        room = self.staging - lent - sum(slot.use == "prefetched" for slot in self.slots)
-        return room + (max(0, self.buffers[layer].size - kept[layer]) if use == "kept" else 0)
+        return self.staging - lent + max(0, self.buffers[self.call.layer].size - kept[self.call.layer])
+
+    def hand_out_slots(self):
+        layer, phase = self.call.layer, self.call.phase
+        while self.queue and self.room() > 0:
+            expert = self.queue[0]
+            waiting = [each for each in self.queue if each in self.passing]
+            passing = [each for each in self.passing if self.slot_of(layer, each, "kept")]
+            if self.room() == 1 and waiting and not passing and not self.in_turn:
+                expert = waiting[0]
+            self.queue.remove(expert)
+            slot = self.slot_of(layer, expert, "prefetched")
+            if slot is None:
+                self.slots.append(Slot(layer, expert, "kept", phase, self.rates.latency, self.rates.expert_bytes))
+            else:
+                slot.use, slot.vain = "kept", False
 
     def start_reads(self):
-        layer, phase = self.call.layer, self.call.phase
-        while len(self.coming()) < self.rates.readers:
-            if self.queue:
-                spare = [slot for slot in self.slots if slot.use == "prefetched" and slot.is_filled]
-                room = self.room(layer, "kept")
-                if room + len(spare) == 0:
-                    return
-                if room == 0:
-                    self.throw_away(spare[-1])
-                expert = self.queue[0]
-                waiting = [each for each in self.queue if each in self.passing]
-                passing = [each for each in self.passing if self.slot_of(layer, each, "kept")]
-                if room + len(spare) == 1 and waiting and not passing and not self.in_turn:
-                    expert = waiting[0]
-                self.queue.remove(expert)
-                self.begin(layer, expert, "kept", phase)
-                continue
-            if self.coming() or not self.room(layer, "prefetched"):
-                return
-            while self.guesses and self.is_known(*self.guesses[0]):
-                del self.guesses[0]
-            if not self.guesses:
-                return
-            self.begin(*self.guesses.pop(0), "prefetched", phase)
+        for slot in [slot for slot in self.slots if not slot.begun and not slot.is_filled]:
+            if len([each for each in self.coming() if not each.is_ahead]) < self.rates.readers:
+                slot.begun = True
+                self.reads.append(slot.phase)
+        staged = [slot for slot in self.slots if slot.use == "prefetched"]
+        if self.queue or any(slot.is_ahead for slot in self.coming()) or len(staged) >= self.ahead:
+            return
+        if self.alone and any(slot.use == "kept" for slot in self.slots if not slot.is_filled):
+            return
+        while self.guesses and self.is_known(*self.guesses[0]):
+            del self.guesses[0]
+        if self.guesses:
+            read = self.rates.latency, self.rates.expert_bytes
+            self.slots.append(Slot(*self.guesses.pop(0), "prefetched", self.call.phase, *read, True, True))
+            self.reads.append(self.call.phase)
 
     def is_known(self, layer, expert) -> bool:
         return expert in self.buffers[layer].resident or self.slot_of(layer, expert, "prefetched") is not None
-
-    def begin(self, layer, expert, use, phase):
-        self.slots.append(Slot(layer, expert, use, phase, self.rates.latency, self.rates.expert_bytes))
-        self.reads.append(phase)
 
     def time_to_next_event(self, computing):
         transferring = [slot for slot in self.coming() if slot.latency == 0]

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe_ext.buffering.ahead import Ahead, Habits
+from fairseq_moe_ext.buffering.ahead import Ahead
 from fairseq_moe_ext.buffering.call import Call
 from fairseq_moe_ext.buffering.eviction import IN_TURN, Buffer
+from fairseq_moe_ext.buffering.habits import Habits
 from fairseq_moe_ext.buffering.host_tier import HostTier
 from fairseq_moe_ext.buffering.slot_pool import Seat, SlotPool
 from fairseq_moe_ext.buffering.store import ExpertStore

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fairseq_moe_ext.buffering.habits import Habits, in_order
 from fairseq_moe_ext.buffering.model_calls import ModelCall, following_layers
 
 Key = tuple[str, int]  # a layer's name, an expert's number
@@ -61,41 +62,25 @@ class Oracle:
 
 
 class NextLayers:
-    """An encoder's next layers in order; while another stack works, the next batch's encoder. Of a layer the experts
-    with the largest load so far come first, those that had none last."""
+    """As it is served (`--expert-prefetch layers`): of the layers that come next, in order, the experts that were
+    wanted in at least half of their recent calls."""
 
     is_late = False
 
     def __init__(self, calls: Sequence[ModelCall]):
         self._calls = calls
-        self._encoder = list(dict.fromkeys(call.layer for call in calls if call.phase == "encoder"))
-        self._loads = _LoadsSoFar(calls)
+        self._following = in_order(list(dict.fromkeys(call.layer for call in calls)))
+        self._habits = {call.layer: Habits(len(call.load)) for call in calls}
+        self._seen = 0
 
     def wanted(self, number: int) -> Iterable[Key]:
         """As `Prefetcher` has it."""
-        call = self._calls[number]
-        layers = self._encoder
-        if call.phase == "encoder":
-            layers = layers[layers.index(call.layer) + 1 :]
-        for layer in layers:
-            total = self._loads.before(number + 1, layer)
-            for expert in np.argsort(-total, kind="stable").tolist():
+        for call in self._calls[self._seen : number + 1]:
+            self._habits[call.layer].add(call.load.tolist())
+        self._seen = number + 1
+        for layer in self._following[self._calls[number].layer]:
+            for expert in self._habits[layer].likely():
                 yield layer, expert
-
-
-class _LoadsSoFar:
-    """Sums of loads, of calls asked for in rising order."""
-
-    def __init__(self, calls: Sequence[ModelCall]):
-        self._calls, self._counted = calls, 0
-        self._totals = {call.layer: np.zeros(len(call.load)) for call in calls}
-
-    def before(self, number: int, layer: str) -> np.ndarray:
-        """(E,) of the layer in the calls before `number`."""
-        for call in self._calls[self._counted : number]:
-            self._totals[call.layer] += call.load
-        self._counted = max(number, self._counted)
-        return self._totals[layer]
 
 
 class LastStep:

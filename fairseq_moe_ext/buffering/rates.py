@@ -31,9 +31,9 @@ class Rates:
         return sum(self.expert_seconds + int(count) * self.row_seconds for count in rows)
 
     def least_reading(self, reads: int) -> float:
-        """No disk with these readers is faster, by its rate nor by what each reader does."""
+        """No disk with these readers, and one for prefetches, is faster: by its rate, nor by what each reader does."""
         alone = self.latency + self.expert_bytes / self.disk_rate
-        return reads * max(self.expert_bytes / self.disk_rate, alone / self.readers)
+        return reads * max(self.expert_bytes / self.disk_rate, alone / (self.readers + 1))
 
 
 @dataclass(frozen=True)

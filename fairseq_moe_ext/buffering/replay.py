@@ -14,14 +14,15 @@ experts on their way. Who leaves the buffer leaves its slot after its last turn 
 that leave in the very call pass through their slots, the others stay: the last slot, for which the passing ones wait,
 is for none that stays.
 
-A prefetch goes to a staging slot where one is free, alone, and only while no missed expert is on its way or waits for a
-reader; a missed expert that finds no slot takes that of the prefetch that landed last. So a needed copy waits for at
-most one expert that was prefetched in vain, and who is resident depends on no prefetch. At its layer's next call a
-prefetched expert is a miss that has landed already, or it was read in vain.
+Prefetches have `ahead` slots of their own and a reader of their own, which begins one while no missed expert waits for
+a slot, so that a needed copy shares the disk with one of them at most; with `alone` it begins only while no needed one
+is on its way. Who is resident depends on no prefetch. At its layer's next call a prefetched expert is a miss that is on
+its way or has landed, first in the order of reading; or it was read in vain.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -41,8 +42,10 @@ def replay(
     rates: Rates,
     prefetcher: Prefetcher | None = None,
     staging: int = 4,
+    ahead: int = 4,
     in_turn: bool = False,
     of_phase: Mapping[str, Rates] | None = None,
+    alone: bool = False,
 ) -> dict[str, Costs]:
     """Costs of every phase; reads in vain are those of the phase whose calls were under way when they began.
 
@@ -50,25 +53,32 @@ def replay(
     whether experts are computed in just the order of their turns (`ascending`). of_phase: what computation costs in
     some phases, where it is not as `rates` say; the disk is theirs.
     """
-    if staging < 0:
-        raise ValueError(f"staging must be 0 or more, got {staging}")
-    return _Replay(calls, buffers, rates, prefetcher or Nothing(), staging, in_turn, of_phase or {}).run()
+    for name, value in (("staging", staging), ("ahead", ahead)):
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    replayed = _Replay(calls, buffers, rates, prefetcher or Nothing(), of_phase or {})
+    replayed.staging, replayed.ahead, replayed.in_turn, replayed.alone = staging, ahead, in_turn, alone
+    return replayed.run()
 
 
 class _Replay:
-    """One replay under way. Of a call: to_start: its missed experts that wait for a slot or a reader; on_way: those
-    that are read; landed: those that wait for the computation, in the order they landed.
+    """One replay under way. Of a call: to_start: its missed experts that have no slot; queued: those that wait for a
+    reader; on_way: those that have a slot and have not landed; landed: those that wait for the computation.
 
-    staged: prefetched experts with the phase that began them, in that order; `_prefetch` is the one that is read, and
-    `_is_vain` says that its layer's call has gone by without it.
+    staged: prefetched experts with the phase that began them; `_prefetch` is the one that is read, and `_is_vain` says
+    that its layer's call has gone by without it.
     """
 
-    def __init__(self, calls, buffers, rates: Rates, prefetcher: Prefetcher, staging: int, in_turn: bool, of_phase):
-        self._of_phase = {phase: of_phase.get(phase, rates) for phase in {call.phase for call in calls}}
+    staging: int
+    ahead: int
+    in_turn: bool
+    alone: bool
+
+    def __init__(self, calls, buffers, rates: Rates, prefetcher: Prefetcher, of_phase: Mapping[str, Rates]):
         self._calls, self._buffers, self._rates, self._prefetcher = calls, buffers, rates, prefetcher
-        self._staging, self._in_turn = staging, in_turn
+        self._of_phase = {phase: of_phase.get(phase, rates) for phase in {call.phase for call in calls}}
         self._held = {name: len(tuple(buffer.resident)) for name, buffer in buffers.items()}  # slots, by layer
-        self._disk = Disk(rates.disk_rate, rates.latency, rates.readers, self._next_read, self._take_landed)
+        self._disk = Disk(rates.disk_rate, rates.latency, rates.readers + 1, self._next_read, self._take_landed)
         self._resident = {name: set(buffer.resident) for name, buffer in buffers.items()}
         self._of: ModelCall = calls[0]
         self._accesses: list[Access] = []
@@ -76,7 +86,9 @@ class _Replay:
         self._waited: float = 0
         self._to_start: list[int] = []
         self._passing: set[int] = set()
+        self._queued: deque[int] = deque()
         self._on_way: set[int] = set()
+        self._reading = 0
         self._landed: list[int] = []
         self._staged: dict[Key, str] = {}
         self._prefetch: Key | None = None
@@ -106,10 +118,9 @@ class _Replay:
         accesses, self._leave_after = _turns(buffer, call)
         self._of, self._accesses, self._waited = call, accesses, 0
         self._resident[call.layer] = set(buffer.resident)
-        self._let_go([_BEFORE])
         self._begin([access.expert for access in accesses if not access.hit])
         self._candidates = iter(() if self._prefetcher.is_late else self._prefetcher.wanted(number))
-        if self._in_turn:
+        if self.in_turn:
             self._compute_in_turn()
         else:
             self._compute_as_they_land()
@@ -127,26 +138,16 @@ class _Replay:
     def _begin(self, missed: list[int]) -> None:
         """Of the experts missed some were prefetched; what was prefetched for this call besides is let go."""
         layer = self._of.layer
-        for expert in missed:
-            key = layer, expert
-            if key not in self._staged:
-                self._to_start.append(expert)
-                continue
-            del self._staged[key]
-            self._held[layer] += 1
-            if key == self._prefetch:
-                self._prefetch = None
-                self._on_way.add(expert)
-            else:
-                self._landed.append(expert)
-        if not self._in_turn:
-            self._to_start.sort(key=lambda expert: -int(self._of.load[expert]))
-        self._passing = {expert for leaving in self._leave_after.values() for expert in leaving} & {*missed}
-        for key in [key for key in self._staged if key[0] == layer]:
+        for key in [key for key in self._staged if key[0] == layer and key[1] not in missed]:
             if key == self._prefetch:
                 self._is_vain = True
             else:
                 self._drop(key)
+        self._to_start = missed
+        if not self.in_turn:
+            self._to_start.sort(key=lambda expert: ((layer, expert) not in self._staged, -int(self._of.load[expert])))
+        self._passing = {expert for leaving in self._leave_after.values() for expert in leaving} & {*missed}
+        self._let_go([_BEFORE])
 
     def _compute_in_turn(self) -> None:
         for hit, turns in groupby(range(len(self._accesses)), lambda turn: self._accesses[turn].hit):
@@ -177,8 +178,32 @@ class _Replay:
         self._let_go(turns)
 
     def _let_go(self, turns: Iterable[int]) -> None:
+        """After these turns were computed: slots of experts that leave are free, and other experts take them."""
+        layer = self._of.layer
         for turn in turns:
-            self._held[self._of.layer] -= len(self._leave_after.pop(turn, ()))
+            self._held[layer] -= len(self._leave_after.pop(turn, ()))
+        while (expert := self._next_missed()) is not None:
+            self._to_start.remove(expert)
+            self._held[layer] += 1
+            key = layer, expert
+            if self._staged.pop(key, None) is None:
+                self._queued.append(expert)
+                self._on_way.add(expert)
+            elif key == self._prefetch:
+                self._on_way.add(expert)
+            else:
+                self._landed.append(expert)
+
+    def _next_missed(self) -> int | None:
+        """The missed expert that takes the next slot, where there is one."""
+        room = self.staging + self._buffers[self._of.layer].size - self._held[self._of.layer]
+        if not self._to_start or room <= 0:
+            return None
+        passing = [expert for expert in self._to_start if expert in self._passing]
+        under_way = self._on_way.union(self._landed)
+        if self.in_turn or room > 1 or not passing or not self._passing.isdisjoint(under_way):
+            return self._to_start[0]
+        return passing[0]
 
     def _go_on(self, seconds: float) -> None:
         self._disk.advance(self._disk.now + seconds)
@@ -191,62 +216,42 @@ class _Replay:
         self._waited += self._disk.now - before
 
     def _next_read(self) -> Read | None:
-        if self._to_start:
-            expert = self._next_missed()
-            if expert is None:
-                return None
-            self._to_start.remove(expert)
-            self._on_way.add(expert)
-            return self._read((self._of.layer, expert))
-        if self._on_way or self._prefetch is not None or self._free_staging() <= 0:
+        if self._queued and self._reading < self._rates.readers:
+            self._reading += 1
+            return self._read((self._of.layer, self._queued.popleft()))
+        if self._to_start or self._prefetch is not None or len(self._staged) >= self.ahead:
+            return None
+        if self.alone and self._on_way:
             return None
         for key in self._candidates:
             layer, expert = key
-            if expert not in self._resident[layer] and key not in self._staged:
+            is_coming = layer == self._of.layer and expert in self._on_way
+            if expert not in self._resident[layer] and key not in self._staged and not is_coming:
                 self._prefetch, self._is_vain = key, False
                 self._staged[key] = self._of.phase
                 return self._read(key)
         return None
-
-    def _next_missed(self) -> int | None:
-        """The missed expert that is read next, with a slot for it."""
-        layer = self._of.layer
-        own = max(0, self._buffers[layer].size - self._held[layer])
-        spare = [key for key in self._staged if key != self._prefetch]
-        room = own + self._free_staging() + len(spare)
-        if room <= 0:
-            return None
-        if own + self._free_staging() <= 0:
-            self._drop(spare[-1])
-        self._held[layer] += 1
-        passing = [expert for expert in self._to_start if expert in self._passing]
-        under_way = self._on_way.union(self._landed)
-        if self._in_turn or room > 1 or not passing or not self._passing.isdisjoint(under_way):
-            return self._to_start[0]
-        return passing[0]
 
     def _read(self, key: Key) -> Read:
         phase = self._of.phase
         self._reads[phase] = self._reads.get(phase, 0) + 1
         return key, self._rates.expert_bytes
 
-    def _free_staging(self) -> int:
-        layer = self._of.layer
-        lent = max(0, self._held[layer] - self._buffers[layer].size)
-        return self._staging - lent - len(self._staged)
-
     def _drop(self, key: Key) -> None:
         phase = self._staged.pop(key)
         self._in_vain[phase] = self._in_vain.get(phase, 0) + 1
 
     def _take_landed(self, key: Key) -> None:
-        if key != self._prefetch:
-            self._on_way.remove(key[1])
-            self._landed.append(key[1])
-            return
-        self._prefetch = None
-        if self._is_vain:
-            self._drop(key)
+        if key == self._prefetch:
+            self._prefetch = None
+            if key in self._staged:  # not claimed
+                if self._is_vain:
+                    self._drop(key)
+                return
+        else:
+            self._reading -= 1
+        self._on_way.remove(key[1])
+        self._landed.append(key[1])
 
 
 def _turns(buffer: Buffer | Foresight, call: ModelCall) -> tuple[list[Access], dict[int, list[int]]]:

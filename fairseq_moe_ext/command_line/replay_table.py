@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,29 @@ from fairseq_moe_ext.buffering.simulation import MIN
 
 PREFETCHERS = ("off", "layers", "last-step", "hot-set", "oracle")
 ALL_PHASES = "all"
+AHEAD_SHARE = 8  # as buffering/slot_pool.py has it, which needs PyTorch
 COLUMNS = (
     "size", "policy", "prefetch", "phase", "calls", "accesses", "misses", "seconds", "waited_seconds",
     "resident_seconds", "disk_seconds", "bytes_read", "bytes_in_vain",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Beside those of the buffers: staging, for experts on their way; ahead, for prefetched ones, None: one for eight
+    that are kept, as it is served. alone: whether a prefetch begins only while no needed copy is on its way."""
+
+    staging: int = 4
+    ahead: int | None = None
+    alone: bool = False
+
+    def ahead_of(self, buffers: Mapping[str, Buffer | Foresight], calls: Sequence[ModelCall]) -> int:
+        """For these buffers; none are needed where all is kept."""
+        if self.ahead is not None:
+            return self.ahead
+        numbers = {call.layer: len(call.load) for call in calls}
+        kept = sum(buffer.size for buffer in buffers.values())
+        return min(max(1, kept // AHEAD_SHARE), sum(numbers.values()) - kept)
 
 
 def prefetcher_named(name: str, calls: Sequence[ModelCall], totals: Mapping[str, np.ndarray]) -> Prefetcher:
@@ -76,7 +95,7 @@ def replay_rows(
     policies: Iterable[str],
     prefetches: Iterable[str],
     order: str,
-    staging: int,
+    slots: Slots,
     totals: Mapping[str, np.ndarray],
     rankings: Mapping[str, Sequence[int]],
     of_phase: Mapping[str, Rates],
@@ -89,20 +108,22 @@ def replay_rows(
                 buffers = buffers_for(calls, size, policy, order, rankings)
                 prefetcher = prefetcher_named(prefetch, calls, totals)
                 in_turn = order == "ascending" and policy != MIN
-                phases = replay(calls, buffers, rates, prefetcher, staging, in_turn, of_phase)
+                ahead = slots.ahead_of(buffers, calls)
+                played = {"in_turn": in_turn, "of_phase": of_phase, "alone": slots.alone}
+                phases = replay(calls, buffers, rates, prefetcher, slots.staging, ahead, **played)
                 phases[ALL_PHASES] = sum(phases.values(), Costs())
                 found += [row(size, policy, prefetch, phase, each, rates) for phase, each in phases.items()]
     return found
 
 
 def write_replay(
-    folder: Path, rows: Sequence[tuple], rates: Rates, staging: int, of_phase: Mapping[str, Rates]
+    folder: Path, rows: Sequence[tuple], rates: Rates, slots: Slots, of_phase: Mapping[str, Rates]
 ) -> None:
     """replay.csv and replay.json in `folder`."""
     with new_file(folder / "replay.csv", text=True) as opened:
         csv.writer(opened).writerows([COLUMNS, *rows])
     named = [dict(zip(COLUMNS, each, strict=True)) for each in rows]
-    said = {"rates": {**asdict(rates), "staging": staging}, "rows": named}
+    said = {"rates": {**asdict(rates), **asdict(slots)}, "rows": named}
     if of_phase:
         said["rates_of_phases"] = {phase: asdict(each) for phase, each in of_phase.items()}
     with new_file(folder / "replay.json", text=True) as opened:

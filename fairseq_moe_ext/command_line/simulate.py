@@ -42,7 +42,14 @@ from fairseq_moe_ext.command_line.parsing import (
     positive,
     seconds,
 )
-from fairseq_moe_ext.command_line.replay_table import PREFETCHERS, in_words, policy_names, replay_rows, write_replay
+from fairseq_moe_ext.command_line.replay_table import (
+    PREFETCHERS,
+    Slots,
+    in_words,
+    policy_names,
+    replay_rows,
+    write_replay,
+)
 from fairseq_moe_ext.command_line.report_rates import rates_of_report
 from fairseq_moe_ext.command_line.run_profile import by_score, expert_scores
 from fairseq_moe_ext.trace import load_trace
@@ -200,6 +207,10 @@ def add_clocks(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
         group.add_argument("--readers", type=positive, metavar="N", help="reads at a time (default: 4)"),
         group.add_argument("--staging", type=positive, metavar="N",
                            help="slots for experts on their way, for all layers together (default: 4)"),
+        group.add_argument("--ahead", type=positive, metavar="N",
+                           help="slots for prefetched experts, for all layers together (default: one for 8 kept)"),
+        group.add_argument("--prefetch-alone", action="store_true", default=None,
+                           help="a prefetch begins only while no needed copy is on its way (default: as it is served)"),
         group.add_argument("--report", type=Path,
                            help="of the trace's run, all experts resident: what computation costs is taken from it"),
         group.add_argument("--expert-seconds", type=seconds, metavar="SECONDS",
@@ -239,7 +250,7 @@ def play(
     scores: Mapping[str, np.ndarray],
 ) -> None:
     """The replay that the options ask for, printed and written."""
-    staging = given(args.staging, 4)
+    slots = Slots(given(args.staging, 4), args.ahead, bool(args.prefetch_alone))
     rows = replay_rows(
         calls,
         rates,
@@ -247,11 +258,11 @@ def play(
         given(args.expert_eviction, [DEFAULT_POLICY, MIN]),
         given(args.expert_prefetch, [each for each in PREFETCHERS if each != "hot-set" or scores]),
         given(args.expert_order, DEFAULT_ORDER),
-        staging,
+        slots,
         scores,
         {name: by_score(each) for name, each in scores.items()},
         of_phase,
     )
-    write_replay(args.output, rows, rates, staging, of_phase)
+    write_replay(args.output, rows, rates, slots, of_phase)
     print()
     print(in_words(rows))

@@ -42,7 +42,7 @@ from fairseq_moe_ext.buffering.prefetchers import (  # noqa: E402
 from fairseq_moe_ext.buffering.rates import Costs, Rates  # noqa: E402
 from fairseq_moe_ext.buffering.replay import replay  # noqa: E402
 from fairseq_moe_ext.command_line.parsing import positive  # noqa: E402
-from fairseq_moe_ext.command_line.replay_table import buffers_for  # noqa: E402
+from fairseq_moe_ext.command_line.replay_table import Slots, buffers_for  # noqa: E402
 
 AT = (2, 4, 8)  # experts that are guessed
 LAST, HOT, TABLE = "last step's experts", "the language's hot set", "table by token id"
@@ -197,10 +197,11 @@ def balanced(calls: Sequence[ModelCall], buffers: Callable[[], dict], faster: fl
     return Rates(1, faster * max(1, costs.misses) / costs.resident, **told)
 
 
-def replayed(heard_calls: Sequence[HeardCall], table: TokenTable) -> list[tuple]:
+def replayed(heard_calls: Sequence[HeardCall], table: TokenTable, alone: bool) -> list[tuple]:
     """Per prefetcher, with a quarter of the experts resident under the default policy: seconds over those of `off` with
-    each disk; with the balanced disk those of the encoder alone, the share that is waited, and reads in vain over
-    misses."""
+    each disk; with the balanced disk those of the encoder, the share that is waited, and reads in vain over misses.
+
+    alone: whether a prefetch begins only while no needed copy is on its way."""
     calls = [call.as_model_call() for call in heard_calls]
 
     def buffers() -> dict[str, Buffer | Foresight]:
@@ -211,7 +212,8 @@ def replayed(heard_calls: Sequence[HeardCall], table: TokenTable) -> list[tuple]
     for faster in DISKS:
         rates, off = balanced(calls, buffers, faster), None
         for name, prefetcher in prefetchers(heard_calls, calls, table).items():
-            phases = replay(calls, buffers(), rates, prefetcher)
+            kept = buffers()
+            phases = replay(calls, kept, rates, prefetcher, ahead=Slots().ahead_of(kept, calls), alone=alone)
             costs, encoder = sum(phases.values(), Costs()), phases.get("encoder", Costs()).seconds
             off = off or (costs.seconds, encoder)
             shares.setdefault(name, []).append(f"{costs.seconds / off[0]:.3f}")
@@ -283,9 +285,10 @@ def main() -> None:
                 print(f"\nbatch {batch_size}: the {len(inner)} calls that have a MoE layer before them in their pass")
                 rows = predictor_rows([calls[number] for number in inner], [said[number] for number in inner])
                 print(tabulate(rows, ("predictor", *heads), "github", disable_numparse=True))
-            print(f"\nbatch {batch_size}: a quarter of the experts resident")
             head = ("prefetch", *(f"disk x {faster}" for faster in DISKS), "encoder", "waited", "in vain over misses")
-            print(tabulate(replayed(calls, table), head, "github", disable_numparse=True))
+            for alone, how in ((True, "alone"), (False, "beside needed copies")):
+                print(f"\nbatch {batch_size}: a quarter of the experts resident, prefetches {how}")
+                print(tabulate(replayed(calls, table, alone), head, "github", disable_numparse=True))
             known = [f"next {horizon} known" for horizon in (0, 1, 2, 4, 8, 16)]
             head = ("layer", "calls", "active", "turns", "MIN", "lfu over MIN", *known)
             rows = quarter_misses([call.as_model_call() for call in calls])

@@ -69,11 +69,12 @@ def total(costs: dict[str, Costs]) -> Costs:
 @pytest.mark.parametrize("seed", range(7))
 def test_replay_is_its_naive_twin_exactly(seed, order):
     calls, rates = made_calls(seed), made_rates(seed)
-    staging, policy = seed % 4, list(POLICIES)[seed % len(POLICIES)]
+    staging, ahead, policy = seed % 4, (seed + 1) % 3, list(POLICIES)[seed % len(POLICIES)]
+    slots, alone = (staging, ahead, order == "ascending"), seed % 3 == 0
     ours, theirs = prefetchers(calls, seed), prefetchers(calls, seed)
     for name in ours:
-        found = replay(calls, buffers_of(calls, policy, order), rates, ours[name], staging, order == "ascending")
-        twin = Twin(calls, buffers_of(calls, policy, order), rates, theirs[name], staging, order == "ascending").run()
+        found = replay(calls, buffers_of(calls, policy, order), rates, ours[name], *slots, alone=alone)
+        twin = Twin(calls, buffers_of(calls, policy, order), rates, theirs[name], *slots, alone).run()
         for phase, costs in found.items():
             spent = [each for each in twin.spent if each[0] == phase]
             wanted = sum(each[1] for each in spent), sum(each[2] for each in spent)
@@ -83,9 +84,13 @@ def test_replay_is_its_naive_twin_exactly(seed, order):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_bounds_of_every_prefetcher(seed):
-    """Nothing is faster than all resident, nor than the disk; a wrong prefetch costs a call one expert's read."""
+    """Nothing is faster than all resident, nor than the disk; a wrong prefetch costs a call an expert's read."""
     calls, rates = made_calls(seed, batches=8), made_rates(seed)
-    found = {name: total(replay(calls, buffers_of(calls), rates, each)) for name, each in prefetchers(calls).items()}
+    alone = seed % 2 == 0
+    played = {
+        name: replay(calls, buffers_of(calls), rates, each, alone=alone) for name, each in prefetchers(calls).items()
+    }
+    found = {name: total(costs) for name, costs in played.items()}
     off = found["off"]
     for name, costs in found.items():
         assert (costs.calls, costs.accesses, costs.misses) == (off.calls, off.accesses, off.misses)
@@ -95,7 +100,8 @@ def test_bounds_of_every_prefetcher(seed):
         assert costs.seconds <= off.seconds + costs.calls * (rates.latency + rates.expert_bytes / rates.disk_rate)
     assert off.in_vain == found["oracle"].in_vain == 0
     # with slots for all; where they are few, experts that land together hold theirs until all of them are computed
-    roomy = [total(replay(calls, buffers_of(calls), rates, each, 50)) for each in (Nothing(), Oracle(calls))]
+    slots = {"staging": 50, "ahead": 50, "alone": True}
+    roomy = [total(replay(calls, buffers_of(calls), rates, each, **slots)) for each in (Nothing(), Oracle(calls))]
     assert roomy[1].seconds <= roomy[0].seconds
 
 
@@ -107,20 +113,25 @@ def test_replay_by_hand():
         recorder.add("d", load)
     calls, rates = model_calls(recorder.trace()), Rates(10, 1, expert_seconds=3, dense_seconds=4)
 
-    def run(prefetcher, rates=rates):
-        return replay(calls, {"d": Buffer(2, "lru", "resident-first", [0, 1])}, rates, prefetcher)["decode"]
+    def run(prefetcher, alone=False):
+        buffers = {"d": Buffer(2, "lru", "resident-first", [0, 1])}
+        return replay(calls, buffers, rates, prefetcher, alone=alone)["decode"]
 
     # 4 dense, gate; expert 2 comes 4-14 for expert 1, expert 0 is computed 4-7; waits 7-14; computed until 17.
     # 21 gate; expert 2 until 24; 3 comes 21-31, waits 7, until 34; 1 comes 31-41, waits 7, until 44.
     assert run(Nothing()) == Costs(2, 5, 3, 44, 21, 23, 3, 0)
-    # the oracle reads expert 3 from 14 to 24 and 1 from 24 to 34; waits 7; 24-27 expert 3; waits 7; until 37
-    assert run(Oracle(calls)) == Costs(2, 5, 3, 37, 14, 23, 3, 0)
+    # alone, the oracle reads expert 3 from 14 to 24, 1 from 24 to 34; 24-27 expert 3, waits 7, until 37
+    assert run(Oracle(calls), alone=True) == Costs(2, 5, 3, 37, 14, 23, 3, 0)
+    # beside: expert 3 shares the disk with 2, both come 4-24, waits 17; 1 comes 24-34; 34-40 experts 3 and 1
+    assert run(Oracle(calls)) == Costs(2, 5, 3, 40, 17, 23, 3, 0)
     # a guess of expert 0, which is resident, is read by nobody
     assert run(Predicted([("d", np.array([1, 0, 0, 0])), None], is_late=False)) == run(Nothing())
-    # once expert 0 left for 2, it is read 14-24 in vain; 3 comes 24-34 in place of 21-31, the hits are computed 21-27
+    # once expert 0 left for 2, it is read 14-24 in vain, sharing the disk with 3 from 21: that comes 21-34 in place of
+    # 21-31, the hits are computed 21-27
     calls[0] = ModelCall(0, "decode", 0, "d", np.array([0, 1, 1, 0]))
     assert run(Nothing()) == Costs(2, 5, 2, 34, 11, 23, 2, 0)
-    assert run(Predicted([("d", np.array([1, 0, 0, 0])), None], is_late=False)) == Costs(2, 5, 2, 37, 14, 23, 3, 1)
+    wrong = Predicted([("d", np.array([1, 0, 0, 0])), None], is_late=False)
+    assert run(wrong, alone=True) == Costs(2, 5, 2, 37, 14, 23, 3, 1)
 
 
 def test_two_readers_share_the_disk():

@@ -52,7 +52,8 @@ def test_a_profiles_first_experts_are_resident(halves, tmp_path):
 
 def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     folder, (first, second) = halves
-    told = "--expert-bytes 2K --disk-rate 1M --read-latency 0.001 --readers 2 --staging 3 --expert-seconds 0.002"
+    told = "--expert-bytes 2K --disk-rate 1M --read-latency 0.001 --readers 2 --staging 3 --ahead 2"
+    told += " --prefetch-alone --expert-seconds 0.002"
     told += " --row-seconds 0.0005 --dense-seconds 0.003 --expert-buffer-size 2 3 --expert-eviction lru min"
     given = [str(folder / "second.npz"), "--output", str(tmp_path), "--profile", str(folder / "first.npz")]
     assert main([*given, *told.split()]) == 0
@@ -62,7 +63,7 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     assert tuple(rows[0]) == COLUMNS
     said = json.loads((tmp_path / "replay.json").read_text())
     assert [{name: str(value) for name, value in row.items()} for row in said["rows"]] == rows
-    assert said["rates"]["disk_rate"] == 2**20 and said["rates"]["staging"] == 3
+    assert said["rates"]["disk_rate"] == 2**20 and said["rates"]["staging"] == 3 and said["rates"]["alone"] is True
 
     profile, calls = {layer.name: layer for layer in layers_of(first)}, model_calls(second)
     rates = Rates(2048, 2**20, 0.001, 2, 0.002, 0.0005, 0.003)
@@ -71,7 +72,7 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
         buffers = {
             name: Buffer(3, "lru", "resident-first", hottest_experts(layer)[:3]) for name, layer in profile.items()
         }
-        costs = sum(replay(calls, buffers, rates, prefetcher, staging=3).values(), Costs())
+        costs = sum(replay(calls, buffers, rates, prefetcher, 3, 2, alone=True).values(), Costs())
         (row,) = (row for row in rows if [*row.values()][:4] == ["3", "lru", name, "all"])
         assert (int(row["misses"]), int(row["bytes_in_vain"])) == (costs.misses, costs.in_vain * 2048)
         assert float(row["seconds"]) == pytest.approx(costs.seconds, abs=1e-6)
