@@ -2,6 +2,7 @@
 
 import json
 
+import commands
 import kept_makers
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_is_served_as_the_whole_model_with_expert_keep(golden_folder, made, tmp_
     whole = tmp_path / "whole.safetensors"
     assert quantize(golden_folder(name) / "checkpoint_last.pt", whole) == 0
     assert torch.equal(logits(load(golden_folder(name), name, *keep, path=whole)), wanted)
+
+
+def test_is_calibrated_by_a_record_of_the_whole_model(golden_folder, tmp_path):
+    folder, name = golden_folder("tiny_nllb"), "tiny_nllb"
+    source, record = folder / "checkpoint_last.pt", str(tmp_path / "record.npz")
+    data = (folder / "data-bin", "--path", source, *commands.NLLB, "-t", "de")
+    commands.run("generate", *data, "--moe-record", record)
+    keep = ("--keep", write_sets(tmp_path / "experts.json", SETS), "--pair", "en-de")
+    files = {}
+    for output, options in (("whole", ()), ("kept", keep), ("plain", keep)):
+        files[output] = tmp_path / f"{output}.safetensors"
+        calibrate = () if output == "plain" else ("--calibrate", record)
+        assert quantize(source, files[output], *calibrate, *options) == 0
+    kept = ("--expert-keep", keep[1])
+    found = logits(load(folder, name, path=files["kept"]))
+    assert torch.equal(found, logits(load(folder, name, *kept, path=files["whole"])))
+    assert not torch.equal(found, logits(load(folder, name, path=files["plain"])))
 
 
 def test_says_what_it_is(made, capsys):

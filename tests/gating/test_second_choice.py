@@ -59,10 +59,13 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_numbers_that_are_none_stay():
-    layer, _, _ = served(0.3)
+    layer, told = CASE.layer(), []
+    layer.prepare_for_serving(1, told.append)
+    layer.use(rules=[SecondChoice(0.5)])
     x, mask = CASE.batch()
     x[1, -1] = float("nan")
-    assert layer(x, mask)[1, -1].isnan().all()
+    layer(x, mask)
+    assert told[0].dropped == int((~mask).sum()) - 1  # all others lose a choice
 
 
 def test_in_a_served_model(golden_folder):

@@ -1,6 +1,7 @@
 """--expert-keep serves the experts that are kept and the gates' rows of these, and nothing of the others."""
 
 import json
+from pathlib import Path
 
 import commands
 import kept_makers
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from buffer_makers import buffered
+from data_makers import untrained_checkpoint, write_data
 from kept_makers import load, logits, write_sets
 
 from fairseq_moe_ext.checkpoints.checkpoint import read_checkpoint
 from fairseq_moe_ext.recording import load_record
+from fairseq_moe_ext.reporting.routing_recorder import RoutingRecorder
 from fairseq_moe_ext.trace import PhaseTrace, load_trace, pack_trace
 
 # numbers in the published form: an encoder layer's 4 experts, then a decoder layer's
@@ -26,6 +29,7 @@ LAYERS = {
     "tiny_nllb": {"encoder.layers.1": (0, 1, 2), "decoder.layers.1": (0, 2)},
 }
 EVERY = list(SETS)
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "nllb_pruning" / "experts.json"
 
 
 @pytest.fixture
@@ -175,3 +179,47 @@ def test_a_trace_of_the_whole_model_says_what_is_resident_at_the_start(golden_fo
         numbers = LAYERS["tiny_mt"][name.removesuffix(".moe_layer")]
         assert [numbers[place] for place in layer.experts.resident_experts] == [3]
     assert torch.equal(logits(model), logits(kept("tiny_mt")))
+
+
+def test_the_routing_that_settings_are_compared_by_has_the_whole_models_numbers(golden_folder, tmp_path):
+    sets = write_sets(tmp_path / "experts.json", {"": (1, 3)})
+    folder = golden_folder("tiny_lm_top2")
+    recorder = RoutingRecorder()
+    with recorder.watching():
+        _, *arguments = kept_makers.LM
+        command = (folder / "data-bin", "--path", folder / "checkpoint_last.pt", *arguments)
+        commands.eval_lm(*command, "--tokens-per-sample", "16", "--expert-keep", sets)
+    (experts,) = recorder.routed_tokens().experts.values()
+    assert set(np.unique(experts)) == {1, 3}
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published sets do not lie beside the repository")
+def test_the_published_sets_in_a_model_of_nllb_54bs_layers(tmp_path):
+    """24 + 24 layers with 128 experts in every fourth, of small dims: 288 of 1,536 experts are read."""
+    languages = ("eng_Latn", "fra_Latn")
+    data = write_data(tmp_path / "data", languages, splits={"train": 4, "valid": 2, "test": 4})
+    pair = ("--langs", ",".join(languages), "--lang-pairs", "eng_Latn-fra_Latn", "--encoder-langtok", "src")
+    task = ("--task", "moe_translation_multi_simple_epoch", *pair, "--decoder-langtok")
+    dims = [
+        part
+        for side in ("encoder", "decoder")
+        for part in (f"--{side}-embed-dim", "16", f"--{side}-ffn-embed-dim", "8", f"--{side}-attention-heads", "2")
+    ]
+    untrained_checkpoint(tmp_path / "X.pt", data, *task, "--arch", "moe_transformer_nllb_54b", *dims)
+    command = (data, "--path", tmp_path / "X.pt", *task, "-s", languages[0], "-t", languages[1], "--cpu", "--beam", "2")
+    command += ("--gen-subset", "test", "--max-len-b", "9", "--num-workers", "0", "--moe-report")
+    keep, reports = ("--expert-keep", str(PUBLISHED)), []
+    for flags in ((), keep, (*keep, *buffered(4, "--expert-store", "disk"))):
+        commands.run("generate", *command, tmp_path / "report.json", *flags)
+        reports.append(json.loads((tmp_path / "report.json").read_text()))
+    whole, kept, on_disk = reports
+    an_expert = whole["memory"]["expert_bytes_total"] // 1536
+    assert kept["memory"]["expert_bytes_total"] == kept["memory"]["expert_bytes_resident"] == 288 * an_expert
+    assert whole["loading"]["bytes"] - kept["loading"]["bytes"] == (1536 - 288) * an_expert
+    assert on_disk["loading"]["bytes"] < kept["loading"]["bytes"]
+    assert [layer["load"] for layer in on_disk["layers"]] == [layer["load"] for layer in kept["layers"]]
+    sets = json.loads(PUBLISHED.read_text())
+    for number, layer in enumerate(kept["layers"]):
+        of_language = sets[languages[number >= 6]]
+        assert layer["kept_experts"] == [each - 128 * number for each in of_language if each // 128 == number]
+        assert set(np.flatnonzero(layer["load"])) <= set(layer["kept_experts"])
