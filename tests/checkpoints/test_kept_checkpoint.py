@@ -191,3 +191,27 @@ def test_convert_refuses_layers_unlike_each_other(golden_folder, tmp_path, capsy
         "moe_expert_count, got 2 to 3: fairseq-moe quantize --keep writes others\n"
     )
     assert not (tmp_path / "X.pt").exists()
+
+
+def test_interactive_takes_its_languages_from_the_file(made):
+    path = made("tiny_nllb")
+    command = (path, "--path", path, "--task", "moe_translation_multi_simple_epoch", "--cpu", "--beam", "2")
+    alone, named = (
+        commands.Generation(commands.run("interactive", *command, *pair, stdin="w1 w2\n").stdout.splitlines())
+        for pair in ((), ("-s", "en", "-t", "de"))
+    )
+    assert len(alone.hypotheses()) == 1 and alone.of_kind("D") == named.of_kind("D")
+    refused = commands.run("interactive", *command, "-s", "en", "-t", "fr", stdin="w1 w2\n", check=False)
+    assert refused.returncode != 0 and "--target-lang must be de, for which" in refused.stderr
+
+
+def test_load_keeps_the_experts_of_the_languages_that_it_is_told(golden_folder, tmp_path):
+    folder, sets = golden_folder("tiny_nllb"), write_sets(tmp_path / "experts.json", SETS)
+    options = {"data": folder / "data-bin", "langs": "en,de,fr", "encoder_langtok": "src", "decoder_langtok": True}
+    options |= {"expert_keep": sets, "cpu": True}
+    with pytest.raises(ValueError, match="expert_keep needs source_lang and target_lang"):
+        moe.load(folder / "checkpoint_last.pt", **options)
+    with moe.load(folder / "checkpoint_last.pt", source_lang="en", target_lang="de", **options) as served:
+        assert served.translate(["w1 w2"], beam=2)
+        with pytest.raises(ValueError, match="source_lang and target_lang must be en and de, .* got en and fr"):
+            served.translate(["w1 w2"], target_lang="fr")
