@@ -175,7 +175,8 @@ class BufferedExperts(CalledByCounts):
             self._empty()
         counts = list(rows_per_expert)
         accesses = self._buffer.run(expert for expert, count in enumerate(counts) if count > 0)
-        self._habits.add(counts)
+        if self.pool.ahead.size:
+            self._habits.add(counts)
         idle = self._look_ahead_of_following if self._following else None
         pooled = self._slot_of, self.pool, self._seat
         in_turn = self._order in IN_TURN
@@ -208,6 +209,8 @@ class BufferedExperts(CalledByCounts):
         return outputs
 
     def _account(self, call: Call) -> BufferCall:
+        if not call.read and not self.pool.ahead.size:  # as nearly always where the working set fits
+            return BufferCall(hits=call.hits)
         disk_reads = sum(count > 0 for count in call.read)
         misses = len(call.read)
         in_vain, bytes_in_vain = self._ahead.take_in_vain()

@@ -50,7 +50,7 @@ class Call:
         self.prefetched = 0
         if not in_turn:
             self._to_start.sort(key=lambda expert: (expert not in begun, -counts[expert]))
-        self._leave_after = _last_turns(accesses)
+        self._leave_after = _last_turns(accesses) if self._to_start else {}
         leaving = {expert for experts in self._leave_after.values() for expert in experts}
         self._passing = leaving.intersection(self._to_start)
         self._let_go([_BEFORE])

@@ -38,6 +38,7 @@ DEFAULT_ORDER = "resident-first"
 # What a use counts for `lfu` falls by this factor with every batch, so that a new domain's experts find a place.
 AGEING = 0.95
 _NEVER = -1
+_HEAVY = 1e200  # weights begin anew from here on
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Buffer:
         self._worth_evicting = POLICIES[policy]
         self._ascending = order == "ascending"
         self._turn = 0  # counts accesses
+        self._weight = 1.0  # of a use in the batch: it grows in place of all older ones' growing less
         self._history = History({expert: number - len(initial) for number, expert in enumerate(initial)})
 
     @property
@@ -109,29 +111,37 @@ class Buffer:
 
     def run(self, active: Iterable[int]) -> list[Access]:
         """Take the experts that are active in the next batch, in any order; their turns, in the order to compute."""
-        active = sorted(active)
+        active, history = sorted(active), self._history
+        self._weight /= AGEING
+        if self._weight > _HEAVY:
+            history.uses = {expert: uses / self._weight for expert, uses in history.uses.items()}
+            self._weight = 1.0
+        if all(map(history.entered.__contains__, active)):  # as nearly always where the working set fits
+            return [self._hit(expert) for expert in active]
         if not self._ascending:
-            active.sort(key=lambda expert: expert not in self._history.entered)
-        history = self._history
-        history.uses = {expert: uses * AGEING for expert, uses in history.uses.items()}
+            active.sort(key=lambda expert: expert not in history.entered)
         in_batch = set(active)
         return [self._access(expert, in_batch) for expert in active]
 
-    def _access(self, expert: int, in_batch: set[int]) -> Access:
+    def _hit(self, expert: int) -> Access:
         self._turn += 1
+        self._history.used[expert] = self._turn
+        self._history.uses[expert] = self._history.uses.get(expert, 0.0) + self._weight
+        return Access(expert, True)
+
+    def _access(self, expert: int, in_batch: set[int]) -> Access:
         history, evicted = self._history, None
-        hit = expert in history.entered
-        if not hit:
-            if len(history.entered) == self.size:
-                evicted = max(
-                    history.entered,
-                    key=lambda resident: (resident not in in_batch, *self._worth_evicting(history, resident)),
-                )
-                del history.entered[evicted]
-            history.entered[expert] = self._turn
-        history.used[expert] = self._turn
-        history.uses[expert] = history.uses.get(expert, 0.0) + 1.0
-        return Access(expert, hit, evicted)
+        if expert in history.entered:
+            return self._hit(expert)
+        if len(history.entered) == self.size:
+            evicted = max(
+                history.entered,
+                key=lambda resident: (resident not in in_batch, *self._worth_evicting(history, resident)),
+            )
+            del history.entered[evicted]
+        history.entered[expert] = self._turn + 1
+        self._hit(expert)
+        return Access(expert, False, evicted)
 
 
 def minimum_misses(batches: Sequence[Sequence[int]], size: int, order: str, initial: Sequence[int] = ()) -> int:

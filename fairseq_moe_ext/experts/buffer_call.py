@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from operator import add
 
 
 @dataclass(frozen=True)
@@ -26,4 +27,4 @@ class BufferCall:
     seconds: float = 0.0
 
     def __add__(self, other: BufferCall) -> BufferCall:
-        return BufferCall(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+        return BufferCall(*map(add, vars(self).values(), vars(other).values()))  # in the order of the fields
