@@ -74,12 +74,19 @@ class SourceTensor:
     tensor: Tensor | FileTensor
     order: Tensor | None = None
 
-    def read(self) -> tuple[Tensor, str]:
-        """The values, and a word that is equal for equal ones."""
+    def read(self, room: Tensor | None = None) -> tuple[Tensor, str]:
+        """The values, and a word that is equal for equal ones.
+
+        room: (bytes,) uint8, where the values may lie if they fit; a system gives new memory more slowly than a disk
+        fills it.
+        """
+        target = None
+        if room is not None and self.tensor.nbytes <= len(room):
+            target = room[: self.tensor.nbytes].view(self.tensor.dtype).view(self.tensor.shape)
         if isinstance(self.tensor, FileTensor):
-            values, checksum = self.tensor.read_with_checksum()
+            values, checksum = self.tensor.read_with_checksum(target)
         elif isinstance(self.tensor, StoredTensor):
-            values, checksum = self.tensor.read(), self.tensor.checksum
+            values, checksum = self.tensor.read() if target is None else target.copy_(self.tensor), self.tensor.checksum
         else:
             values, checksum = self.tensor, None
         if checksum is None:

@@ -1,16 +1,17 @@
 """A model in any layout -> one quantised file, one part of the source at a time.
 
 A part that is written may be deleted, one that is missing is waited for: what can be done is done, and a later run goes
-on. Beyond the imports an expert lies in memory, or the largest dense tensor.
+on. Beyond the imports an expert's bytes lie in memory, or the largest dense tensor's, and the blocks they become.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import local
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ from fairseq_moe_ext.checkpoints.quantized_writer import QuantizedWriter, begun_
 from fairseq_moe_ext.checkpoints.relative_error import error_of_layer, error_of_rounding
 from fairseq_moe_ext.checkpoints.rounding import rows_in_dtype
 from fairseq_moe_ext.checkpoints.state_keys import is_dense_matrix
-from fairseq_moe_ext.experts.calibration import Calibration, ColumnFigures, correct_bias, quantize_calibrated
-from fairseq_moe_ext.experts.parts import EXPERT_KEYS
-from fairseq_moe_ext.experts.quantize import VERSION, quantize_linear
+from fairseq_moe_ext.checkpoints.two_at_a_time import two_at_a_time
+from fairseq_moe_ext.experts.calibration import Calibration, correct_bias
+from fairseq_moe_ext.experts.quantize import VERSION, fill_bias, quantize_linear
 from fairseq_moe_ext.kernels.block import GROUP
 
 
@@ -91,6 +92,30 @@ def _target(target: str) -> Path:
     if file.suffix != SUFFIX or not file.stem or not file.parent.is_dir():
         raise CheckpointError(f"--output must be X{SUFFIX} in an existing folder, got {target}")
     return file
+
+
+class _Room(local):
+    """Each thread's memory for one of an expert's tensors and for its block, from one expert to the next."""
+
+    def __init__(self, values: int, block: int):
+        self.values, self.block = (torch.empty(size, dtype=torch.uint8) for size in (values, block))
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """What one tensor of the target was made of. room: its thread's, words: of the source's tensors; errors: as of
+    `Done`; nbytes: read."""
+
+    room: _Room
+    words: list[str]
+    errors: dict[str, float]
+    nbytes: int
+
+    def read(self, tensor: SourceTensor) -> Tensor:
+        """Its values, until the next ones are read, whose word is kept."""
+        values, word = tensor.read(self.room.values)
+        self.words.append(word)
+        return values
 
 
 class _Quantization:
@@ -165,8 +190,10 @@ class _Quantization:
             groups.setdefault(self._checked(part, tensor).name, []).append(tensor)
         words: list[str] = []
         errors: dict[str, float] = {}
-        for name, tensors in groups.items():
-            self._fill(part, self._layout.tensors[name], tensors, words, errors)
+        for filled in self._fill_all(part, groups):
+            words += filled.words
+            errors |= filled.errors
+            self._bar.update(filled.nbytes)
         if part.missing or part.stamps() != stamps:
             raise CheckpointError(f"{part.files[0]}: the file was changed while it was in use")
         note = {"files": stamps, "fingerprint": digest(words), "errors": errors, "told": content.told}
@@ -190,70 +217,77 @@ class _Quantization:
             raise CheckpointError(f"{part.files[0]}: {tensor.name} must be of floats, got {tensor.tensor.dtype}")
         return self._by_key[tensor.key]
 
+    def _fill_all(self, part: SourcePart, groups: Mapping[str, list[SourceTensor]]) -> Iterator[_Filled]:
+        """Two of the target's tensors at a time, so that one is read while another one is quantised, unless they would
+        take more memory than an expert or the largest tensor."""
+        largest = {name: max(each.tensor.nbytes for each in tensors) for name, tensors in groups.items()}
+        most = max(sum(each.tensor.nbytes for each in tensors) for tensors in groups.values())
+        experts = [self._layout.tensors[name] for name in groups if self._layout.tensors[name].is_expert]
+        room = _Room(
+            max((largest[each.name] for each in experts), default=0), max((each.nbytes for each in experts), default=0)
+        )
+        work = {name: partial(self._fill, part, self._layout.tensors[name], groups[name], room) for name in groups}
+        yield from two_at_a_time(work, largest, most)
+
     def _fill(
-        self,
-        part: SourcePart,
-        target: QuantizedTensor,
-        tensors: Sequence[SourceTensor],
-        words: list[str],
-        errors: dict[str, float],
-    ) -> None:
+        self, part: SourcePart, target: QuantizedTensor, tensors: Sequence[SourceTensor], room: _Room
+    ) -> _Filled:
         """All of `target` that is in this part."""
-
-        def values_of(tensor: SourceTensor) -> Tensor:
-            values, word = tensor.read()
-            words.append(word)
-            self._bar.update(values.nbytes)
-            return values
-
+        filled = _Filled(room, [], {}, sum(tensor.tensor.nbytes for tensor in tensors))
         try:
             if target.is_expert:
-                self._fill_expert(target, {tensor.key: values_of(tensor) for tensor in tensors}, errors)
-                return
-            for tensor in tensors:  # tied ones may be there under several names
-                self._fill_dense(target, tensor, values_of(tensor), errors)
+                self._fill_expert(target, {tensor.key: tensor for tensor in tensors}, filled)
+            else:
+                for tensor in tensors:  # tied ones may be there under several names
+                    self._fill_dense(target, tensor, filled)
         except ValueError as error:
             raise CheckpointError(f"{part.files[0]}: {error}") from error
+        return filled
 
-    def _fill_expert(self, target: QuantizedTensor, found: Mapping[str, Tensor], errors: dict[str, float]) -> None:
-        block = torch.zeros(target.shape, dtype=torch.uint8)
-        prefix = target.keys[0].removesuffix(EXPERT_KEYS["fc1_weight"])
+    def _fill_expert(self, target: QuantizedTensor, found: Mapping[str, SourceTensor], filled: _Filled) -> None:
+        """One of its tensors at a time; others may come from another file."""
+        block = filled.room.block[: target.nbytes].zero_()
         layers = target.block.layers(block[None])
         there = self._writer.begun(target.name)
+        if there:
+            self._writer.read_begun(target.name, block)
         calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target, self._kept)
-        if not there and len(found) == len(target.keys):
-            quantize_calibrated(target.block, [found[key] for key in target.keys], block, calibration, prefix)
-        else:  # its tensors lie in two files
-            if there:
-                self._writer.read_begun(target.name, block)
-            for number, key in enumerate(target.keys):
-                if key in found:
-                    figures = (calibration.fc1, calibration.fc2)[number // 2]
-                    _quantize_part(layers[number // 2], found[key], key, figures)
-        for number, key in enumerate(target.keys):
-            if key in found and found[key].dim() == 2:
-                errors[key] = error_of_layer(layers[number // 2], found[key])
+        for number, key in sorted(enumerate(target.keys), key=lambda each: len(self._shapes[each[1]])):  # biases first
+            if key not in found:
+                continue
+            layer, figures = layers[number // 2], (calibration.fc1, calibration.fc2)[number // 2]
+            values = filled.read(found[key])
+            if values.dim() == 2:
+                quantize_linear(layer, values, None, "", (key, ""), None if figures is None else figures.square)
+                if figures is not None:
+                    correct_bias(layer, values, figures.mean)
+                filled.errors[key] = error_of_layer(layer, values)
+            elif figures is not None and target.keys[number - 1] in there:  # the weight has left a correction there
+                correction = layer.bias.clone()
+                fill_bias(layer, values, key)
+                layer.bias += correction
+            else:
+                fill_bias(layer, values, key)
         there = [key for key in target.keys if key in there or key in found]
         if len(there) < len(target.keys):
             self._writer.write_begun(target.name, block, there)
         else:
             self._writer.write(target.name, [block])
 
-    def _fill_dense(
-        self, target: QuantizedTensor, tensor: SourceTensor, values: Tensor, errors: dict[str, float]
-    ) -> None:
+    def _fill_dense(self, target: QuantizedTensor, tensor: SourceTensor, filled: _Filled) -> None:
+        values = filled.read(tensor)
         if target.block is None:
             if not values.isfinite().all():
                 raise ValueError(f"{tensor.name}: weights must be finite numbers, got a NaN or an infinity")
             pieces = rows_in_dtype(values, target.dtype, tensor.order, tensor.name, "--dense")
             self._writer.write(target.name, pieces)
             if is_dense_matrix(target.keys[0], target.shape) and values.dtype != target.dtype:
-                errors[tensor.key] = error_of_rounding(values, target.dtype)
+                filled.errors[tensor.key] = error_of_rounding(values, target.dtype)
             return
         block = torch.zeros(target.shape, dtype=torch.uint8)
         (layer,) = target.block.layers(block[None])
         quantize_linear(layer, values, None, "", (tensor.name, ""))
-        errors[tensor.key] = error_of_layer(layer, values)
+        filled.errors[tensor.key] = error_of_layer(layer, values)
         if tensor.order is not None:
             for plane in (layer.codes, layer.scales, layer.units):
                 plane.copy_(plane[:, tensor.order])
@@ -266,18 +300,6 @@ class _Quantization:
         fingerprint = digest([note["fingerprint"] for note in notes.values()])
         self._writer.set_source(QuantizedSource(fingerprint, tuple((n, files[n]) for n in names), self._licence))
         self._writer.complete()
-
-
-def _quantize_part(layer: Any, values: Tensor, key: str, figures: ColumnFigures | None) -> None:
-    """One tensor of an expert into its layer, whose other one comes from another file."""
-    if values.dim() == 2:
-        quantize_linear(layer, values, None, "", (key, ""), None if figures is None else figures.square)
-        if figures is not None:
-            correct_bias(layer, values, figures.mean)
-    elif not values.isfinite().all():
-        raise ValueError(f"{key}: weights must be finite numbers to be quantised, got a NaN or an infinity")
-    else:
-        layer.bias[0] += values  # a correction may lie there
 
 
 def _about(

@@ -5,6 +5,7 @@ Legend: D = model dim, F = hidden dim.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class QuantizedTensor:
     shape: tuple[int, ...]
     keys: tuple[str, ...]
     block: Blocks | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_expert(self) -> bool:

@@ -41,12 +41,13 @@ class FileTensor:
         """The values; CheckpointError where the file ends before them."""
         return self._read(None)[0]
 
-    def read_with_checksum(self) -> tuple[Tensor, int | None]:
-        """The values and the CRC-32 of their bytes; errors as of `read`."""
-        return self._read(0)
+    def read_with_checksum(self, target: Tensor | None = None) -> tuple[Tensor, int | None]:
+        """The values and the CRC-32 of their bytes; errors as of `read`. target: of this dtype and shape, contiguous,
+        is filled with them; None: a new tensor."""
+        return self._read(0, target)
 
-    def _read(self, crc: int | None) -> tuple[Tensor, int | None]:
-        values = torch.empty(self.shape, dtype=self.dtype)
+    def _read(self, crc: int | None, target: Tensor | None = None) -> tuple[Tensor, int | None]:
+        values = torch.empty(self.shape, dtype=self.dtype) if target is None else target
         try:
             with open(self.file, "rb") as file:
                 view = memoryview(values.view(-1).view(torch.uint8).numpy())
