@@ -116,6 +116,7 @@ class Twin:
                     waited += self.time - before
                 rows = [int(call.load[turns[turn]]) for turn in together]
                 seconds = [self.rates.expert_seconds + count * self.rates.row_seconds for count in rows]
+                seconds += [self.rates.miss_seconds for turn in together if not accesses[turn].hit]
                 yield "compute", sum(seconds)
                 done.update(together)
                 left = [turn for turn in left if turn not in done]

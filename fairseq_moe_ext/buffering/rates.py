@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True)
 class Rates:
     """What things cost. expert_seconds: of a computed expert; row_seconds: of each of its rows besides. dense_seconds:
-    of everything else, per call of a MoE layer. disk_rate: bytes/s of all readers together; latency: seconds of a read.
-    ValueError where one is out of range."""
+    of everything else, per call of a MoE layer. miss_seconds: what the computation spends on a missed expert besides,
+    as on a step of its own. disk_rate: bytes/s of all readers together; latency: seconds of a read. ValueError where
+    one is out of range."""
 
     expert_bytes: float
     disk_rate: float
@@ -19,6 +20,7 @@ class Rates:
     expert_seconds: float = 0
     row_seconds: float = 0
     dense_seconds: float = 0
+    miss_seconds: float = 0
 
     def __post_init__(self):
         for each in fields(self):

@@ -174,7 +174,9 @@ class _Replay:
 
     def _compute(self, turns: list[int]) -> None:
         costs = self._of_phase[self._of.phase]
-        self._go_on(costs.computation(self._of.load[self._accesses[turn].expert] for turn in turns))
+        missed = sum(not self._accesses[turn].hit for turn in turns)
+        rows = (self._of.load[self._accesses[turn].expert] for turn in turns)
+        self._go_on(costs.computation(rows) + missed * costs.miss_seconds)
         self._let_go(turns)
 
     def _let_go(self, turns: Iterable[int]) -> None:

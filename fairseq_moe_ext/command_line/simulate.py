@@ -217,6 +217,8 @@ def add_clocks(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
                            help="of a computed expert (default: 0.0001)"),
         group.add_argument("--row-seconds", type=seconds, metavar="SECONDS",
                            help="of each of its rows besides (default: 0.00001)"),
+        group.add_argument("--miss-seconds", type=seconds, metavar="SECONDS",
+                           help="that the computation spends on a missed expert besides (default: 0)"),
         group.add_argument("--dense-seconds", type=seconds, metavar="SECONDS",
                            help="of all else, per call of a MoE layer (default: 0.001)"),
     ]  # fmt: skip
@@ -238,6 +240,7 @@ def rates_of(args: argparse.Namespace) -> Rates:
         given(args.expert_seconds, 1e-4),
         given(args.row_seconds, 1e-5),
         given(args.dense_seconds, 1e-3),
+        given(args.miss_seconds, 0.0),
     )
 
 

@@ -38,7 +38,8 @@ def made_rates(seed: int) -> Rates:
     def drawn(most: int) -> Fraction:
         return Fraction(int(generator.integers(0, most)), 4 if seed % 2 else int(generator.integers(3, 50)))
 
-    return Rates(Fraction(12), 1 + drawn(20), drawn(3), int(generator.integers(1, 4)), drawn(4), drawn(2), drawn(20))
+    readers = int(generator.integers(1, 4))
+    return Rates(Fraction(12), 1 + drawn(20), drawn(3), readers, drawn(4), drawn(2), drawn(20), drawn(3))
 
 
 def buffers_of(calls, policy="lfu", order="resident-first"):
@@ -94,7 +95,7 @@ def test_bounds_of_every_prefetcher(seed):
     off = found["off"]
     for name, costs in found.items():
         assert (costs.calls, costs.accesses, costs.misses) == (off.calls, off.accesses, off.misses)
-        assert costs.seconds == costs.resident + costs.waited, name
+        assert costs.seconds == costs.resident + costs.waited + costs.misses * rates.miss_seconds, name
         assert costs.seconds >= rates.least_reading(costs.misses), name
         assert costs.reads - costs.in_vain == costs.misses, name
         assert costs.seconds <= off.seconds + costs.calls * (rates.latency + rates.expert_bytes / rates.disk_rate)

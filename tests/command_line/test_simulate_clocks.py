@@ -54,7 +54,8 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     folder, (first, second) = halves
     told = "--expert-bytes 2K --disk-rate 1M --read-latency 0.001 --readers 2 --staging 3 --ahead 2"
     told += " --prefetch-alone --expert-seconds 0.002"
-    told += " --row-seconds 0.0005 --dense-seconds 0.003 --expert-buffer-size 2 3 --expert-eviction lru min"
+    told += " --row-seconds 0.0005 --dense-seconds 0.003 --miss-seconds 0.001"
+    told += " --expert-buffer-size 2 3 --expert-eviction lru min"
     given = [str(folder / "second.npz"), "--output", str(tmp_path), "--profile", str(folder / "first.npz")]
     assert main([*given, *told.split()]) == 0
     with open(tmp_path / "replay.csv", newline="") as file:
@@ -66,7 +67,7 @@ def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     assert said["rates"]["disk_rate"] == 2**20 and said["rates"]["staging"] == 3 and said["rates"]["alone"] is True
 
     profile, calls = {layer.name: layer for layer in layers_of(first)}, model_calls(second)
-    rates = Rates(2048, 2**20, 0.001, 2, 0.002, 0.0005, 0.003)
+    rates = Rates(2048, 2**20, 0.001, 2, 0.002, 0.0005, 0.003, 0.001)
     totals = {name: layer.loads.sum(axis=0) for name, layer in profile.items()}
     for name, prefetcher in (("hot-set", HotSet(calls, totals)), ("oracle", Oracle(calls))):
         buffers = {
