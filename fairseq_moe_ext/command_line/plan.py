@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print()
     if args.device_memory is None:
         print(table_of_formats(sizes, work))
-        print(f"\nWith {args.batch_size} sentences of {args.length} tokens at a time, beam {args.beam}:\n")
+        sentences = "1 sentence" if args.batch_size == 1 else f"{args.batch_size} sentences"
+        print(f"\nWith {sentences} of {args.length} tokens at a time, beam {args.beam}:\n")
         print(table_of_memories(sizes, work))
         return 0
     memory = args.device_memory, args.host_memory

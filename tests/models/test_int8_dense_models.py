@@ -7,6 +7,7 @@ import commands
 import pytest
 import torch
 from data_makers import LM_TRAINING, untrained_checkpoint, write_data
+from quantized_sources import quantize
 from torch import nn
 
 from fairseq_moe_ext.command_line.plan import main as plan
@@ -80,6 +81,17 @@ def test_every_linear_and_embedding_is_in_int8_and_called(arguments):
     probabilities, expected = said(found), said(floats)
     assert called == {*wanted}
     assert 0 < (probabilities - expected).norm() < 0.03 * expected.norm()
+
+
+@FEW
+def test_a_file_of_a_quantised_dense_model_is_served_as_its_source(arguments, tmp_path):
+    command, data, *rest = arguments
+    source = rest[rest.index("--path") + 1]
+    assert quantize(source, tmp_path / "X.safetensors") == 0
+    served = [value if value != source else tmp_path / "X.safetensors" for value in rest]
+    found, wanted = commands.load(command, data, *served)[0], commands.load(*arguments, *ALL)[0]
+    assert bytes_in_int8(found) == bytes_in_int8(wanted) > 0
+    assert torch.equal(said(found), said(wanted))
 
 
 @FEW
