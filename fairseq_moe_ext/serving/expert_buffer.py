@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe_ext.buffering.habits import in_order
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
+from fairseq_moe_ext.buffering.habits import in_order
 from fairseq_moe_ext.buffering.simulation import LayerLoads, hottest_experts, layers_of
 from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors

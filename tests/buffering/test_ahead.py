@@ -13,9 +13,9 @@ from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_moe_ext.buffering.habits import Habits, in_order
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.eviction import ORDERS, POLICIES, Buffer
+from fairseq_moe_ext.buffering.habits import Habits, in_order
 from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots
 from fairseq_moe_ext.buffering.store import HostStore
 
