@@ -86,7 +86,7 @@ def keep_fixed(
 ) -> dict[str, tuple[int, ...]]:
     """The best of every layer, so many, of equals the lower numbers; rising.
 
-    guarded: what a layer keeps in any case, in the place of others, and beyond its count where that is too small.
+    guarded: what a layer keeps beside them. In their place it would cost: where sentences end, few other tokens go.
     """
     return {name: _best(each, counts[name], (guarded or {}).get(name, ())) for name, each in scores.items()}
 
@@ -123,8 +123,7 @@ def _size(kept: Mapping[str, Sequence[int]]) -> int:
 
 
 def _best(scores: np.ndarray, count: int, guarded: Sequence[int]) -> tuple[int, ...]:
-    order = [expert for expert in np.argsort(-scores, kind="stable").tolist() if expert not in guarded]
-    return tuple(sorted([*guarded, *order[: max(0, count - len(guarded))]]))
+    return tuple(sorted({*guarded, *np.argsort(-scores, kind="stable")[:count].tolist()}))
 
 
 def _is_encoder(name: str) -> bool:

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--guard-ends",
         action="store_true",
-        help="keep in every decoder layer the experts that are the first choices where sentences end",
+        help="keep beside them in every decoder layer the experts that are the first choices where sentences end",
     )
     args = parser.parse_args(arguments)
     if args.ratio is not None and args.by != "fixed":

@@ -25,11 +25,11 @@ def random_scores(seed, experts=12):
 
 def best(scores, count, guarded=()):
     """One expert after another, from the best on; of equals the lower number."""
-    kept = list(guarded)
+    kept = []
     while len(kept) < count:
         left = [expert for expert in range(len(scores)) if expert not in kept]
         kept.append(max(left, key=lambda expert: (scores[expert], -expert)))
-    return tuple(sorted(kept))
+    return tuple(sorted({*kept, *guarded}))
 
 
 def by_threshold(scores, most, guarded):
