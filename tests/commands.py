@@ -105,7 +105,7 @@ def recorded_scores() -> Iterator[list[ScoredBatch]]:
 
 
 def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
-    """The configuration that fairseq-eval-lm or fairseq-generate makes of its arguments; each caller has his own."""
+    """The configuration that fairseq-eval-lm, -validate or -generate makes of its arguments; each caller has his own."""
     rank = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")  # the parser asks for them
     parts = (*map(str, arguments), "--model-overrides", repr(overrides or {}))
     cfg = copy.deepcopy(_parsed(command, parts, rank))
@@ -120,6 +120,8 @@ def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
 def _parsed(command: str, arguments: tuple[str, ...], _rank: tuple):
     if command == "eval_lm":
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
+    elif command == "validate":
+        args = options.parse_args_and_arch(options.get_validation_parser(), list(arguments))
     else:
         parser = options.get_generation_parser()
         parser.add_argument("--arch", "-a", default="wav2vec2")  # as fairseq_cli.generate has it

@@ -159,13 +159,9 @@ OF_VALIDATE = {
     "--valid-subset": _of("--valid-subset test"),
     "--fixed-dictionary": _of(f"--fixed-dictionary {FOLDER}/data/langs.txt"),
     "--shorten-data-split-list": _of("--shorten-data-split-list test", _SHORT),
-    "--left-pad-source": _of(
-        "--left-pad-source False",
-        "--moe-gating static --moe-eval-capacity-token-fraction 0.05 --batch-size 6",
-        MULTI,
-    ),
+    "--left-pad-source": None,  # changes the last bits of a loss at most, and on some CPUs not these
+    "--left-pad-target": None,
     "--criterion": _of("--criterion label_smoothed_cross_entropy"),
-    "--left-pad-target": _of("--left-pad-target True", f"{_CAPACITY} --moe-drop-metric order --batch-size 6", MULTI),
     "--eval-bleu": _of("--eval-bleu"),
     "--eval-bleu-args": _of('--eval-bleu-args {"beam":1}', _BLEU),
     "--eval-bleu-detok": _of("--eval-bleu-detok moses", _BLEU),  # asks for a package that is not there
@@ -176,6 +172,8 @@ OF_VALIDATE = {
 }
 # an option whose effect other tests hold -> the file that has it
 ELSEWHERE = {
+    "--left-pad-source": "tests/tasks/test_padding_side.py",
+    "--left-pad-target": "tests/tasks/test_padding_side.py",
     _SKIP: "tests/decoding/test_left_out.py",
     "--min-len": "tests/decoding/test_options.py",
     "--expert-eviction": "tests/serving/test_expert_buffer.py",

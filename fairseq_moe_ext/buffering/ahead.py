@@ -21,12 +21,13 @@ class Ahead:
 
     def __init__(self, pool: SlotPool):
         self._pool = pool
+        pool.aheads.add(self)
         self._copies: dict[int, tuple[int, Future]] = {}  # expert -> slot and copy
         self._unwanted: list[tuple[int, Future]] = []  # whose slots are free when the copy has ended
         self._in_vain = self._bytes_in_vain = 0
 
     def begin(self, experts: Iterable[int], load: Load) -> None:
-        """Fetch these, but for those that are on their way, while there are slots."""
+        """Fetch these one by one, but for those that are on their way, while there are slots."""
         self._sweep()
         for expert in experts:
             if not self._pool.room(self._pool.ahead):
@@ -35,21 +36,23 @@ class Ahead:
                 slot = self._pool.take(self._pool.ahead)
                 self._copies[expert] = slot, self._pool.copy_ahead(slot, partial(load, expert))
 
-    def keep(self, wanted: Collection[int]) -> set[int]:
-        """Only the copies of `wanted` experts that have begun -> which these are."""
-        copies, self._copies = self._copies, {}
-        for expert, (slot, copy) in copies.items():
+    def drop_queued(self) -> None:
+        """Of the copies that were begun only those stay that are under way or done."""
+        for expert, (slot, copy) in list(self._copies.items()):
             if copy.cancel():
+                del self._copies[expert]
                 self._pool.give(self._pool.ahead, slot)
-            elif expert in wanted:
-                self._copies[expert] = slot, copy
-            else:
-                self._unwanted.append((slot, copy))
+
+    def keep(self, wanted: Collection[int]) -> set[int]:
+        """Only the copies of `wanted` experts that are under way or done -> which these are."""
+        self.drop_queued()
+        self._unwanted += [each for expert, each in self._copies.items() if expert not in wanted]
+        self._copies = {expert: each for expert, each in self._copies.items() if expert in wanted}
         self._sweep()
         return set(self._copies)
 
     def claim(self, expert: int, seat: Seat) -> tuple[int, Future] | None:
-        """The slot and the copy of an expert that was kept; the slot is the layer's from here on. None: there is none."""
+        """The slot and the copy of an expert that was kept; the slot is the layer's now. None: there is none."""
         found = self._copies.pop(expert, None)
         if found is not None:
             self._pool.hand_over(found[0], self._pool.ahead, seat)

@@ -22,7 +22,7 @@ from fairseq_moe_ext.buffering.call import Call
 from fairseq_moe_ext.buffering.eviction import IN_TURN, Buffer
 from fairseq_moe_ext.buffering.habits import Habits
 from fairseq_moe_ext.buffering.host_tier import HostTier
-from fairseq_moe_ext.buffering.slot_pool import Seat, SlotPool
+from fairseq_moe_ext.buffering.slot_pool import SlotPool
 from fairseq_moe_ext.buffering.store import ExpertStore
 from fairseq_moe_ext.experts.buffer_call import BufferCall
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
@@ -142,7 +142,7 @@ class BufferedExperts(CalledByCounts):
         self._fill()
 
     def precede(self, *following: BufferedExperts) -> None:
-        """While this layer is called, those of the same pool that are called next begin to fetch what they will want."""
+        """While this layer is called, those of its pool that are called next begin to fetch what they will want."""
         self._following = following
 
     def look_ahead(self) -> None:

@@ -21,9 +21,9 @@ class Call:
 
     counts: H rows per expert. accesses: turns as the buffer's policy decided them. slot_of: of the layer's resident
     experts, which it keeps up to date. in_turn: whether experts are read and computed in just that order; else those
-    with the most rows are read first (InfMoE, arXiv 2106.10715), and computed as they land, several at once. Results and
-    who is resident afterwards do not depend on it, nor on the speed of copies. ahead: the layer's copies that
-    began before. idle: called whenever no copy is left to be started.
+    with the most rows are read first (InfMoE, arXiv 2106.10715), and computed as they land, several at once. Results
+    and who is resident afterwards do not depend on it, nor on the speed of copies. ahead: the layer's copies that began
+    before. idle: called whenever no copy is under way or to come.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Call:
         self._copies: dict[int, tuple[int, Future]] = {}  # missed expert -> slot and copy, in the order started
         self._to_start = [access.expert for access in accesses if not access.hit]
         begun = ahead.keep(self._to_start)
+        if self._to_start:
+            pool.hold_ahead()
         self.prefetched = 0
         if not in_turn:
             self._to_start.sort(key=lambda expert: (expert not in begun, -counts[expert]))
@@ -65,7 +67,11 @@ class Call:
             begun = self._ahead.claim(expert, self._seat)
             self.prefetched += begun is not None
             self._copies[expert] = begun or self._start(expert, self._pool.take(self._seat))
-        if not self._to_start and self._idle is not None:
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """A copy ahead beside one that is needed would delay it by as much as it gains."""
+        if self._idle is not None and not self._to_start and not self._copies:
             self._idle()
 
     def _next(self) -> int | None:
@@ -107,7 +113,7 @@ class Call:
             yield [turn for turn, access in enumerate(self._accesses) if access.hit]
         while turn_of:
             if not self._copies:
-                raise RuntimeError(f"no slot is left for experts {self._to_start}, and none will be")  # `_next` is wrong
+                raise RuntimeError(f"no slot is left for experts {self._to_start}, and none will be")
             start = time.perf_counter()
             wait([copy for _, copy in self._copies.values()], return_when=FIRST_COMPLETED)
             self.waited += time.perf_counter() - start
@@ -123,6 +129,7 @@ class Call:
         self.waited += time.perf_counter() - start
         del self._copies[expert]
         self._slot_of[expert] = slot
+        self._look_ahead()
 
     def copy_again(self, load: Load) -> None:
         """Into the same slots, whose memory is another now."""

@@ -11,8 +11,8 @@ that ran last, which is why LIFO is right there and FIFO and LRU lose nearly eve
 
 `resident-first`: the active experts that are resident, in rising id, then the others, in rising id. A batch misses
 exactly the active experts that were not resident when it began, whatever the policy; who leaves decides the misses of
-later batches only. No order misses fewer in this batch. The turns of the misses are for the policy alone: a served layer
-reads and computes them in another order (call.py).
+later batches only. No order misses fewer in this batch. The turns of the misses are for the policy alone: a served
+layer reads and computes them in another order (call.py).
 
 Every policy lets experts go first that are idle in this batch, since the batch is known; policies differ in whom they
 choose among the idle, and among the active where none is idle:

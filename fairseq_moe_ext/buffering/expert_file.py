@@ -3,7 +3,7 @@
 Legend: H = local experts; parts = an expert's tensors as its format packs them, of floats four in the order of
 EXPERT_KEYS, in a quantised one a block.
 The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes. Its metadata holds a fingerprint
-of what the file was made of and a CRC-32 per tensor, checked with its first read; that the file is as it was, with each.
+of what the file was made of and a CRC-32 per tensor, checked at its first read; that the file is as it was, at each.
 """
 
 from __future__ import annotations

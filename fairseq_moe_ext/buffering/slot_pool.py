@@ -5,9 +5,11 @@ Source: "Toward Efficient Inference for Mixture of Experts", section on expert b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +20,13 @@ from fairseq_moe_ext.kernels.grouped_mlp import Pool
 STAGING_SLOTS = 4  # for all layers together: as many experts are on their way at a time, enough to keep a disk busy
 
 AHEAD_SHARE = 8  # a slot for a copy ahead for so many experts that are kept
+
+
+class HasQueue(Protocol):
+    """One layer's copies ahead (ahead.py)."""
+
+    def drop_queued(self) -> None:
+        """Of the copies that were begun only those stay that are under way or done."""
 
 
 @dataclass(eq=False)
@@ -48,6 +57,7 @@ class SlotPool(nn.Module):
         self._form, self._readers = form, readers
         self._staging = staging_slots(kept.values())
         self.ahead = Seat(ahead)  # of all layers' copies ahead, which are lent nothing
+        self.aheads: weakref.WeakSet[HasQueue] = weakref.WeakSet()  # of all layers
         self._seats = {key: Seat(size) for key, (size, _) in kept.items()}
         self.num_slots = sum(size for size, _ in kept.values()) + self._staging + ahead
         self._free = list(range(self.num_slots))[::-1]
@@ -114,6 +124,11 @@ class SlotPool(nn.Module):
     def copy(self, slot: int, load: Callable[[list[Tensor]], int]) -> Future:
         """`load` fills the parts of `slot`, in its turn, and gives the bytes read from disk."""
         return self._copy(self._lanes[0], slot, load)
+
+    def hold_ahead(self) -> None:
+        """Needed copies are to begin: of those ahead the one that is under way goes on, no other begins."""
+        for ahead in list(self.aheads):
+            ahead.drop_queued()
 
     def copy_ahead(self, slot: int, load: Callable[[list[Tensor]], int]) -> Future:
         """As `copy`, beside all copies that are needed: one at a time, so that none of these waits for more."""

@@ -23,8 +23,7 @@ CHUNK = 1 << 20  # stays in the cache between reading and checking
 
 @dataclass
 class Record:
-    """One tensor storage: where its bytes lie in the file, how many, their CRC-32; verified once that was checked, which
-    is not done again."""
+    """One tensor storage: where its bytes lie in the file, how many, their CRC-32; verified once that was checked."""
 
     name: str
     offset: int
@@ -61,7 +60,8 @@ class Records:
             if size < record.size and self.has_checksums and not record.verified:
                 self._verify(opened, record)
             whole = size == record.size and self.has_checksums and not record.verified
-            crc = self._read_values(opened, target.detach().view(-1), dtype, record.offset + start, 0 if whole else None)
+            values = target.detach().view(-1)
+            crc = self._read_values(opened, values, dtype, record.offset + start, 0 if whole else None)
             if whole:
                 self._check(record, crc)
             else:

@@ -36,11 +36,12 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Slots:
     """Beside those of the buffers: staging, for experts on their way; ahead, for prefetched ones, None: one for eight
-    that are kept, as it is served. alone: whether a prefetch begins only while no needed copy is on its way."""
+    that are kept, as it is served. alone: whether a prefetch begins only while no needed copy is on its way, as it is
+    served."""
 
     staging: int = 4
     ahead: int | None = None
-    alone: bool = False
+    alone: bool = True
 
     def ahead_of(self, buffers: Mapping[str, Buffer | Foresight], calls: Sequence[ModelCall]) -> int:
         """For these buffers; none are needed where all is kept."""

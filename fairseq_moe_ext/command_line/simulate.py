@@ -209,8 +209,6 @@ def add_clocks(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
                            help="slots for experts on their way, for all layers together (default: 4)"),
         group.add_argument("--ahead", type=positive, metavar="N",
                            help="slots for prefetched experts, for all layers together (default: one for 8 kept)"),
-        group.add_argument("--prefetch-alone", action="store_true", default=None,
-                           help="a prefetch begins only while no needed copy is on its way (default: as it is served)"),
         group.add_argument("--report", type=Path,
                            help="of the trace's run, all experts resident: what computation costs is taken from it"),
         group.add_argument("--expert-seconds", type=seconds, metavar="SECONDS",
@@ -253,7 +251,7 @@ def play(
     scores: Mapping[str, np.ndarray],
 ) -> None:
     """The replay that the options ask for, printed and written."""
-    slots = Slots(given(args.staging, 4), args.ahead, bool(args.prefetch_alone))
+    slots = Slots(given(args.staging, 4), args.ahead)
     rows = replay_rows(
         calls,
         rates,

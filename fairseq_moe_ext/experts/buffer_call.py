@@ -11,9 +11,9 @@ class BufferCall:
     """What one call, or several together, took where not all experts are resident.
 
     hits, misses: active experts that were resident at their turn, and those that were not. bytes_copied: into fast
-    memory. host_reads, disk_reads: misses by where they came from. bytes_read: from disk. prefetched: misses whose copies
-    began before their call; prefetched_in_vain: experts that were copied and not asked for, which are in the bytes, too.
-    seconds: the host waited.
+    memory. host_reads, disk_reads: misses by where they came from. bytes_read: from disk. prefetched: misses whose
+    copies began before their call; prefetched_in_vain: experts that were copied and not asked for, which are in the
+    bytes, too. seconds: the host waited.
     """
 
     hits: int = 0

@@ -101,12 +101,31 @@ def test_results_and_misses_are_those_without(sizes, calls, ahead, policy, order
 
 def test_what_is_nearly_always_wanted_is_there_before_the_call():
     layers, twins = chain([2, 2])
-    for _ in range(8):
+    for number in range(8):
         for layer, twin in zip(layers, twins, strict=True):
             assert_call(layer, twin, EVERYTHING)
-    found = sum((layer.totals for layer in layers), type(layers[0].totals)())
-    assert found.misses == 2 * 8 * 4
-    assert found.prefetched > found.misses // 3 and found.prefetched_in_vain == 0
+            assert (layer.last_call.misses, layer.last_call.prefetched_in_vain) == (4, 0)
+            assert layer.last_call.prefetched == (4 if number > 4 else layer.last_call.prefetched)
+            (following,) = layer._following
+            wait_until(lambda: all(copy.done() for _, copy in following._ahead._copies.values()))  # noqa: B023
+
+
+def test_needed_copies_hold_the_queue_of_those_ahead():
+    """Of three layers in a ring the first one's queue stands while the third one misses."""
+    layers, twins = chain([2, 2, 2], ahead=4)
+    for _ in range(6):
+        for layer, twin in zip(layers, twins, strict=True):
+            assert_call(layer, twin, EVERYTHING)
+    layers[0]._ahead.settle()
+    layers[0]._store.open.clear()
+    layers[0]._store.order.clear()
+    layers[0].look_ahead()
+    wait_until(lambda: layers[0]._store.order)
+    assert len(layers[0]._ahead._copies) == 4
+    assert_call(layers[1], twins[1], [2, 1, 1, 1, 1, 3])
+    assert len(layers[0]._ahead._copies) == len(layers[0]._store.order) == 1
+    layers[0]._store.open.set()
+    assert_call(layers[0], twins[0], EVERYTHING)
 
 
 def test_a_needed_copy_waits_for_none_of_them():

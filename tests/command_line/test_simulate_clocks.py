@@ -53,7 +53,7 @@ def test_a_profiles_first_experts_are_resident(halves, tmp_path):
 def test_what_is_written_is_the_replays(halves, tmp_path, capsys):
     folder, (first, second) = halves
     told = "--expert-bytes 2K --disk-rate 1M --read-latency 0.001 --readers 2 --staging 3 --ahead 2"
-    told += " --prefetch-alone --expert-seconds 0.002"
+    told += " --expert-seconds 0.002"
     told += " --row-seconds 0.0005 --dense-seconds 0.003 --miss-seconds 0.001"
     told += " --expert-buffer-size 2 3 --expert-eviction lru min"
     given = [str(folder / "second.npz"), "--output", str(tmp_path), "--profile", str(folder / "first.npz")]

@@ -18,8 +18,9 @@ def arguments(shared_goldens):
 
 @pytest.mark.parametrize("given", [(True, False), (False, True)])
 @pytest.mark.parametrize("form", [str, bool])  # as the command line gives it, as a training leaves it in a checkpoint
-def test_every_set_up_pads_alike(arguments, given, form):
-    cfg = commands.parse("generate", *arguments).task
+@pytest.mark.parametrize("command", ["generate", "validate"])
+def test_every_set_up_pads_alike(arguments, given, form, command):
+    cfg = commands.parse(command, *arguments).task
     cfg.left_pad_source, cfg.left_pad_target = map(form, given)
     assert [sides(tasks.setup_task(cfg)) for _ in range(3)] == [given] * 3
 
