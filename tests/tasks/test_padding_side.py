@@ -20,7 +20,8 @@ def arguments(shared_goldens):
 @pytest.mark.parametrize("form", [str, bool])  # as the command line gives it, as a training leaves it in a checkpoint
 @pytest.mark.parametrize("command", ["generate", "validate"])
 def test_every_set_up_pads_alike(arguments, given, form, command):
-    cfg = commands.parse(command, *arguments).task
+    of_search = commands.BEAM if command == "validate" else ()
+    cfg = commands.parse(command, *(each for each in arguments if each not in of_search)).task
     cfg.left_pad_source, cfg.left_pad_target = map(form, given)
     assert [sides(tasks.setup_task(cfg)) for _ in range(3)] == [given] * 3
 
