@@ -105,7 +105,7 @@ def recorded_scores() -> Iterator[list[ScoredBatch]]:
 
 
 def parse(command: str, *arguments: str | Path, overrides: dict | None = None):
-    """The configuration that fairseq-eval-lm, -validate or -generate makes of its arguments; each caller has his own."""
+    """The configuration that fairseq-eval-lm, -validate or -generate makes of its arguments; one for each caller."""
     rank = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")  # the parser asks for them
     parts = (*map(str, arguments), "--model-overrides", repr(overrides or {}))
     cfg = copy.deepcopy(_parsed(command, parts, rank))

@@ -16,8 +16,8 @@ is for none that stays.
 
 Prefetches have `ahead` slots of their own and a reader of their own, which begins one while no missed expert waits for
 a slot, so that a needed copy shares the disk with one of them at most; with `alone`, as it is served, it begins only
-while no needed one is on its way. Who is resident depends on no prefetch. At its layer's next call a prefetched expert is a miss that is on
-its way or has landed, first in the order of reading; or it was read in vain.
+while no needed one is on its way. Who is resident depends on no prefetch. At its layer's next call a prefetched expert
+is a miss that is on its way or has landed, first in the order of reading; or it was read in vain.
 """
 
 from __future__ import annotations
