@@ -88,7 +88,7 @@ def test_kernels_know_tensors_only():
 
 def test_buffering_knows_the_experts_traces_and_records_alone():
     known = {"buffering", "experts", "kernels", "trace", "recording"}
-    known |= {"atomic_file", "bounded_json", "safetensors_header"}
+    known |= {"atomic_file", "bounded_json", "byte_sizes", "npz_reading", "safetensors_header"}
     assert not files_where(lambda file: rooms_in(imports(file)) - known, {"buffering"})
 
 

@@ -120,7 +120,8 @@ class BufferedExperts(CalledByCounts):
     ) -> None:
         """Keep `size` experts from here on, at most H, and fetch the first; another start begins anew.
 
-        ranking: experts' numbers; the first that are local are resident at the start; default: by rising number.
+        ranking: experts' numbers, the most important first: who is resident at the start, and who stays among equals;
+        default: by rising number, and no such choice.
         host_capacity: how many experts lie in main memory between the store and slots on a GPU; None: none.
         pool, key: the pool and the layer's seat in it; None: a pool of its own.
         """
@@ -131,13 +132,13 @@ class BufferedExperts(CalledByCounts):
         self.stop()
         index = {expert: number for number, expert in enumerate(self.local)}
         ranked = [index[expert] for expert in (self.local if ranking is None else ranking) if expert in index]
-        self._host_capacity = host_capacity
+        self._host_capacity, self._ranking = host_capacity, () if ranking is None else ranked
         self.pool = pool or SlotPool(self.format, {key: (size, len(self.local))}, self._like, self.readers)
         self._seat = self.pool.seat(key)
         self._ahead, self._habits = Ahead(self.pool), Habits(len(self.local))
         self._connect()
         self._empty()
-        self._buffer = Buffer(size, self._policy, self._order, ranked[:size])
+        self._buffer = Buffer(size, self._policy, self._order, ranked[:size], self._ranking)
         self._slot_of = {expert: self.pool.take(self._seat) for expert in self._buffer.resident}
         self._fill()
 
@@ -233,7 +234,7 @@ class BufferedExperts(CalledByCounts):
         self._call = None
         self._ahead.settle()
         self.pool.clear(self._seat)
-        self._buffer = Buffer(self._seat.size, self._policy, self._order)
+        self._buffer = Buffer(self._seat.size, self._policy, self._order, ranking=self._ranking)
         self._slot_of: dict[int, int] = {}
 
     def _connect(self) -> None:

@@ -20,7 +20,8 @@ choose among the idle, and among the active where none is idle:
     lifo  the last that came in (paper)
     fifo  the first that came in
     lru   the least recently computed
-    lfu   the least often computed, old batches counting less (see `AGEING`); equals: the least recently computed
+    lfu   the least often computed, old batches counting less (see `AGEING`); equals: the least important by a ranking,
+          where there is one, else the least recently computed
 
 Source: "Toward Efficient Inference for Mixture of Experts", section on expert buffering, for `ascending` and `lifo`.
 """
@@ -46,12 +47,13 @@ class History:
     """What a policy may know; turns count accesses.
 
     entered: of the resident experts, the turn in which each came in, in that order. used: the turn of an expert's last
-    use. uses: how often it was used, old batches counting less.
+    use. uses: how often it was used, old batches counting less. places: of experts in a ranking, the first is 0.
     """
 
     entered: dict[int, int]
     used: dict[int, int] = field(default_factory=dict)
     uses: dict[int, float] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict)
 
     def unused(self, expert: int) -> tuple:
         """How long it was not used; of experts that never were, the one that came in last has the least claim."""
@@ -64,7 +66,9 @@ POLICIES: dict[str, Callable[[History, int], tuple]] = {
     "lifo": lambda history, expert: (history.entered[expert],),
     "fifo": lambda history, expert: (-history.entered[expert],),
     "lru": lambda history, expert: history.unused(expert),
-    "lfu": lambda history, expert: (-history.uses.get(expert, 0.0), *history.unused(expert)),
+    "lfu": lambda history, expert: (
+        -history.uses.get(expert, 0.0), history.places.get(expert, 0), *history.unused(expert)
+    ),
 }
 
 
@@ -80,7 +84,8 @@ class Access:
 class Buffer:
     """The ids in a buffer of `size` places, through one batch after another; the weights are someone else's.
 
-    initial: who is resident at the start, in the order they came in; at most `size` ids, each once.
+    initial: who is resident at the start, in the order they came in; at most `size` ids, each once. ranking: ids,
+    the most important first, by which a policy may choose among equals.
 
     >>> buffer = Buffer(2, "lifo", "ascending", initial=[0, 1])
     >>> buffer.run([0, 2])
@@ -89,7 +94,7 @@ class Buffer:
     (0, 2)
     """
 
-    def __init__(self, size: int, policy: str, order: str, initial: Sequence[int] = ()):
+    def __init__(self, size: int, policy: str, order: str, initial: Sequence[int] = (), ranking: Sequence[int] = ()):
         if size < 1:
             raise ValueError(f"the buffer's size must be at least 1, got {size}")
         for name, value, known in (("policy", policy, POLICIES), ("order", order, ORDERS)):
@@ -103,6 +108,7 @@ class Buffer:
         self._turn = 0  # counts accesses
         self._weight = 1.0  # of a use in the batch: it grows in place of all older ones' growing less
         self._history = History({expert: number - len(initial) for number, expert in enumerate(initial)})
+        self._history.places = {expert: place for place, expert in enumerate(ranking)}
 
     @property
     def resident(self) -> tuple[int, ...]:

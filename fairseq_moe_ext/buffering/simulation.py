@@ -71,14 +71,15 @@ def hottest_experts(layer: LayerLoads) -> list[int]:
 
 
 def simulate(layer: LayerLoads, size: int, order: str, policy: str, ranking: Sequence[int] | None = None) -> Outcome:
-    """`ranking`: whose first `size` are resident at the start; default: by rising id."""
+    """`ranking`: whose first `size` are resident at the start, and who goes first among equals; default: by rising id,
+    and no such choice."""
     batches = layer.batches()
     initial = list(range(layer.num_experts) if ranking is None else ranking)[:size]
     accesses = sum(map(len, batches))
     if policy == MIN:
         misses = minimum_misses(batches, size, order, initial)
     else:
-        buffer = Buffer(size, policy, order, initial)
+        buffer = Buffer(size, policy, order, initial, ranking or ())
         misses = sum(not access.hit for batch in batches for access in buffer.run(batch))
     return Outcome(layer.name, size, order, policy, accesses, misses)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
+from fairseq_moe_ext.buffering.expert_profile import Languages, LayerImportance, importance_of_layers
 from fairseq_moe_ext.buffering.habits import in_order
-from fairseq_moe_ext.buffering.simulation import LayerLoads, hottest_experts, layers_of
-from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots
+from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots, staging_slots
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
 from fairseq_moe_ext.experts.called_by_counts import CalledByCounts
 from fairseq_moe_ext.experts.formats import FLOAT, Format
 from fairseq_moe_ext.gating import MOELayer
+from fairseq_moe_ext.serving.buffer_bytes import shared_out
 from fairseq_moe_ext.serving.free_memory import free_bytes, free_host_bytes
-from fairseq_moe_ext.trace import load_trace
 
 logger = logging.getLogger("fairseq_moe_ext")
 
@@ -41,13 +41,22 @@ AUTO_SHARE = 0.7
 
 
 @dataclass(frozen=True)
-class BufferSettings:
-    """size: N or `auto`. policy, order: buffering/eviction.py. store_dir: None: the checkpoint itself, or beside it.
+class InBytes:
+    """A buffer's size: of all slots of all layers of this process, those on their way included."""
 
-    host_memory: bytes between a disk store and a GPU, None: by what is free. profile: a trace. prefetch: one of PREFETCH.
+    count: int
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """size: N, bytes or `auto`. policy, order: buffering/eviction.py.
+
+    store_dir: None: the checkpoint itself, or beside it.
+    host_memory: bytes between a disk store and a GPU, None: by what is free. profile: one of KINDS
+    (buffering/expert_profile.py), for the run's languages. prefetch: one of PREFETCH.
     """
 
-    size: int | str
+    size: int | InBytes | str
     scope: str
     policy: str
     order: str
@@ -56,21 +65,21 @@ class BufferSettings:
     host_memory: int | None = None
     profile: Path | None = None
     prefetch: str = OFF
+    languages: Languages = Languages()
 
 
 class ExpertBuffer:
     """Gives one model's layers their buffered experts, and starts them.
 
     local_ranks: so many share this machine's memory. kept: of a pruned model, whose profile is of the whole one.
-    checkpoint: set before the weights come; names the disk store's
-    files, together with the values' fingerprint.
+    checkpoint: set before the weights come; names the disk store's files, together with the values' fingerprint.
     """
 
     def __init__(self, settings: BufferSettings, local_ranks: int = 1, kept: KeptExperts | None = None):
         self._settings = settings
         self._local_ranks, self._kept = local_ranks, kept
         self._layers: dict[str, BufferedExperts] = {}
-        self._rankings: dict[str, list[int]] = {}
+        self._importance: dict[str, LayerImportance] = {}
         self._started: tuple[torch.device, torch.dtype] | None = None  # where the model was at the start
         self._superseded: list[Path] = []  # what lay beside the files that were built
         self.checkpoint = Path("checkpoint.pt")
@@ -84,7 +93,7 @@ class ExpertBuffer:
         for name, layer in layers.items():
             experts = layer.experts
             in_scope = settings.scope == "all" or name.startswith(f"{settings.scope}.")
-            fits = not experts.local or settings.size != AUTO and settings.size > len(experts.local)
+            fits = not experts.local or isinstance(settings.size, int) and settings.size > len(experts.local)
             if not in_scope or fits:
                 experts.to_empty(device="cpu")
                 if in_scope and experts.local:
@@ -98,7 +107,18 @@ class ExpertBuffer:
         if not layers or not any(settings.scope in ("all", name.split(".")[0]) for name in layers):
             logger.warning("--expert-buffer-scope %s: the model has no MoE layer there", settings.scope)
         if settings.profile is not None:
-            self._rankings = self._read_profile(settings.profile)
+            self._importance = self._read_profile(settings.profile, layers)
+
+    def _read_profile(self, path: Path, layers: dict[str, MOELayer]) -> dict[str, LayerImportance]:
+        kept = self._kept
+        num_experts = {
+            name: layer.experts.num_experts if kept is None else kept.num_experts for name, layer in layers.items()
+        }
+        try:
+            found = importance_of_layers(path, num_experts, list(self._layers), self._settings.languages)
+        except ValueError as error:
+            raise ValueError(f"--expert-profile {error}") from error
+        return found if kept is None else {name: each.of_experts(kept.layers[name]) for name, each in found.items()}
 
     def _buffered(self, name: str, experts: CalledByCounts) -> BufferedExperts:
         return BufferedExperts(
@@ -113,20 +133,6 @@ class ExpertBuffer:
             kernel=experts.kernel,
             form=experts.format,
         )
-
-    def _read_profile(self, path: Path) -> dict[str, list[int]]:
-        profiled = {layer.name: layer for layer in layers_of(load_trace(path))}
-        for name, experts in self._layers.items():
-            found = profiled[name].num_experts if name in profiled else None
-            wanted = experts.num_experts if self._kept is None else self._kept.num_experts
-            if found != wanted:
-                raise ValueError(
-                    f"--expert-profile {path}: must hold {wanted} experts' loads of {name}, found "
-                    f"{'no such layer' if found is None else found}"
-                )
-            if self._kept is not None:
-                profiled[name] = LayerLoads(name, profiled[name].loads[:, self._kept.layers[name]])
-        return {name: hottest_experts(profiled[name]) for name in self._layers}
 
     def _make_store(
         self, name: str, experts: CalledByCounts, weights: list[list[Tensor]], dtype: torch.dtype
@@ -169,7 +175,8 @@ class ExpertBuffer:
         capacities = self._host_capacities()
         pools = self._pools(sizes)
         for name, layer in self._layers.items():
-            layer.start(sizes[name], self._rankings.get(name), capacities[name], pools[layer.format], name)
+            ranking = self._importance[name].ranking() if name in self._importance else None
+            layer.start(sizes[name], ranking, capacities[name], pools[layer.format], name)
         if settings.prefetch == LAYERS:
             self._let_layers_look_ahead()
         kept, total = (
@@ -217,8 +224,14 @@ class ExpertBuffer:
 
     def _sizes(self, device: torch.device) -> dict[str, int]:
         """N of every layer."""
-        if self._settings.size != AUTO:
-            return dict.fromkeys(self._layers, self._settings.size)
+        size = self._settings.size
+        if isinstance(size, InBytes):
+            settings = self._settings
+            return shared_out(
+                self._layers, size.count, self._bytes_of_slots, self._importance, settings.order, settings.policy
+            )
+        if size != AUTO:
+            return dict.fromkeys(self._layers, size)
         free = free_bytes(device) // (1 if device.type == "cuda" else self._local_ranks)
         a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
         staging = STAGING_SLOTS * sum(next(iter(each.values())).expert_bytes for each in self._by_format().values())
@@ -231,6 +244,16 @@ class ExpertBuffer:
         if fitting < 1:
             logger.warning("%.2f GB of free memory are tight for a buffer of one expert per layer", free / 1e9)
         return sizes
+
+    def _bytes_of_slots(self, sizes: Mapping[str, int]) -> int:
+        """In all, as `_pools` makes them; sizes: N of every layer."""
+        taken = 0
+        for layers in self._by_format().values():
+            kept = [(sizes[name], len(layer.local)) for name, layer in layers.items()]
+            ahead = 0 if self._settings.prefetch == OFF else ahead_slots(kept)
+            slots = sum(size for size, _ in kept) + staging_slots(kept) + ahead
+            taken += slots * next(iter(layers.values())).expert_bytes
+        return taken
 
     def _host_capacities(self) -> dict[str, int | None]:
         """How many of every layer's experts main memory holds between the disk store and a GPU, wherever slots are."""

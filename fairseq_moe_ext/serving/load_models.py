@@ -15,6 +15,7 @@ from fairseq import tasks as fairseqs
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, open_dict
 
+from fairseq_moe_ext.buffering.expert_profile import goes_by_languages
 from fairseq_moe_ext.checkpoints.checkpoint_task import DATA_FIELDS, SERVED, CheckpointTask, is_multilingual
 from fairseq_moe_ext.checkpoints.quantized_state import is_quantized
 from fairseq_moe_ext.ranks.group import world_size
@@ -118,6 +119,8 @@ def load_models(
     data = os.fspath(own.folder if own is not None else Path(paths[0]).parent if data is None else data)
     args = keywords.parse(data, options, every=of_parser)
     unnamed = frozenset() if of_parser else _name_languages(args, state, own)
+    if unnamed and args.expert_profile is not None and goes_by_languages(Path(args.expert_profile)):
+        raise OptionError(f"expert_profile must go with {' and '.join(sorted(unnamed))}, by which it chooses experts")
     check_device_flags(args)
     task = _set_up(args, ranks)
     if observer is not None:

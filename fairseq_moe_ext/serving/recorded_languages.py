@@ -1,9 +1,10 @@
-"""What `--moe-record` and `--expert-keep` are told of a task: its languages, and its end of sentence."""
+"""What `--moe-record`, `--expert-keep` and `--expert-profile` are told of a task: languages, and its end of sentence."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fairseq_moe_ext.buffering.expert_profile import Languages
 from fairseq_moe_ext.reporting.recorder import Recorder
 
 
@@ -20,6 +21,20 @@ def languages_of_flags(flags: Any) -> tuple[str, str]:
         pairs = pairs.split(",") if isinstance(pairs, str) else list(pairs)
         found = list(pairs[0].partition("-")[::2]) if len(pairs) == 1 else ["", ""]
     return found[0], found[1]
+
+
+def languages_of_run(task: Any) -> Languages:
+    """All that a task's run names; several pairs where it serves them all."""
+    flags = task.args if hasattr(task, "args") else task.cfg
+    source, target = languages_of(task)
+    if source and target:
+        return Languages((source,), (target,))
+    if hasattr(task, "eval_lm_dataloader"):
+        return Languages()
+    pairs = getattr(flags, "lang_pairs", None) or ()
+    pairs = [pair.partition("-") for pair in (pairs.split(",") if isinstance(pairs, str) else pairs)]
+    sources, targets = (tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 2))
+    return Languages(sources, targets)
 
 
 def recorder_of(flags: Any, task: Any) -> Recorder | None:

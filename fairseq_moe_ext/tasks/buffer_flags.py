@@ -9,20 +9,28 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY, ORDERS, POLICIES
-from fairseq_moe_ext.buffering.profile import load_profile
+from fairseq_moe_ext.buffering.expert_profile import KINDS, Languages, check_expert_profile
 from fairseq_moe_ext.byte_sizes import parse_bytes
-from fairseq_moe_ext.serving.expert_buffer import AUTO, OFF, PREFETCH, SCOPES, STORES, BufferSettings
+from fairseq_moe_ext.serving.expert_buffer import AUTO, OFF, PREFETCH, SCOPES, STORES, BufferSettings, InBytes
 from fairseq_moe_ext.tasks.flag import check_needs, check_values, flag, values_of
 from fairseq_moe_ext.tasks.keep_flags import keeps_share
-from fairseq_moe_ext.trace import load_trace
 
 
-def _size(text: Any) -> int | str:
+def _size(text: Any) -> int | str | InBytes:
+    """A number alone counts experts; one with a unit, bytes."""
     if text == AUTO:
         return text
-    if not re.fullmatch(r"[0-9]{1,9}", str(text)) or int(text) < 1:
-        raise ValueError(f"must be a whole number of at least 1, or {AUTO}, got {text!r}")
-    return int(text)
+    try:
+        in_bytes = str(text)[-1:].isalpha()
+        size = parse_bytes(str(text)) if in_bytes else int(text) if re.fullmatch(r"[0-9]{1,9}", str(text)) else 0
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f"must be a whole number of at least 1, a size with its unit as 20G, 500MB or 120000B, or {AUTO}, "
+            f"got {text!r}"
+        )
+    return InBytes(size) if in_bytes else size
 
 
 def _bytes(text: Any) -> int | None:
@@ -41,14 +49,10 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_profile(path: Path) -> None:
-    """A trace, or for `--expert-keep` a profile."""
-    if path.suffix == ".json":
-        load_profile(path)
-        return
     try:
-        load_trace(path)
+        check_expert_profile(path)
     except ValueError as error:
-        raise ValueError(f"must be a trace that --moe-trace wrote: {error}") from error
+        raise ValueError(f"must be {KINDS}: {error}") from error
 
 
 _of_buffer = partial(flag, needs=("expert_buffer_size", None))
@@ -60,7 +64,10 @@ class BufferFlags(FairseqDataclass):
     """Which experts lie in device memory while a checkpoint is served."""
 
     expert_buffer_size: Optional[str] = flag(
-        None, "experts per MoE layer in device memory, or `auto`: what fits; default: all of them", read=_size
+        None,
+        "experts per MoE layer in device memory; 20G, 500MB: bytes for all layers, shared out among them; `auto`: what "
+        "fits; default: all of them",
+        read=_size,
     )
     expert_buffer_scope: ChoiceEnum(SCOPES) = _of_buffer("all", "which layers are buffered")
     expert_eviction: ChoiceEnum(tuple(POLICIES)) = _of_buffer(
@@ -84,8 +91,8 @@ class BufferFlags(FairseqDataclass):
     )
     expert_profile: Optional[str] = flag(
         None,
-        "a trace (--moe-trace) whose hottest experts are resident at the start; with --expert-keep SHARE a profile of "
-        "fairseq-moe profile",
+        "a trace (--moe-trace), a profile (fairseq-moe profile) or sets of experts by language: who is resident at the "
+        "start, who stays among equals, and how many bytes each layer gets",
         read=Path,
         check=_check_profile,
     )
@@ -100,12 +107,10 @@ def check_buffer_flags(flags: Any) -> None:
         return
     if not buffered:
         raise ValueError(f"--expert-profile needs --expert-buffer-size, got {profile} without it")
-    if str(profile).endswith(".json"):
-        raise ValueError(f"--expert-profile must be a trace that --moe-trace wrote, got the profile {profile}")
 
 
-def buffer_settings(flags: Any) -> BufferSettings | None:
-    """The checked flags; None where all experts are to be resident."""
+def buffer_settings(flags: Any, languages: Languages = Languages()) -> BufferSettings | None:
+    """The checked flags; None where all experts are to be resident. languages: of the run."""
     given = values_of(BufferFlags, flags)
     if given["expert_buffer_size"] is None:
         return None
@@ -119,4 +124,5 @@ def buffer_settings(flags: Any) -> BufferSettings | None:
         host_memory=given["expert_host_memory"],
         profile=None if keeps_share(flags) else given["expert_profile"],
         prefetch=given["expert_prefetch"],
+        languages=languages,
     )

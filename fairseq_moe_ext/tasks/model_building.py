@@ -32,7 +32,7 @@ from fairseq_moe_ext.ranks.group import Ranks, served_ranks, world_size
 from fairseq_moe_ext.ranks.program import ProgramRanks
 from fairseq_moe_ext.reporting.observer import Observer
 from fairseq_moe_ext.serving.expert_share import distribute_experts, drop_second_choices
-from fairseq_moe_ext.serving.recorded_languages import recorder_of
+from fairseq_moe_ext.serving.recorded_languages import languages_of_run, recorder_of
 from fairseq_moe_ext.tasks.buffer_flags import buffer_settings
 from fairseq_moe_ext.tasks.capacity_flags import capacity_settings
 from fairseq_moe_ext.tasks.choice_flags import second_choice_threshold
@@ -115,7 +115,7 @@ class ModelBuilding:
         model.kept_experts = self.kept_experts
         placement = None if flags.expert_placement is None else load_placement(flags.expert_placement)
         kernel = str(flags.moe_kernel)
-        settings = buffer_settings(flags), capacity_settings(flags)
+        settings = buffer_settings(flags, languages_of_run(self)), capacity_settings(flags)
         distribute_experts(model, self.ranks, *settings, placement, kernel, weights.experts)
         if (threshold := second_choice_threshold(flags)) is not None:
             drop_second_choices(model, threshold)

@@ -9,7 +9,7 @@ from fairseq import tasks
 from flag_makers import TASKS, assert_the_parser_refuses, parsed
 
 from fairseq_moe_ext.buffering.eviction import DEFAULT_ORDER, DEFAULT_POLICY
-from fairseq_moe_ext.serving.expert_buffer import BufferSettings
+from fairseq_moe_ext.serving.expert_buffer import BufferSettings, InBytes
 from fairseq_moe_ext.tasks.buffer_flags import BufferFlags, buffer_settings, check_buffer_flags
 from fairseq_moe_ext.tasks.flags import check_flags
 
@@ -72,7 +72,19 @@ def test_sizes_of_memory(text, wanted):
     assert buffer_settings(flags).host_memory == wanted
 
 
-SIZE = "--expert-buffer-size must be a whole number of at least 1, or auto, got"
+@pytest.mark.parametrize("text, wanted", [
+    ("20G", 20 << 30), ("500MB", 500 << 20), ("120000B", 120_000), ("1.5k", 1536), ("2GiB", 2 << 30),
+])  # fmt: skip
+def test_a_size_with_a_unit_is_in_bytes(text, wanted):
+    flags = Namespace(expert_buffer_size=text)
+    check_buffer_flags(flags)
+    assert buffer_settings(parsed(next(iter(TASKS)), "--expert-buffer-size", text)).size == InBytes(wanted)
+
+
+SIZE = (
+    "--expert-buffer-size must be a whole number of at least 1, a size with its unit as 20G, 500MB or 120000B, "
+    "or auto, got"
+)
 MEMORY = "--expert-host-memory must be a size as 64G or 500M, or auto, got"
 
 
@@ -81,7 +93,7 @@ MEMORY = "--expert-host-memory must be a size as 64G or 500M, or auto, got"
     [
         *(
             ({"expert_buffer_size": value}, f"{SIZE} '{value}'")
-            for value in ("0", "-3", "2.5", "many", "", "1e3", "٣", "1" * 12)
+            for value in ("0", "-3", "2.5", "many", "", "1e3", "٣", "1" * 12, "0G", "-1G", "5X", "G")
         ),
         *(({"expert_host_memory": value}, f"{MEMORY} '{value}'") for value in ("much", "-1G", "5X", "", "G", "1..5G")),
         ({"expert_eviction": "mru"}, "--expert-eviction must be one of lifo, fifo, lru, lfu, got 'mru'"),
@@ -93,13 +105,13 @@ MEMORY = "--expert-host-memory must be a size as 64G or 500M, or auto, got"
         ({"expert_store_dir": __file__, "expert_store": "disk"}, "--expert-store-dir must be a folder, got the file"),
         (
             {"expert_profile": __file__},
-            "--expert-profile must be a trace that --moe-trace wrote: .*not a routing trace",
+            "--expert-profile must be a trace .*: .*not a routing trace",
         ),
-        ({"expert_profile": "missing.npz"}, "--expert-profile must be a trace that --moe-trace wrote: missing.npz"),
+        ({"expert_profile": "missing.npz"}, "--expert-profile must be a trace .*: missing.npz"),
     ],
 )
 def test_bad_values_are_named(flags, words):
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=words):
         check_flags(Namespace(**flags))
 
 
