@@ -64,8 +64,8 @@ def prefetcher_named(name: str, calls: Sequence[ModelCall], totals: Mapping[str,
 def buffers_for(
     calls: Sequence[ModelCall], size: int | None, policy: str, order: str, rankings: Mapping[str, Sequence[int]]
 ) -> dict[str, Buffer | Foresight]:
-    """A buffer of `size` experts for every layer, or of all that it has; None: of a quarter of them. rankings: whose
-    first are resident at the start, by layer; else those of the lowest numbers."""
+    """A buffer of `size` experts for every layer, or of all that it has; None: of a quarter of them. rankings: by
+    layer, whose first are resident at the start, and who goes first among equals; else those of the lowest numbers."""
     of_layer: dict[str, list[ModelCall]] = {}
     for call in calls:
         of_layer.setdefault(call.layer, []).append(call)
@@ -77,7 +77,7 @@ def buffers_for(
         if policy == MIN:
             found[layer] = Foresight([call.active() for call in its], kept, initial)
         else:
-            found[layer] = Buffer(kept, policy, order, initial)
+            found[layer] = Buffer(kept, policy, order, initial, rankings.get(layer, ()))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What `--moe-record`, `--expert-keep` and `--expert-profile` are told of a task: languages, and its end of sentence."""
+"""What `--moe-record`, `--expert-keep` and `--expert-profile` are told of a task: languages and end of sentence."""
 
 from __future__ import annotations
 
