@@ -29,9 +29,10 @@ def trace(tmp_path):
 
 @pytest.fixture
 def profile(tmp_path):
-    tokens, ends = np.array([10, 6, 0]), np.zeros((3, 4), np.int64)
-    encoder = LayerProfile(tokens, np.array([[1, 0.5, 0.25, 0.25], [0, 0, 1, 1], [0, 0, 0, 0]]), ends)
-    decoder = LayerProfile(tokens[::-1], np.array([[0, 0, 0, 0], [2, 0, 0, 0.0], [0, 1, 2, 1.0]]), ends)
+    tokens = np.array([10, 6, 0])
+    nothing = [np.zeros(shape, np.int64) for shape in ((3, 4), (3, 4), (4,))]  # ends, first choices, load
+    encoder = LayerProfile(tokens, np.array([[1, 0.5, 0.25, 0.25], [0, 0, 1, 1], [0, 0, 0, 0]]), *nothing)
+    decoder = LayerProfile(tokens[::-1], np.array([[0, 0, 0, 0], [2, 0, 0, 0.0], [0, 1, 2, 1.0]]), *nothing)
     save_profile(tmp_path / "profile.json", Profile(("en", "fr", "de"), {ENCODER: encoder, DECODER: decoder}))
     return tmp_path / "profile.json"
 
