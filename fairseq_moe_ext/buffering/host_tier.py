@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -44,7 +45,8 @@ class _Place:
 class HostTier:
     """At most `capacity` (at least 1) experts of the store below in main memory, the least recently used leave.
 
-    Every expert comes by way of a place here, since a file cannot be read into a GPU's memory.
+    Every expert comes by way of a place here, since a file cannot be read into a GPU's memory. Threads that load at a
+    time, needed experts and those ahead, take turns.
     """
 
     def __init__(self, below: ExpertStore, capacity: int):
@@ -55,9 +57,14 @@ class HostTier:
         self._places: OrderedDict[int, _Place] = OrderedDict()  # the least recently used first
         self._unused: list[_Place] = []  # whose expert could not be read
         self._on_gpu = self._pins = False
+        self._turn = threading.Lock()
 
     def load(self, expert: int, targets: Sequence[Tensor]) -> int:
         """As `ExpertStore` has it; the store below is read on a miss only."""
+        with self._turn:
+            return self._load(expert, targets)
+
+    def _load(self, expert: int, targets: Sequence[Tensor]) -> int:
         count = 0
         if expert in self._places:
             self._places.move_to_end(expert)

@@ -95,18 +95,17 @@ def keep_by_threshold(
     scores: Scores, most: int, guarded: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """At most `most` experts of all layers together: of every layer the fewest that reach one share of its scores' sum,
-    the same share in all layers and as large as fits; at least LEAST of each. guarded: as of `keep_fixed`."""
+    the same share in all layers and as large as fits; at least LEAST of each. guarded: as of `keep_fixed`, beside these
+    `most`."""
     masses = {name: np.cumsum(np.sort(each)[::-1]) / max(each.sum(), 1e-300) for name, each in scores.items()}
     thresholds = np.unique(np.concatenate(list(masses.values())))
 
-    def kept(threshold: float) -> dict[str, tuple[int, ...]]:
-        counts = {
-            name: max(min(LEAST, len(mass)), int(np.searchsorted(mass, threshold - 1e-12)) + 1)
-            for name, mass in masses.items()
-        }
-        return keep_fixed(scores, {name: min(count, len(masses[name])) for name, count in counts.items()}, guarded)
+    def counts(threshold: float) -> dict[str, int]:
+        reached = {name: int(np.searchsorted(mass, threshold - 1e-12)) + 1 for name, mass in masses.items()}
+        return {name: min(max(LEAST, reached[name]), len(mass)) for name, mass in masses.items()}
 
-    return kept(float(thresholds[_last_that(lambda number: _size(kept(thresholds[number])) <= most, len(thresholds))]))
+    last = _last_that(lambda number: sum(counts(thresholds[number]).values()) <= most, len(thresholds))
+    return keep_fixed(scores, counts(float(thresholds[last])), guarded)
 
 
 def _last_that(fits: Callable[[int], bool], count: int) -> int:
@@ -116,10 +115,6 @@ def _last_that(fits: Callable[[int], bool], count: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _size(kept: Mapping[str, Sequence[int]]) -> int:
-    return sum(map(len, kept.values()))
 
 
 def _best(scores: np.ndarray, count: int, guarded: Sequence[int]) -> tuple[int, ...]:

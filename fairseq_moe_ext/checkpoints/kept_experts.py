@@ -101,6 +101,8 @@ def read_kept(
     num_experts: E by layer, in the order of buffering/published_sets.py. ValueError names the option, the file and what
     is wrong, the languages that it has among it.
     """
+    if not num_experts:
+        raise ValueError(f"{option} needs a model with experts, got {path} for one without")
     check_sets(option, path, [languages[not is_of_encoder(name)] for name in num_experts])
     try:
         sets = load_published_sets(path, num_experts)

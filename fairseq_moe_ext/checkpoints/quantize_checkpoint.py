@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fairseq_moe_ext.checkpoints.calibration_record import CalibrationRecord, read_calibration
 from fairseq_moe_ext.checkpoints.conversion_lock import only_writer
 from fairseq_moe_ext.checkpoints.errors import CheckpointError
-from fairseq_moe_ext.checkpoints.kept_experts import KEPT
+from fairseq_moe_ext.checkpoints.kept_experts import KEPT, KeptExperts
 from fairseq_moe_ext.checkpoints.kept_source import Keep, cut_model, cut_tensors, num_experts_of
 from fairseq_moe_ext.checkpoints.quantization_source import (
     PartContent,
@@ -87,6 +87,12 @@ def quantize_checkpoint(
         return _Quantization(source, model, file, experts, dense, force, record).run()
 
 
+def _kept_in(model: SourceModel) -> KeptExperts | None:
+    """Whose experts the model has, which a record numbers as in the whole one: cut here, or pruned before."""
+    pruned = model.state["extra_state"].get(KEPT)
+    return model.kept if model.kept is not None or pruned is None else KeptExperts.from_json(pruned)
+
+
 def _target(target: str) -> Path:
     file = Path(target)
     if file.suffix != SUFFIX or not file.stem or not file.parent.is_dir():
@@ -135,9 +141,9 @@ class _Quantization:
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
         self._by_key, self._shapes, self._kept = self._layout.by_key(), model.shapes, model.kept
-        self._record = record
+        self._record, self._numbers = record, _kept_in(model)
         if record is not None:
-            record.check(self._layout, model.kept)
+            record.check(self._layout, self._numbers)
         self._parts = source.parts(model.names)
         self._licence = model.licence
         about = _about(model, self._layout, experts, dense, None if record is None else record.fingerprint)
@@ -221,7 +227,7 @@ class _Quantization:
         """Two of the target's tensors at a time, so that one is read while another one is quantised, unless they would
         take more memory than an expert or the largest tensor."""
         largest = {name: max(each.tensor.nbytes for each in tensors) for name, tensors in groups.items()}
-        most = max(sum(each.tensor.nbytes for each in tensors) for tensors in groups.values())
+        most = max((sum(each.tensor.nbytes for each in tensors) for tensors in groups.values()), default=0)
         experts = [self._layout.tensors[name] for name in groups if self._layout.tensors[name].is_expert]
         room = _Room(
             max((largest[each.name] for each in experts), default=0), max((each.nbytes for each in experts), default=0)
@@ -251,7 +257,7 @@ class _Quantization:
         there = self._writer.begun(target.name)
         if there:
             self._writer.read_begun(target.name, block)
-        calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target, self._kept)
+        calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target, self._numbers)
         for number, key in sorted(enumerate(target.keys), key=lambda each: len(self._shapes[each[1]])):  # biases first
             if key not in found:
                 continue

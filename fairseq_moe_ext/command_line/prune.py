@@ -103,6 +103,8 @@ def _choose(profile: Profile, sides: Sequence[Mapping[str, str]], args: argparse
     num_experts = {name: layer.num_experts for name, layer in profile.layers.items()}
     counts = fixed_counts(num_experts, args.share, RATIO if args.ratio is None else args.ratio)
     kept: dict[str, Kept] = {}
+    if args.guard_ends and all(map(_is_encoder, profile.layers)):
+        raise ValueError("--guard-ends needs a profile with MoE layers in a decoder, got one without")
     for layers in sides:
         scores, guarded = {}, {}
         for name, language in layers.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import DictConfig
+
 from fairseq_moe_ext.buffering.expert_profile import Languages
 from fairseq_moe_ext.reporting.recorder import Recorder
 
@@ -15,12 +17,19 @@ def languages_of(task: Any) -> tuple[str, str]:
 
 def languages_of_flags(flags: Any) -> tuple[str, str]:
     """The same by a task's arguments; before it is set up they may lack languages that lie in its data's names."""
-    found = [getattr(flags, name, None) or "" for name in ("source_lang", "target_lang")]
-    pairs = getattr(flags, "lang_pairs", None)
+    found = [_field(flags, name) or "" for name in ("source_lang", "target_lang")]
+    pairs = _field(flags, "lang_pairs")
     if not all(found) and pairs:
         pairs = pairs.split(",") if isinstance(pairs, str) else list(pairs)
         found = list(pairs[0].partition("-")[::2]) if len(pairs) == 1 else ["", ""]
     return found[0], found[1]
+
+
+def _field(flags: Any, name: str) -> Any:
+    """None where there is none. omegaconf's error, which getattr with a default swallows, would keep its callers'
+    frames, and with them a whole model, until garbage is collected."""
+    has = name in flags.keys() if isinstance(flags, DictConfig) else hasattr(flags, name)  # noqa: SIM118
+    return getattr(flags, name) if has else None
 
 
 def languages_of_run(task: Any) -> Languages:
@@ -31,7 +40,7 @@ def languages_of_run(task: Any) -> Languages:
         return Languages((source,), (target,))
     if hasattr(task, "eval_lm_dataloader"):
         return Languages()
-    pairs = getattr(flags, "lang_pairs", None) or ()
+    pairs = _field(flags, "lang_pairs") or ()
     pairs = [pair.partition("-") for pair in (pairs.split(",") if isinstance(pairs, str) else pairs)]
     sources, targets = (tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 2))
     return Languages(sources, targets)

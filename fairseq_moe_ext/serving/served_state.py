@@ -17,8 +17,12 @@ from fairseq_moe_ext.checkpoints.loading import ModelState
 from fairseq_moe_ext.checkpoints.plain_config import ConfigError, namespace
 from fairseq_moe_ext.checkpoints.rank_files import updates
 from fairseq_moe_ext.checkpoints.served_config import criterion_fields, served_config, task_fields
-from fairseq_moe_ext.checkpoints.state_keys import expert_count, layers_of_hidden_dim, moe_layer_numbers
+from fairseq_moe_ext.checkpoints.state_keys import expert_count, layer_numbers, layers_of_hidden_dim, moe_layer_numbers
 from fairseq_moe_ext.nllb.tokens import TAGS_FIELD, extra_tokens_of, vocabulary_advice
+
+
+def _layers(model: Mapping[str, Any]) -> list[list[int]]:
+    return [layer_numbers(model, side) for side in ("encoder", "decoder")]
 
 
 def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -31,7 +35,13 @@ def served_state(path: str, overrides: Mapping[str, Any] | None = None) -> dict[
         raise CheckpointError(f"{path}: not a fairseq checkpoint: it holds neither 'cfg' nor 'args'")
     try:
         cfg = served_config(state, overrides or {})
+        before = _layers(state["model"])
         prune_as_configured(cfg.model, state["model"])
+        if state["model"].kept is not None and _layers(state["model"]) != before:
+            raise CheckpointError(
+                "it holds a pair's experts alone, by the layers that it has: --encoder-layers-to-keep and "
+                "--decoder-layers-to-keep must be left out"
+            )
         _tell_layers(cfg.model, state["model"])
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -122,7 +122,7 @@ def buffer_settings(flags: Any, languages: Languages = Languages()) -> BufferSet
         store=given["expert_store"],
         store_dir=given["expert_store_dir"],
         host_memory=given["expert_host_memory"],
-        profile=None if keeps_share(flags) else given["expert_profile"],
+        profile=given["expert_profile"],
         prefetch=given["expert_prefetch"],
         languages=languages,
     )

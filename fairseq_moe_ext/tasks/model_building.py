@@ -140,8 +140,9 @@ class ModelBuilding:
         choices = 1 if MoEConfig.from_args(args).moe_top1_expert else 2
         for name, count in args.experts_of_layers.items():
             if count < choices:
+                what = "--expert-keep" if state.kept is None else state.loading.path
                 raise ValueError(
-                    f"--expert-keep must keep at least {choices} experts of {name}, as many as it chooses, got {count}"
+                    f"{what} must keep at least {choices} experts of {name}, as many as it chooses, got {count}"
                 )
 
     def _built(self, build: Callable[[], Model], weights: ServedWeights) -> Model:

@@ -40,10 +40,10 @@ def by_threshold(scores, most, guarded):
         kept = {}
         for name, each in scores.items():
             count = next(n for n in range(1, len(each) + 1) if sum(sorted(each)[-n:]) / sum(each) >= share - 1e-12)
-            kept[name] = best(each, max(4, count), guarded.get(name, ()))
+            kept[name] = best(each, max(4, count))
         if found is None or sum(map(len, kept.values())) <= most:
             found = kept
-    return found
+    return {name: tuple(sorted({*numbers, *guarded.get(name, ())})) for name, numbers in found.items()}
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,6 +7,7 @@ import kept_makers
 import pytest
 import torch
 from buffer_makers import buffered
+from checkpoint_makers import split
 from kept_makers import load, logits, write_sets
 from quantized_sources import assert_holds, quantize, random_state, wanted_tensors
 
@@ -46,6 +47,18 @@ def test_holds_the_kept_experts_under_new_numbers_and_cut_gates(tmp_path):
     assert opened.about.kept.layers == {f"{name}.moe_layer": numbers for name, numbers in layers.items()}
 
 
+def test_rank_files_without_a_kept_expert(tmp_path):
+    """Of three ranks with two experts of each layer the last has none that is kept."""
+    state = random_state(experts=6)
+    torch.save({"args": {"arch": "transformer_lm_gpt"}, "model": state}, tmp_path / "lm.pt")
+    split(state, 3, tmp_path, template=lambda model: {"args": {"arch": "transformer_lm_gpt"}, "model": model})
+    sets = write_sets(tmp_path / "experts.json", {"": (0, 1, 2, 6, 7, 8)})
+    for source, output in (("lm.pt", "whole"), ("X.pt", "ranks")):
+        assert quantize(tmp_path / source, tmp_path / f"{output}.safetensors", "--keep", sets) == 0
+    whole, ranks = (QuantizedFile(tmp_path / f"{output}.safetensors").tensors() for output in ("whole", "ranks"))
+    assert whole.keys() == ranks.keys() and all(torch.equal(whole[key], ranks[key]) for key in whole)
+
+
 @pytest.mark.parametrize("name", ["tiny_mt", "tiny_nllb"])
 def test_is_served_as_the_whole_model_with_expert_keep(golden_folder, made, tmp_path, name):
     path = made(name)
@@ -69,6 +82,14 @@ def test_is_calibrated_by_a_record_of_the_whole_model(golden_folder, tmp_path):
         files[output] = tmp_path / f"{output}.safetensors"
         calibrate = () if output == "plain" else ("--calibrate", record)
         assert quantize(source, files[output], *calibrate, *options) == 0
+    even = {"en": (0, 2, 5, 7), "de": (1, 3, 5, 7)}  # as many of each layer, as a file of fairseq's has them
+    pruned = ("--keep", write_sets(tmp_path / "even.json", even), "--pair", "en-de")
+    assert convert.main(["merge", str(source), str(tmp_path / "pruned.pt"), *pruned]) == 0
+    data = ("--data", str(folder / "data-bin"), "--calibrate", record)
+    for given, output, options in ((source, "a", pruned), (tmp_path / "pruned.pt", "b", ())):
+        assert quantize(given, tmp_path / f"{output}.safetensors", *data, *options) == 0
+    of_whole, of_pruned = (QuantizedFile(tmp_path / f"{output}.safetensors").tensors() for output in ("a", "b"))
+    assert all(torch.equal(of_whole[key], of_pruned[key]) for key in of_whole if ".experts." in key)
     kept = ("--expert-keep", keep[1])
     found = logits(load(folder, name, path=files["kept"]))
     assert torch.equal(found, logits(load(folder, name, *kept, path=files["whole"])))
