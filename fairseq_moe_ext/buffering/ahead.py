@@ -77,6 +77,7 @@ class Ahead:
                 under_way.append((slot, copy))
                 continue
             self._pool.give(self._pool.ahead, slot)
-            self._in_vain += 1
-            self._bytes_in_vain += 0 if copy.exception() else copy.result()[0]
+            if copy.exception() is None:
+                self._in_vain += 1
+                self._bytes_in_vain += copy.result()[0]
         self._unwanted = under_way

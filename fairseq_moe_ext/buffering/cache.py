@@ -160,8 +160,9 @@ class BufferedExperts(CalledByCounts):
         """No copy is under way from here on, and its slots are let go."""
         if self.pool is not None:
             self._empty()
+            self.totals = self.totals + self._in_vain()
             self.pool.leave(self._seat)
-            self.pool = None
+            self.pool = self._ahead = None  # which refers to the pool
 
     def input_dtype(self, tokens: Tensor) -> torch.dtype:
         """In which `tokens` must come: under autocast in the experts' own dtype, for a buffer computes in no other."""
@@ -214,21 +215,28 @@ class BufferedExperts(CalledByCounts):
             return BufferCall(hits=call.hits)
         disk_reads = sum(count > 0 for count in call.read)
         misses = len(call.read)
-        in_vain, bytes_in_vain = self._ahead.take_in_vain()
-        return BufferCall(
+        return self._in_vain() + BufferCall(
             hits=call.hits,
             misses=misses,
-            bytes_copied=(misses + in_vain) * self.expert_bytes,
+            bytes_copied=misses * self.expert_bytes,
             host_reads=misses - disk_reads,
             disk_reads=disk_reads,
-            bytes_read=sum(call.read) + bytes_in_vain,
+            bytes_read=sum(call.read),
             prefetched=call.prefetched,
-            prefetched_in_vain=in_vain,
             seconds=call.waited,
+        )
+
+    def _in_vain(self) -> BufferCall:
+        """Copies ahead since the last time for which no call came."""
+        in_vain, bytes_read = self._ahead.take_in_vain()
+        return BufferCall(
+            bytes_copied=in_vain * self.expert_bytes, bytes_read=bytes_read, prefetched_in_vain=in_vain
         )
 
     def _empty(self) -> None:
         """Nobody is resident from here on, and no copy under way."""
+        if self.pool is None:  # a copy failed after a move, which has stopped all
+            return
         if self._call is not None:
             self._call.settle()
         self._call = None

@@ -70,8 +70,8 @@ class Call:
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        """A copy ahead beside one that is needed would delay it by as much as it gains."""
-        if self._idle is not None and not self._to_start and not self._copies:
+        """A copy ahead beside one that is needed, of any layer, would delay it by as much as it gains."""
+        if self._idle is not None and not self._to_start and not self._copies and not self._pool.is_busy:
             self._idle()
 
     def _next(self) -> int | None:
@@ -138,8 +138,12 @@ class Call:
             self._copies[expert] = self._start(expert, slot)
 
     def settle(self) -> None:
-        """Until no copy of this call is under way."""
-        wait([copy for _, copy in self._copies.values()])
+        """Until no copy of this call is under way; whatever comes into its slot comes later."""
+        copies = [copy for _, copy in self._copies.values()]
+        wait(copies)
+        for copy in copies:
+            if copy.exception() is None:
+                self._pool.finish(copy)
 
 
 def _last_turns(accesses: Sequence[Access]) -> dict[int, list[int]]:

@@ -18,10 +18,12 @@ from torch import Tensor
 class CopyLane:
     """Runs copies into `slots` on `device`, begun in the order they were started, until it is closed.
 
-    readers: how many run at a time; on a GPU one after another, as its stream has them.
+    readers: how many run at a time; on a GPU one after another, as its stream has them. lands: whether a copy has ended
+    only when it has arrived on a GPU, so that those behind it can still be cancelled; else when it is queued there.
     """
 
-    def __init__(self, device: torch.device, slots: Iterable[Tensor], readers: int = 1):
+    def __init__(self, device: torch.device, slots: Iterable[Tensor], readers: int = 1, lands: bool = False):
+        self._lands = lands
         self._device = device
         self._readers = 1 if device.type == "cuda" else readers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -42,6 +44,11 @@ class CopyLane:
         self._started.append(self._threads.submit(self._run, copy, computed))
         return self._started[-1]
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a copy is under way or to come."""
+        return any(not copy.done() for copy in self._started)
+
     def wait(self) -> None:
         """Until all copies that were started have ended, well or not."""
         wait(list(self._started))
@@ -54,8 +61,10 @@ class CopyLane:
             return copy(), None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(computed)
-            count = copy()
-            return count, self._stream.record_event()
+            count, copied = copy(), self._stream.record_event()
+        if self._lands:
+            copied.synchronize()
+        return count, copied
 
     def finish(self, copy: Future) -> int:
         """What `copy` gave, or its error; whatever the device is told from now on finds the slot filled."""

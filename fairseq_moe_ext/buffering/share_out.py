@@ -41,6 +41,9 @@ def share_out(layers: Mapping[str, LayerCosts], budget: int, taken: Callable[[Si
     >>> share_out(layers, 50, taken=lambda sizes: 10 * sum(sizes.values()))
     {'a': 2, 'b': 3}
     """
+    everything = {name: layer.num_experts for name, layer in layers.items()}
+    if taken(everything) <= budget:  # which needs no slots for experts on their way
+        return everything
     sizes = dict.fromkeys(layers, 1)
     least = taken(sizes)
     if least > budget:

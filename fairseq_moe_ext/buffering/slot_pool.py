@@ -137,14 +137,21 @@ class SlotPool(nn.Module):
     def _copy(self, lane: CopyLane, slot: int, load: Callable[[list[Tensor]], int]) -> Future:
         return lane.start(lambda: load([slots[slot] for slots in self.tensors()]))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether needed copies are under way or to come, of any layer."""
+        return self._lanes[0].is_busy
+
     def finish(self, copy: Future) -> int:
         """As `CopyLane.finish`, of any copy."""
         return self._lanes[0].finish(copy)
 
     def _new_lanes(self) -> list[CopyLane]:
         tensors = self.tensors()
-        readers = [self._readers, 1] if self.ahead.size else [self._readers]
-        return [CopyLane(tensors[0].device, tensors, number) for number in readers]
+        lanes = [CopyLane(tensors[0].device, tensors, self._readers)]
+        if self.ahead.size:
+            lanes.append(CopyLane(tensors[0].device, tensors, lands=True))
+        return lanes
 
     def _close_lanes(self) -> None:
         lanes, self._lanes = self._lanes, []
@@ -155,12 +162,14 @@ class SlotPool(nn.Module):
         before = self._addresses()
         for lane in self._lanes:
             lane.wait()
-        super()._apply(fn, recurse)
-        if self._addresses() != before:  # other memory, which `fn` need not have filled
-            self.version += 1
-            if self._lanes:
-                self._close_lanes()
-                self._lanes = self._new_lanes()
+        try:
+            super()._apply(fn, recurse)
+        finally:  # it may have failed half way
+            if self._addresses() != before:  # other memory, which `fn` need not have filled
+                self.version += 1
+                if self._lanes:
+                    self._close_lanes()
+                    self._lanes = self._new_lanes()
         return self
 
     def _addresses(self) -> list[tuple]:

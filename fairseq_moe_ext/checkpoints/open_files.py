@@ -24,10 +24,10 @@ class Descriptor:
         if hasattr(self, "number"):
             self._close(self.number)
 
-    def state(self) -> tuple[int, int]:
-        """Other after every change of the file."""
+    def state(self) -> tuple[int, ...]:
+        """The size first; other after every change of the file, and of another file of its name."""
         found = os.fstat(self.number)
-        return found.st_size, found.st_mtime_ns
+        return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 
 class OpenFiles:

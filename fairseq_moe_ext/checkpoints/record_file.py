@@ -26,7 +26,7 @@ class RecordFile(Records):
         super().__init__(path, loading)
         opened = self._file.descriptor()
         try:
-            size, _ = opened.state()
+            size = opened.state()[0]
             with open(opened.number, "rb", closefd=False) as file:
                 check_list(file, size, path)
                 archive = zipfile.ZipFile(file)

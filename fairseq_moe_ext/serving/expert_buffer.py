@@ -20,7 +20,7 @@ from fairseq_moe_ext.buffering.cache import BufferedExperts
 from fairseq_moe_ext.buffering.expert_file import open_or_build, other_files, store_file
 from fairseq_moe_ext.buffering.expert_profile import Languages, LayerImportance, importance_of_layers
 from fairseq_moe_ext.buffering.habits import in_order
-from fairseq_moe_ext.buffering.slot_pool import STAGING_SLOTS, SlotPool, ahead_slots, staging_slots
+from fairseq_moe_ext.buffering.slot_pool import SlotPool, ahead_slots, staging_slots
 from fairseq_moe_ext.buffering.store import ExpertStore, FileStore, HostStore, LazyTensors
 from fairseq_moe_ext.checkpoints.kept_experts import KeptExperts
 from fairseq_moe_ext.checkpoints.stored_tensor import StoredTensor
@@ -233,10 +233,9 @@ class ExpertBuffer:
         if size != AUTO:
             return dict.fromkeys(self._layers, size)
         free = free_bytes(device) // (1 if device.type == "cuda" else self._local_ranks)
-        a_place_each = sum(layer.expert_bytes for layer in self._layers.values())
-        staging = STAGING_SLOTS * sum(next(iter(each.values())).expert_bytes for each in self._by_format().values())
-        fitting = int((AUTO_SHARE * free - staging) // a_place_each)
-        sizes = {name: max(1, min(fitting, len(layer.local))) for name, layer in self._layers.items()}
+        most = max(len(layer.local) for layer in self._layers.values())
+        fitting = next((n for n in range(most, 0, -1) if self._bytes_of_slots(self._each(n)) <= AUTO_SHARE * free), 0)
+        sizes = self._each(max(1, fitting))
         logger.info(
             "--expert-buffer-size auto: %d experts per layer, of %.2f GB that are free on %s",
             max(sizes.values()), free / 1e9, device,
@@ -244,6 +243,10 @@ class ExpertBuffer:
         if fitting < 1:
             logger.warning("%.2f GB of free memory are tight for a buffer of one expert per layer", free / 1e9)
         return sizes
+
+    def _each(self, count: int) -> dict[str, int]:
+        """Of every layer, as many as it has."""
+        return {name: min(count, len(layer.local)) for name, layer in self._layers.items()}
 
     def _bytes_of_slots(self, sizes: Mapping[str, int]) -> int:
         """In all, as `_pools` makes them; sizes: N of every layer."""

@@ -97,3 +97,14 @@ def test_too_few_bytes_are_refused_with_the_least_that_works():
     with pytest.raises(ValueError, match=r"must be at least 40B \(0.0 MiB\) for one expert in each of 2 layers .* 39B"):
         share_out(layers, 39, taken(layers))
     assert share_out(layers, 40, taken(layers)) == {"a": 1, "b": 1}
+
+
+def test_all_are_kept_where_they_need_no_slots_for_those_on_their_way():
+    """Which a share-out that goes up one by one would not reach."""
+    layers = {name: LayerCosts(16, 1) for name in "abcd"}
+
+    def taken(sizes):
+        return sum(sizes.values()) + min(12, sum(16 - size for size in sizes.values()))
+
+    assert share_out(layers, 64, taken) == dict.fromkeys("abcd", 16)
+    assert sum(share_out(layers, 63, taken).values()) == 51

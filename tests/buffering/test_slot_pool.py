@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 
 import pytest
 import torch
@@ -171,6 +172,26 @@ def test_layers_leave_one_after_the_other():
     assert_call(layers[1], twins[1], [1] * EXPERTS)
     layers[1].stop()
     assert not pool._lanes and layers[0].resident_bytes == layers[1].resident_bytes == 0
+
+
+def test_what_was_stopped_has_no_slots():
+    layers, _ = layers_in_one_pool([1, 2])
+    pool = weakref.ref(layers[0].pool)
+    for layer in layers:
+        layer.stop()
+    assert pool() is None
+
+
+def test_an_error_after_a_move_is_the_error_that_is_told():
+    """A layer that was announced finds its slots elsewhere, since the other one has moved them, and cannot fill them."""
+    layers, twins = layers_in_one_pool([1, 2])
+    layers[1].prefetch([1] * EXPERTS)
+    layers[0].share_memory()
+    layers[1]._store.broken = tuple(range(EXPERTS))
+    with pytest.raises(OSError, match="is gone"):
+        layers[1](rows_for([1] * EXPERTS), [1] * EXPERTS)
+    assert not layers[1].is_started
+    assert_call(layers[0], twins[0], [1] * EXPERTS)
 
 
 def test_layers_read_from_files(tmp_path):
