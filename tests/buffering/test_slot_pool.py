@@ -183,7 +183,7 @@ def test_what_was_stopped_has_no_slots():
 
 
 def test_an_error_after_a_move_is_the_error_that_is_told():
-    """A layer that was announced finds its slots elsewhere, since the other one has moved them, and cannot fill them."""
+    """A layer that was announced cannot fill its slots again, which the other one has moved."""
     layers, twins = layers_in_one_pool([1, 2])
     layers[1].prefetch([1] * EXPERTS)
     layers[0].share_memory()
