@@ -153,8 +153,8 @@ def serve_sizes(study: Study, model: Model, batch: int, shares: Sequence[float],
     experts = layers_of(run(study.runs, model, study.args.subset, rows=batch).trace)[0].num_experts
     for size in (None, *dict.fromkeys(max(1, round(share * experts)) for share in shares)):
         bar.set_description(f"{model.name}, {'all' if size is None else size} experts resident")
-        # the scope says nothing without a buffer, but makes this run one of this series, measured beside the others
-        flags = ["--expert-buffer-scope", "all"]
+        # the default, written, makes this run one of this series, measured beside the others
+        flags = ["--moe-kernel", "auto"]
         if size is not None:
             flags += ["--expert-buffer-size", size, "--expert-store", "disk"]
         found = run(study.runs, model, study.args.subset, flags, batch)
