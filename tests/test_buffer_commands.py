@@ -42,7 +42,11 @@ def test_a_buffer_changes_no_line(shared_goldens, tmp_path, command, buffer):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--expert-buffer-size", "0"), "--expert-buffer-size must be a whole number of at least 1, or auto, got '0'"),
+    (
+        ("--expert-buffer-size", "0"),
+        "--expert-buffer-size must be a whole number of at least 1, a size with its unit as 20G, 500MB or 120000B, or "
+        "auto, got '0'",
+    ),
     pytest.param(("--expert-buffer-size", "2", "--expert-store", "disk", "--expert-store-dir", __file__ + "/x"),
                  "the expert store cannot be written", marks=pytest.mark.slow),
 ])
