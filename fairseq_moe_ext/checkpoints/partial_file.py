@@ -43,7 +43,8 @@ class PartialFile(ABC):
         self._fingerprint = fingerprint
         self._done: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
-        self._begun: dict[str, list[str]] = {}  # tensor -> what of it is written already
+        self._begun: dict[str, list[str]] = {}  # tensor -> what of it is written already ...
+        self._begun_checksums: dict[str, int] = {}  # ... and the CRC-32 of that
 
     def open(self) -> None:
         """Go on with what is there, or begin."""
@@ -94,12 +95,12 @@ class PartialFile(ABC):
             _write_all(self._file.fileno(), _bytes_of(values), offset)
         except OSError as error:
             raise self._no_space(error) from error
-        self._begun[name] = pieces
+        self._begun[name], self._begun_checksums[name] = pieces, zlib.crc32(_bytes_of(values))
 
-    def read_begun(self, name: str, target: Tensor) -> None:
-        """What `write_begun` has kept, into `target`."""
+    def read_begun(self, name: str, target: Tensor) -> bool:
+        """What `write_begun` has kept, into `target`; False where a run that was broken off has written over it."""
         offset, _ = self._places[name]
-        read_at(self._file.fileno(), _bytes_of(target), offset, None)
+        return read_at(self._file.fileno(), _bytes_of(target), offset, 0) == self._begun_checksums.get(name)
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
         """Fill the tensor called `name`; if it has values already they must be these."""
@@ -120,6 +121,7 @@ class PartialFile(ABC):
             raise CheckpointError(f"{self.target}: {name} must be one tensor, found two with different values")
         self._checksums[name] = checksum
         self._begun.pop(name, None)
+        self._begun_checksums.pop(name, None)
 
     def finish(self, part: str, note: Any = None) -> None:
         """Everything of `part` is written: put it on the disk, with `note`, which JSON can say."""
@@ -176,6 +178,7 @@ class PartialFile(ABC):
             self._refuse_other()
             return False
         self._done, self._checksums, self._begun = (journal[name] for name in ("done", "checksums", "begun"))
+        self._begun_checksums = journal.get("begun_checksums", {})
         return True
 
     def _refuse_other(self) -> None:  # noqa: B027  most begin anew
@@ -183,7 +186,8 @@ class PartialFile(ABC):
 
     def _write_journal(self) -> None:
         content = {"fingerprint": self._fingerprint, "done": self._done, "checksums": self._checksums}
-        write_json(self._journal, {**content, "begun": self._begun}, indent=None)
+        begun = {"begun": self._begun, "begun_checksums": self._begun_checksums}
+        write_json(self._journal, {**content, **begun}, indent=None)
 
     def _no_space(self, error: Exception) -> CheckpointError:
         # torch's own writer has a RuntimeError for a full disk

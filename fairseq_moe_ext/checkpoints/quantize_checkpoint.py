@@ -255,8 +255,11 @@ class _Quantization:
         block = filled.room.block[: target.nbytes].zero_()
         layers = target.block.layers(block[None])
         there = self._writer.begun(target.name)
-        if there:
-            self._writer.read_begun(target.name, block)
+        if there and not self._writer.read_begun(target.name, block) and self._record is not None:
+            raise CheckpointError(  # of a bias and its correction one is lost in their sum
+                f"{self._writer.target}: an earlier run was broken off while it wrote {target.name}, whose "
+                "bias can no longer be told: --force begins anew"
+            )
         calibration = Calibration(None, None) if self._record is None else self._record.of_expert(target, self._numbers)
         for number, key in sorted(enumerate(target.keys), key=lambda each: len(self._shapes[each[1]])):  # biases first
             if key not in found:
@@ -271,7 +274,7 @@ class _Quantization:
             elif figures is not None and target.keys[number - 1] in there:  # the weight has left a correction there
                 correction = layer.bias.clone()
                 fill_bias(layer, values, key)
-                layer.bias += correction
+                layer.bias.add_(correction)
             else:
                 fill_bias(layer, values, key)
         there = [key for key in target.keys if key in there or key in found]

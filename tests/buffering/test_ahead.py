@@ -105,7 +105,7 @@ def test_what_is_nearly_always_wanted_is_there_before_the_call():
         for layer, twin in zip(layers, twins, strict=True):
             assert_call(layer, twin, EVERYTHING)
             assert (layer.last_call.misses, layer.last_call.prefetched_in_vain) == (4, 0)
-            assert layer.last_call.prefetched == (4 if number > 4 else layer.last_call.prefetched)
+            assert number <= 4 or layer.last_call.prefetched == 4
             (following,) = layer._following
             wait_until(lambda: all(copy.done() for _, copy in following._ahead._copies.values()))  # noqa: B023
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import hf_makers
+import numpy as np
 import pytest
 import torch
 from hf_makers import converted
@@ -12,6 +13,7 @@ from quantized_sources import assert_holds, quantize, wanted_tensors
 from safetensors.torch import load_file, save_file
 
 from fairseq_moe_ext.checkpoints.quantized_file import QuantizedFile
+from fairseq_moe_ext.recording import Choices, Inputs, LayerRecord, Record, Sample, save_record
 
 README = "---\nlanguage:\n- ace\nlicense: cc-by-nc-4.0\n---\n# NLLB\nlicense: none\n"
 TIED = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
@@ -178,3 +180,45 @@ class TestBadInput:
     def test_data_beside_a_folder_that_has_its_own(self, copy, target):
         with pytest.raises(SystemExit):
             quantize(copy, target, "--data", str(copy))
+
+
+def test_a_calibrated_run_that_was_killed_between_a_block_and_the_journal_is_not_gone_on_with(tmp_path, capsys):
+    """The experts' tensors lie in three files; of a bias and its correction one is lost in their sum."""
+    folder, target = tmp_path / "hf", tmp_path / "X.safetensors"
+    hf_makers.write_model(folder)
+    experts, model_dim = hf_makers.TINY["num_experts"], hf_makers.TINY["d_model"]
+    layers = {}
+    for name in (f"{side}.layers.{number}.moe_layer" for side in ("encoder", "decoder") for number in (1, 3)):
+        numbers = np.random.default_rng(len(layers))
+        dims = model_dim, hf_makers.TINY["encoder_ffn_dim"]
+        means = [numbers.normal(size=(experts, dim)).astype(np.float32) for dim in dims]
+        inputs = (Inputs(np.full(experts, 500), mean, mean**2 + 1) for mean in means)
+        nothing = np.zeros((1, experts), np.int64)
+        sample = Sample(np.zeros(0, np.uint64), np.zeros((0, model_dim), np.float16), np.zeros((0, 2), np.int32),
+                        np.zeros(0, np.int32))  # fmt: skip
+        layers[name] = LayerRecord(*inputs, Choices(nothing, nothing.astype(float), nothing), sample)
+    save_record(tmp_path / "record.npz", Record(("",), layers))
+    arguments = (folder, target, "--calibrate", str(tmp_path / "record.npz"))
+    second, third = sorted(folder.glob("*.safetensors"))[1:]
+    away = {file: file.read_bytes() for file in (second, third)}
+    for file in away:
+        file.unlink()
+    quantize(*arguments)
+    journal = tmp_path / "X.safetensors.partial.json"
+    before = journal.read_text()
+    second.write_bytes(away[second])
+    quantize(*arguments)
+    third.write_bytes(away[third])
+    after = journal.read_text()
+    assert json.loads(before)["begun"] and before != after
+    journal.write_text(before)  # as if the second run had been killed before it wrote it
+    capsys.readouterr()
+    assert quantize(*arguments) != 0
+    assert "an earlier run was broken off while it wrote" in capsys.readouterr().err.splitlines()[-1]
+    assert not target.exists()
+    journal.write_text(after)
+    assert quantize(*arguments) == 0
+    hf_makers.write_model(tmp_path / "one", shards=1)
+    assert quantize(tmp_path / "one", tmp_path / "one.safetensors", *arguments[2:]) == 0
+    spread, at_once = (QuantizedFile(file).tensors() for file in (target, tmp_path / "one.safetensors"))
+    assert all(torch.equal(spread[key], at_once[key]) for key in at_once)
